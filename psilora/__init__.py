@@ -1,0 +1,9 @@
+"""psilora: the PSI-LoRA / OPLoRA optimizer for LoRA fine-tuning."""
+
+from psilora.lora import LoRALinear
+from psilora.lorsum import lorsum
+from psilora.optimizer import PSILoRA, create_psilora_optimizer
+
+__version__ = "0.1.0"
+
+__all__ = ["LoRALinear", "PSILoRA", "__version__", "create_psilora_optimizer", "lorsum"]

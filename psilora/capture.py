@@ -1,0 +1,266 @@
+"""Capture X (rows entering lora_A) and S_B (the gradient at lora_B's output) with two linked autograd nodes.
+
+An identity node on lora_A's input saves X, and takes lora_A's weight as a second input so that its backward always
+runs; an identity node on lora_B's output sees S_B first and leaves it in a token that both share. X is then the very
+tensor autograd saves anyway: it is dropped and recomputed by gradient checkpointing of either kind, pairs with the S_B
+of the same call, and nothing is captured in a forward without gradients. dB = S_Bᵀ(XAᵀ) and dA = (S_B·B)ᵀX, so
+S = S_B / s is the gradient at the layer's output and G = SᵀX.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from psilora.adapters import LoRAPair
+from psilora.numerics import compute_dtype
+
+_owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]] = weakref.WeakKeyDictionary()
+
+
+class Record:
+    """What was captured for one pair since its last step.
+
+    Attributes:
+        chunks: (X, S_B) of each call, as matrices (N_j, d_in) and (N_j, d_out), in backward order.
+        calls, rows: number of calls and N = Σ N_j.
+        sum_x2, sum_s2: Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,), kept instead of chunks in statistics mode.
+        missed: Number of backward calls that went through only one of the two nodes.
+        rescaled: Whether the gradients accumulated so far were changed in place between two backward passes.
+        verified: Whether the first capture has been checked against `.grad`; survives `clear`.
+        grad_norm: ‖dB‖ as backward left it (statistics mode only), to recognise a later rescaling.
+    """
+
+    def __init__(self, pair: LoRAPair, statistics: bool) -> None:
+        self.pair = pair
+        self.statistics = statistics
+        self.verified = False
+        self._lock = threading.Lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything captured."""
+        self.chunks: list[tuple[Tensor, Tensor]] = []
+        self.calls = 0
+        self.rows = 0
+        self.sum_x2: Tensor | None = None
+        self.sum_s2: Tensor | None = None
+        self.missed = 0
+        self.rescaled = False
+        self.grad_norm: Tensor | None = None
+        self._backward = -1
+        self._left_as: tuple[int, int] | None = None
+
+    def add(self, x: Tensor, s: Tensor | None) -> None:
+        """Take the input and output gradient of one call, from inside backward."""
+        with self._lock:
+            self._open()
+            if s is None:
+                self.missed += 1
+                return
+            x, s = x.detach().flatten(0, -2), s.detach().flatten(0, -2)
+            self.calls += 1
+            self.rows += x.shape[0]
+            if self.statistics:
+                self._add_squares(x, s)
+            else:  # under autocast X may be wider than S: keep neither wider than the gradient
+                self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
+
+    def miss(self) -> None:
+        """Note a backward call that reached lora_B's output without having passed lora_A's input."""
+        with self._lock:
+            self._open()
+            self.missed += 1
+
+    def _open(self) -> None:
+        """Drop what an abandoned step left behind: a new backward pass that finds no gradient starts afresh.
+
+        `zero_grad` on the model, which never reaches the optimizer, and an overflow that skips `step` end like this.
+        """
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return
+        if self.pair.lora_A.grad is None:
+            self.clear()
+        elif self._left_as is not None and self._left_as != self._fingerprint():
+            self.rescaled = True
+        self._backward = backward
+
+    def _add_squares(self, x: Tensor, s: Tensor) -> None:
+        dtype = compute_dtype(self.pair.lora_A.dtype)
+        x2, s2 = x.to(dtype).square().sum(0), s.to(dtype).square().sum(0)
+        self.sum_x2 = x2 if self.sum_x2 is None else self.sum_x2 + x2
+        self.sum_s2 = s2 if self.sum_s2 is None else self.sum_s2 + s2
+
+    def accumulated(self) -> None:
+        """Remember the state in which backward leaves lora_B's gradient."""
+        self._left_as = self._fingerprint()
+        grad = self.pair.lora_B.grad
+        if self.statistics and grad is not None:
+            self.grad_norm = torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype))
+
+    def _fingerprint(self) -> tuple[int, int] | None:
+        grad = self.pair.lora_B.grad
+        return None if grad is None else (grad.data_ptr(), grad._version)
+
+    @property
+    def touched(self) -> bool:
+        """Whether `.grad` is no longer what backward left: clipped, unscaled, averaged or replaced."""
+        return self.rescaled or self._left_as is None or self._left_as != self._fingerprint()
+
+    @property
+    def captured(self) -> bool:
+        return self.calls > 0 and self.missed == 0
+
+
+class Capture:
+    """The hooks of one optimizer on the inner linears of its pairs, and their records.
+
+    Args:
+        pairs: Pairs whose `uncaptured` is None.
+        statistics: Per pair, whether to keep Σx² and Σs² only (True) or X and S themselves (False).
+    """
+
+    def __init__(self, pairs: list[LoRAPair], statistics: list[bool]) -> None:
+        self.records = {id(pair): Record(pair, only) for pair, only in zip(pairs, statistics, strict=True)}
+        self.superseded = False
+        self._handles: list[RemovableHandle] = []
+        for pair in pairs:
+            self._attach(pair)
+        weakref.finalize(self, _release, self._handles, list(self.records.values()))
+
+    def _attach(self, pair: LoRAPair) -> None:
+        record = self.records[id(pair)]
+        for lora_A, lora_B in pair.sites:
+            former = _owners.get(lora_A)
+            owner = former() if former is not None else None
+            if owner is not None and owner is not self:
+                owner.superseded = True
+                owner.close()
+            _owners[lora_A] = weakref.ref(self)
+            slot = threading.local()
+            self._handles.append(lora_A.register_forward_pre_hook(_BeforeA(record, slot)))
+            self._handles.append(lora_B.register_forward_hook(_AfterB(record, slot)))
+        self._handles.append(pair.lora_B.register_post_accumulate_grad_hook(_AfterAccumulate(record)))
+
+    def record(self, pair: LoRAPair) -> Record | None:
+        """Return the record of a pair, or None for one that is not captured."""
+        return self.records.get(id(pair))
+
+    def clear(self) -> None:
+        """Drop everything captured."""
+        for record in self.records.values():
+            record.clear()
+
+    def nbytes(self) -> int:
+        """Return the bytes held by all chunks; storage shared between layers is counted once."""
+        held = (t.untyped_storage() for record in self.records.values() for chunk in record.chunks for t in chunk)
+        return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
+
+    def close(self) -> None:
+        """Remove every hook and drop everything captured."""
+        _release(self._handles, list(self.records.values()))
+
+
+def _release(handles: list[RemovableHandle], records: list[Record]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+    for record in records:
+        record.clear()
+
+
+class _Token:
+    """Links the two nodes of one call."""
+
+    __slots__ = ("paired", "record", "s")
+
+    def __init__(self, record: Record, paired: bool) -> None:
+        self.record = record
+        self.paired = paired
+        self.s: Tensor | None = None
+
+
+class _InputNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, token: _Token) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.token = token
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        token: _Token = ctx.token
+        s, token.s = token.s, None
+        token.record.add(x, s)
+        return (grad if ctx.needs_input_grad[0] else None), None, None
+
+
+class _OutputNode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, token: _Token) -> Tensor:
+        ctx.token = token
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        token: _Token = ctx.token
+        if token.paired:
+            token.s = grad
+        else:
+            token.record.miss()
+        return grad, None
+
+
+class _Hook:
+    """A hook that turns into a no-op when its module is copied or pickled: a copy has no optimizer to capture for."""
+
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _Inert, ()
+
+
+class _Inert:
+    def __call__(self, *_: object) -> None:
+        return None
+
+
+class _BeforeA(_Hook):
+    def __init__(self, record: Record, slot: threading.local) -> None:
+        self.record, self.slot = record, slot
+
+    def __call__(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        self.slot.token = None
+        if not args or not torch.is_grad_enabled() or not module.weight.requires_grad:
+            return None
+        x: Tensor = args[0]
+        if torch.is_autocast_enabled(x.device.type):  # cast here, so that the tensor saved is the one the linear saves
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        self.slot.token = _Token(self.record, paired=True)
+        return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])
+
+
+class _AfterB(_Hook):
+    def __init__(self, record: Record, slot: threading.local) -> None:
+        self.record, self.slot = record, slot
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        token = getattr(self.slot, "token", None)
+        self.slot.token = None
+        if not torch.is_grad_enabled() or not output.requires_grad:
+            return None
+        return _OutputNode.apply(output, token or _Token(self.record, paired=False))  # type: ignore[no-any-return]
+
+
+class _AfterAccumulate(_Hook):
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.record.accumulated()

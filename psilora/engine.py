@@ -1,0 +1,90 @@
+"""All layers at once: bucket the problems of a step, compute every bucket on its backend, then commit together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psilora.options import BACKENDS
+from psilora.problem import Problem, Scales, Update
+from psilora.reference import reference_update
+
+UpdateFunction = Callable[[Sequence[Problem], Scales], Update]
+
+
+@dataclass
+class Bucket:
+    """Problems that share shapes, dtypes, device and structure, and their computed update."""
+
+    problems: list[Problem]
+    update: Update
+
+
+def check_backend(backend: str) -> None:
+    """Raise for a backend that does not exist or cannot run here; "auto" always can."""
+    if backend not in BACKENDS:
+        raise ValueError(f"Invalid backend={backend!r}. Must be one of {', '.join(map(repr, BACKENDS))}.")
+    if backend == "triton":
+        raise ValueError("backend='triton' is not available in this version; use 'auto' or 'reference'")
+
+
+def compute(problems: Sequence[Problem], scales: Scales, backend: str) -> list[Bucket]:
+    """Compute the updates of all problems without changing any parameter or state."""
+    groups: dict[tuple[object, ...], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.key, []).append(problem)
+    return [Bucket(group, reference_update(group, scales)) for group in groups.values()]
+
+
+def all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return whether every entry of every tensor is finite, as a 0-d bool on `device`, without waiting for it."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor)
+    flags = [
+        torch.isfinite(torch.stack([n.float() for n in torch._foreach_norm(group, float("inf"))])).all().to(device)
+        for group in by_device.values()
+    ]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+
+
+def commit(buckets: Sequence[Bucket], ok: Tensor) -> None:
+    """Write every update where `ok`, a 0-d bool, holds; change nothing at all, bitwise, where it does not."""
+    if ok.device.type == "cpu" and not bool(ok):
+        return
+    for bucket in buckets:
+        _commit_bucket(bucket, ok)
+
+
+def _commit_bucket(bucket: Bucket, ok: Tensor) -> None:
+    update, problems = bucket.update, bucket.problems
+    here = ok.to(update.step_A.device)
+    for step, parameters in (
+        (update.step_A, [p.pair.lora_A for p in problems]),
+        (update.step_B, [p.pair.lora_B for p in problems]),
+    ):
+        old = torch.stack([p.detach() for p in parameters])
+        step = step.view(old.shape)
+        new = torch.where(here & (step != 0), (old.to(step.dtype) + step).to(old.dtype), old)
+        torch._foreach_copy_([p.detach() for p in parameters], list(new.unbind(0)))
+    for name, new_B, new_A in (
+        ("momentum", update.momentum_B, update.momentum_A),
+        ("metric", update.metric_B, update.metric_A),
+    ):
+        _commit_state([p.state_B for p in problems], name, new_B, here)
+        _commit_state([p.state_A for p in problems], name, new_A, here)
+    steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
+    torch._foreach_add_(steps, here.to(steps[0]))
+
+
+def _commit_state(states: Sequence[dict[str, Tensor]], name: str, new: Tensor | None, ok: Tensor) -> None:
+    if new is None:
+        return
+    targets = [state[name] for state in states]
+    if ok.device.type != "cpu":
+        new = torch.where(ok, new, torch.stack(targets))
+    torch._foreach_copy_(targets, list(new.unbind(0)))

@@ -1,0 +1,91 @@
+"""Precision policy and the r×r solve that every turn of LoRSum shares."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+#: Ridges tried after a failed Cholesky factorisation, in units of 8·r·eps·max|diag|.
+RIDGE_LADDER = (1.0, 1024.0, 1024.0**2)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor stored as `dtype` is computed with: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@contextlib.contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """Run a block with autocast off and fp32 products in true fp32.
+
+    A tf32 or bf16 product inside a Gram matrix costs 1e-2 at factor condition 100, so a global
+    `torch.set_float32_matmul_precision("high")` must not reach the solves.
+    """
+    previous = torch.get_float32_matmul_precision()
+    with torch.autocast(device_type, enabled=False):
+        if previous == "highest":
+            yield
+            return
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(previous)
+
+
+def spd_solve(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve `gram @ x = rhs` for symmetric positive semidefinite `gram`, repairing failed pivots on the device.
+
+    Cholesky is tried on `gram` as it is, then with ridge_j = 8·r·eps·1024^(j−1)·max_i |gram_ii|, j = 1, 2, 3, on its
+    diagonal; each system takes the first factorisation whose pivots are all positive and finite. A system that never
+    factorises, and every system whose right-hand side is identically zero, gets the solution 0 exactly, so a zero
+    gradient stays an exact no-op even where the Gram matrix is singular (B = 0).
+
+    Args:
+        gram: (…, r, r), float32 or float64; only its lower triangle is read.
+        rhs: (…, r, n), same dtype and leading dimensions.
+
+    Returns:
+        The solution (…, r, n) and `info` (…), int32: the number of failed attempts per system (0 clean, 1–3 repaired,
+        4 given up), 0 where the right-hand side is zero.
+    """
+    rank = gram.shape[-1]
+    factor, failed = _cholesky(gram)
+    info = failed.to(torch.int32)
+    if gram.device.type != "cpu" or bool(failed.any()):
+        size = gram.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if rank else gram.new_zeros(0)
+        unit = 8 * rank * torch.finfo(gram.dtype).eps * size
+        usable = torch.isfinite(size).squeeze(-1) & (size > 0).squeeze(-1)
+        for step in RIDGE_LADDER:
+            trial, trial_failed = _cholesky(gram + torch.diag_embed((step * unit).expand(gram.shape[:-1])))
+            take = failed & usable & ~trial_failed
+            factor = torch.where(take[..., None, None], trial, factor)
+            failed = failed & ~take
+            info = info + failed.to(torch.int32)
+        eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+        factor = torch.where(failed[..., None, None], eye, factor)
+    idle = (rhs == 0).flatten(-2).all(-1)
+    solution = torch.cholesky_solve(rhs, factor)
+    drop = failed | idle
+    return solution.masked_fill(drop[..., None, None], 0.0), info.masked_fill(idle, 0)
+
+
+def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lower factor and a mask of the systems whose pivots are not all positive and finite."""
+    factor, info = torch.linalg.cholesky_ex(gram, check_errors=False)
+    finite = torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
+    return factor, (info != 0) | ~finite
+
+
+def relative_ridge(gram: Tensor) -> Tensor:
+    """Return `gram` with 8·r·eps·(mean diagonal) added to its diagonal: a pseudo-inverse by Cholesky.
+
+    Directions below the rounding of the Gram matrix itself are damped instead of amplified; a zero matrix stays zero.
+    """
+    rank = gram.shape[-1]
+    diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    ridge = 8 * rank * torch.finfo(gram.dtype).eps * diagonal.mean(-1, keepdim=True)
+    return gram + torch.diag_embed(ridge.expand(diagonal.shape))

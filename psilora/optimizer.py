@@ -1,0 +1,454 @@
+"""`PSILoRA`: the optimizer class. It knows the order of a step; the mathematics is in lorsum.py and reference.py."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from psilora import engine
+from psilora.adapters import LoRAPair, check_model, describe, find_pairs, is_sparse
+from psilora.agreement import compare
+from psilora.capture import Capture
+from psilora.counters import Counters
+from psilora.metric import initial_metric
+from psilora.momentum import initial_momentum
+from psilora.numerics import compute_dtype, full_precision
+from psilora.options import OPTION_NAMES, Options
+from psilora.others import Others, adamw_group
+from psilora.problem import Problem, Scales
+
+
+class PSILoRA(torch.optim.Optimizer):
+    r"""PSI-LoRA / OPLoRA (arXiv 2602.16456, 2509.19977): the rank-r projection of a full step on the weight.
+
+    For every LoRA pair, ΔW = s·B·A, with G = ∂L/∂W = SᵀX from the layer's input X and output gradient S::
+
+        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m),   λ = η·ρ
+        (B_m, A_m)   ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)
+
+    See `psilora.lorsum` for LoRSum. G is never formed; lr and prox refer to the weight, whatever alpha is. Grams, solves
+    and state are fp32 (fp64 for fp64 parameters), also under autocast and for 16-bit parameters.
+
+    The other trainable parameters (heads, `modules_to_save`, norms, biases) are trained by `torch.optim.AdamW` in the
+    last param group, under their own rate `adamw_lr`, which follows the same schedule.
+
+    Args:
+        model: The model with LoRA adapters; hooks on its inner LoRA layers capture X and S. Not its parameters.
+        lr: η ≥ 0, a number or one-element tensor.
+        num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
+        momentum: μ in [0, 1).
+        dampening: τ in [0, 1]; None means 0 without a metric (heavy ball) and μ with one (an average).
+        momentum_rank: r_m; None means r.
+        prox: ρ ≥ 0, the proximal weight per unit of lr.
+        weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
+        metric: None (Frobenius), "kfac" or "shampoo" (diagonal): F-LoRSum in the metric M = (D + δ)^γ.
+        metric_power, metric_beta, damping: γ, β₂ and δ of the metric.
+        metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published.
+        gradient: "exact" (SᵀX from captured activations) or "tangent" (from `.grad` alone; without a metric, nothing is
+            captured).
+        first: The factor that is updated first, "A" or "B".
+        max_grad_norm: Clip the gradient's norm, over all parameters, with LoRA gradients per √s; None for no clipping.
+        maximize: Ascend instead.
+        backend: "auto" or "reference" (plain PyTorch).
+        loss_reduction: "mean" or "sum" over the N rows; used by the metric only.
+        nonfinite: "skip" makes a step with a non-finite gradient or update a no-op, decided on the device, counted, and
+            warned about once; "raise" names the layers instead (waits for the device). Nothing is changed by either.
+        unsupported: "raise" on adapters that are not one product s·B·A, or train them with "adamw".
+        groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
+            names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
+            to `loss_reduction`, without max_grad_norm and backend.
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
+
+    State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
+    (d_out,) of a `lora_B` weight, "step" of both. It is created by the first step, or by `init_state`.
+
+    Raises:
+        ValueError: A setting is out of range, no LoRA pair is found, or the model cannot be optimized here.
+        TypeError: `model` is not a module.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        *,
+        num_iters: int = 1,
+        momentum: float = 0.9,
+        dampening: float | None = None,
+        momentum_rank: int | None = None,
+        prox: float = 1e-2,
+        weight_decay: float = 0.0,
+        metric: str | None = None,
+        metric_power: float = 0.5,
+        metric_beta: float = 0.99,
+        metric_bias_correction: bool = True,
+        damping: float = 1e-5,
+        gradient: str = "exact",
+        first: str = "A",
+        max_grad_norm: float | None = None,
+        maximize: bool = False,
+        backend: str = "auto",
+        loss_reduction: str = "mean",
+        nonfinite: str = "skip",
+        unsupported: str = "raise",
+        groups: Sequence[Mapping[str, Any]] = (),
+        adamw_lr: float = 1e-3,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+    ) -> None:
+        settings = {name: value for name, value in locals().items() if name in OPTION_NAMES}
+        Options(**settings)
+        engine.check_backend(backend)
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")
+        for name, value, allowed in (
+            ("nonfinite", nonfinite, ("skip", "raise")),
+            ("unsupported", unsupported, ("raise", "adamw")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")
+        self.max_grad_norm, self.backend, self.nonfinite = max_grad_norm, backend, nonfinite
+        pairs = _checked_pairs(check_model(model), unsupported)
+        self._pairs = {id(pair.lora_A): pair for pair in pairs}
+        param_groups = _lora_groups(pairs, settings, groups)
+        taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        if rest:
+            adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+            param_groups.append(adamw_group(rest, maximize=maximize, **adamw))  # type: ignore[arg-type]
+        self._constructed = False
+        super().__init__(param_groups, settings)
+        for group in self.param_groups:
+            if group["kind"] != "lora":
+                for name in set(OPTION_NAMES) - {"lr", "weight_decay", "maximize"}:
+                    group.pop(name, None)
+        self._constructed = True
+        self._others = Others(self)
+        self._counters = Counters(pairs[0].lora_A.device)
+        self._fell_back: set[int] = set()
+        self._capture = self._attach()
+
+    # ---- construction -------------------------------------------------------------------------------------------
+
+    def _options(self) -> list[tuple[LoRAPair, Options]]:
+        """Every pair with the current settings of its group."""
+        found = []
+        for group in self.param_groups:
+            if group["kind"] == "lora":
+                options = Options.from_group(group)
+                found += [(self._pairs[id(p)], options) for p in group["params"] if id(p) in self._pairs]
+        return found
+
+    def _attach(self) -> Capture:
+        """Hook the pairs whose settings need activations, and say which cannot give them."""
+        wanted = [(pair, o) for pair, o in self._options() if o.gradient == "exact" or o.metric is not None]
+        blind = [pair for pair, _ in wanted if pair.uncaptured is not None]
+        metric = [pair for pair, o in wanted if pair.uncaptured is not None and o.metric is not None]
+        if metric:
+            raise ValueError(
+                f"the metric needs activations that cannot be captured for {describe(metric)}; "
+                "set metric=None for these layers through `groups`"
+            )
+        if blind:
+            warnings.warn(
+                f"psilora: using the tangent gradient (METHOD: from .grad alone) for {describe(blind)}", stacklevel=4
+            )
+        seen = [(pair, o) for pair, o in wanted if pair.uncaptured is None]
+        return Capture([pair for pair, _ in seen], [o.gradient == "tangent" for _, o in seen])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refuse later groups: pairs and hooks come from the model; build a new optimizer instead."""
+        if getattr(self, "_constructed", False):
+            raise ValueError("PSILoRA finds its parameters in the model; to train others, build a new PSILoRA")
+        super().add_param_group(param_group)
+
+    # ---- the step -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step; return the closure's loss, if there is one.
+
+        Order: metric, both projections, check, commit, AdamW, drop captures. Everything is computed before anything is
+        written, so an error leaves parameters and state as they were. Pairs without gradients are left alone.
+
+        Raises:
+            RuntimeError: A gradient is sparse, a capture does not match `.grad`, or (nonfinite="raise") is not finite.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._capture.superseded:
+            raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
+        problems = self._problems()
+        grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
+        if not grads:
+            self._capture.clear()
+            return loss
+        self._refuse_gradients(problems)
+        with contextlib.ExitStack() as stack:
+            for device_type in sorted({grad.device.type for grad in grads}):
+                stack.enter_context(full_precision(device_type))
+            self._apply(problems, grads)
+        self._capture.clear()
+        self._counters.poll()
+        return loss
+
+    def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
+        device = self._counters.values.device
+        scales = Scales(clip=self._clip(problems), external=self._external(problems))
+        buckets = engine.compute(problems, scales, self.backend)
+        results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
+        ok = engine.all_finite(grads + results, device)
+        if self.nonfinite == "raise" and not bool(ok):
+            raise RuntimeError(_nonfinite_message(buckets, self._others.gradients))
+        engine.commit(buckets, ok)
+        self._others.step(ok, scales.clip)
+        repaired = [bucket.update.repaired.to(device) for bucket in buckets]
+        zero = torch.zeros((), dtype=torch.int64, device=device)
+        self._counters.add(~ok, torch.stack(repaired).sum() if repaired else zero)
+
+    def _problems(self) -> list[Problem]:
+        """The pairs that have gradients, each with the best representation of G that is at hand."""
+        problems = []
+        newly_blind = []
+        for pair, options in self._options():
+            dA, dB = pair.lora_A.grad, pair.lora_B.grad
+            if dA is None or dB is None:
+                continue
+            record = self._capture.record(pair)
+            if record is not None and not record.captured:
+                if options.metric is not None:
+                    raise RuntimeError(f"{pair.name}: the metric needs activations, but none were captured in this step")
+                if id(pair) not in self._fell_back:
+                    self._fell_back.add(id(pair))
+                    newly_blind.append(pair.name)
+                record = None
+            self._init_pair(pair, options)
+            problems.append(
+                Problem(
+                    pair,
+                    options,
+                    dA.detach().flatten(1),
+                    dB.detach().flatten(1),
+                    record,
+                    exact=options.gradient == "exact" and record is not None,
+                    state_A=self.state[pair.lora_A],
+                    state_B=self.state[pair.lora_B],
+                )
+            )
+        if newly_blind:
+            shown = ", ".join(newly_blind[:8]) + (f" and {len(newly_blind) - 8} more" if len(newly_blind) > 8 else "")
+            warnings.warn(
+                "psilora: gradients without captured activations (a fused or compiled kernel bypasses lora_A and lora_B, "
+                f"or the optimizer was detached); using the tangent gradient for {shown}",
+                stacklevel=4,
+            )
+        return problems
+
+    def _refuse_gradients(self, problems: Sequence[Problem]) -> None:
+        for problem in problems:
+            if is_sparse(problem.dA) or is_sparse(problem.dB):
+                raise RuntimeError(f"{problem.pair.name}: sparse gradients are not supported; use dense ones")
+        if any(is_sparse(grad) for grad in self._others.gradients):
+            raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed and torch.distributed.get_world_size() > 1 and any(p.record is not None for p in problems):
+            raise RuntimeError(
+                "captured activations are not yet averaged over processes; with several processes use "
+                "gradient='tangent' and metric=None"
+            )
+
+    def _clip(self, problems: Sequence[Problem]) -> Tensor | None:
+        """min(1, max_grad_norm / norm) as a 0-d tensor, or None without clipping."""
+        if self.max_grad_norm is None:
+            return None
+        device = self._counters.values.device
+        norms = [
+            torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5
+            for p in problems
+            for grad in (p.dA, p.dB)
+        ]
+        norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in self._others.gradients]
+        total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
+        return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+
+    def _external(self, problems: Sequence[Problem]) -> Tensor | None:
+        """What happened to `.grad` since backward, for X and S; checks each pair's first capture (waits for it once)."""
+        seen = [p for p in problems if p.record is not None]
+        exact = [p for p in seen if p.exact]
+        touched = any(p.record.touched for p in seen if p.record is not None)
+        new = [p for p in exact if p.record is not None and not p.record.verified]
+        if exact and (touched or new):
+            agreement = compare(exact, rescaled=touched)
+            if new or agreement.disagrees.device.type == "cpu":
+                self._refuse_capture(exact, agreement.disagrees.tolist(), agreement.residual.tolist())
+            return agreement.scale if touched else None
+        if not exact and touched:  # statistics only: backward left the norms
+            records = [p.record for p in seen if p.record is not None and p.record.grad_norm is not None]
+            device = self._counters.values.device
+            before = torch.stack([cast(Tensor, r.grad_norm).to(device, torch.float64) for r in records]).norm()
+            now = torch.stack([p.dB.double().norm().to(device) for p in seen]).norm()
+            return torch.where(before > 0, now / before, torch.ones_like(before))
+        return None
+
+    @staticmethod
+    def _refuse_capture(problems: Sequence[Problem], disagrees: list[bool], residual: list[float]) -> None:
+        wrong = [(p.pair.name, r) for p, bad, r in zip(problems, disagrees, residual, strict=True) if bad]
+        if wrong:
+            name, worst = max(wrong, key=lambda item: item[1])
+            raise RuntimeError(
+                f"the captured activations do not reproduce .grad for {len(wrong)} layer(s), worst {name} with relative "
+                f"residual {worst:.2g}; use gradient='tangent' for it, or check what changes its gradient"
+            )
+        for problem in problems:
+            if problem.record is not None:
+                problem.record.verified = True
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients and drop what was captured for them."""
+        super().zero_grad(set_to_none)
+        self._capture.clear()
+
+    # ---- state --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Create the LoRA state that the current settings need, where it does not exist yet."""
+        for pair, options in self._options():
+            self._init_pair(pair, options)
+
+    def _init_pair(self, pair: LoRAPair, options: Options) -> None:
+        state_A, state_B = self.state[pair.lora_A], self.state[pair.lora_B]
+        dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
+        for state in (state_A, state_B):
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+        if options.momentum > 0 and "momentum" not in state_A:
+            rank = _momentum_rank(pair, options)
+            state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
+        if options.metric is not None and "metric" not in state_A:
+            corrected = options.metric_bias_correction
+            state_A["metric"] = initial_metric(pair.d_in, corrected, dtype=dtype, device=device)
+            state_B["metric"] = initial_metric(pair.d_out, corrected, dtype=dtype, device=device)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype."""
+        super().load_state_dict(dict(state_dict))
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        lora = {id(p) for group in self.param_groups if group["kind"] == "lora" for p in group["params"]}
+        for i, parameter in zip(ids, parameters, strict=True):
+            if id(parameter) not in lora or i not in state_dict["state"]:
+                continue
+            for key, value in state_dict["state"][i].items():
+                if isinstance(value, Tensor):
+                    dtype = torch.float32 if key == "step" else compute_dtype(parameter.dtype)
+                    self.state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
+        self._capture.clear()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._others.link(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a PSILoRA holds hooks on its model and cannot be copied or pickled; use state_dict()")
+
+    def detach(self) -> None:
+        """Remove every hook from the model and drop what was captured."""
+        self._capture.close()
+
+    def capture_bytes(self) -> int:
+        """Return the bytes of captured X and S held now; storage shared between layers is counted once."""
+        return self._capture.nbytes()
+
+    def stats(self) -> dict[str, int]:
+        """Return the counts of skipped steps and repaired pivots; waits for the device."""
+        return self._counters.read()
+
+
+def create_psilora_optimizer(model: nn.Module, lr: float, **kwargs: Any) -> PSILoRA:
+    """Create a `PSILoRA` in the style of PEFT's `create_*_optimizer` functions; arguments as for `PSILoRA`."""
+    return PSILoRA(model, lr, **kwargs)
+
+
+def _checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
+    pairs, refused = find_pairs(model)
+    if refused and unsupported == "raise":
+        raise ValueError(
+            f"these adapters cannot be trained as ΔW = s·B·A: {describe(refused)}; freeze them, or train them with "
+            "AdamW by unsupported='adamw'"
+        )
+    if not pairs:
+        raise ValueError(
+            "no trainable LoRA pair (lora_A, lora_B) found in the model; add adapters before building the optimizer"
+        )
+    return pairs
+
+
+def _lora_groups(
+    pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Split the pairs into param groups: group 0 for the rest, then one per override."""
+    groups = [{**settings, "kind": "lora", "params": []}]
+    matchers: list[Callable[[str], bool]] = []
+    for override in overrides:
+        unknown = set(override) - set(OPTION_NAMES) - {"layers"}
+        if "layers" not in override or unknown:
+            problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
+            raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
+        group = {**settings, **override, "kind": "lora", "params": []}
+        matchers.append(_matcher(group.pop("layers")))
+        Options.from_group(group)
+        groups.append(group)
+    for pair in pairs:
+        index = next((i for i, match in enumerate(matchers, start=1) if match(pair.name)), 0)
+        _momentum_rank(pair, Options.from_group(groups[index]))
+        groups[index]["params"] += [pair.lora_A, pair.lora_B]
+    for override, group in zip(overrides, groups[1:], strict=True):
+        if not group["params"]:
+            raise ValueError(
+                f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
+            )
+    return [group for group in groups if group["params"]]
+
+
+def _matcher(layers: object) -> Callable[[str], bool]:
+    if isinstance(layers, str):
+        pattern = re.compile(layers)
+        return lambda name: pattern.search(name) is not None
+    if isinstance(layers, Sequence):
+        names = set(layers)
+        return lambda name: name in names
+    raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
+
+
+def _momentum_rank(pair: LoRAPair, options: Options) -> int:
+    limit = min(pair.d_out, pair.d_in)
+    if options.momentum_rank is None:
+        return min(pair.rank, limit)
+    if options.momentum_rank > limit:
+        raise ValueError(f"{pair.name}: invalid momentum_rank={options.momentum_rank}. Must be in [1, {limit}].")
+    return options.momentum_rank
+
+
+def _nonfinite_message(buckets: Sequence[engine.Bucket], others: Sequence[Tensor]) -> str:
+    names = []
+    for bucket in buckets:
+        results = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in bucket.update.tensors()]).all(0)
+        for problem, finite in zip(bucket.problems, results.tolist(), strict=True):
+            if not (finite and bool(torch.isfinite(problem.dA).all()) and bool(torch.isfinite(problem.dB).all())):
+                names.append(problem.pair.name)
+    if not all(bool(torch.isfinite(grad).all()) for grad in others):
+        names.append("parameters outside the LoRA pairs")
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return f"non-finite gradient or update in {shown}; no parameter or state was changed"
+
+

@@ -1,0 +1,109 @@
+"""The settings of one parameter group of LoRA pairs, validated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from torch import Tensor
+
+METRICS = (None, "kfac", "shampoo")
+GRADIENTS = ("exact", "tangent")
+BACKENDS = ("auto", "reference", "triton")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of `psilora.PSILoRA`, where they are documented; letters as in METHOD §3 (η, K, μ, τ, ρ, γ, β₂, δ)."""
+
+    lr: float | Tensor
+    num_iters: int = 1
+    momentum: float = 0.9
+    dampening: float | None = None
+    momentum_rank: int | None = None
+    prox: float = 1e-2
+    weight_decay: float = 0.0
+    metric: str | None = None
+    metric_power: float = 0.5
+    metric_beta: float = 0.99
+    metric_bias_correction: bool = True
+    damping: float = 1e-5
+    gradient: str = "exact"
+    first: str = "A"
+    maximize: bool = False
+    loss_reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lr, Tensor):
+            _at_least("lr", self.lr, 0)
+        elif self.lr.numel() != 1:
+            raise ValueError(f"Invalid lr of shape {tuple(self.lr.shape)}. Must be a number or a one-element tensor.")
+        _integer("num_iters", self.num_iters, 0)
+        _in_range("momentum", self.momentum, 0, 1)
+        if self.dampening is not None and not 0 <= self.dampening <= 1:
+            raise ValueError(f"Invalid dampening={self.dampening}. Must be in [0, 1] or None.")
+        if self.momentum_rank is not None:
+            _integer("momentum_rank", self.momentum_rank, 1)
+        _at_least("prox", self.prox, 0)
+        _at_least("weight_decay", self.weight_decay, 0)
+        _one_of("metric", self.metric, METRICS)
+        if not 0 < self.metric_power <= 1:
+            raise ValueError(f"Invalid metric_power={self.metric_power}. Must be in (0, 1].")
+        _in_range("metric_beta", self.metric_beta, 0, 1)
+        if not (math.isfinite(self.damping) and self.damping > 0):
+            raise ValueError(f"Invalid damping={self.damping}. Must be finite and > 0.")
+        _one_of("gradient", self.gradient, GRADIENTS)
+        _one_of("first", self.first, ("A", "B"))
+        _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
+
+    @classmethod
+    def from_group(cls, group: Mapping[str, Any]) -> Options:
+        """Return the options held by a param group, ignoring its other keys."""
+        return cls(**{name: group[name] for name in OPTION_NAMES})
+
+    @property
+    def tau(self) -> float:
+        """τ: the dampening, by default 0 without a metric (heavy ball) and μ with one (an average)."""
+        if self.dampening is not None:
+            return self.dampening
+        return 0.0 if self.metric is None else self.momentum
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What must be equal for two layers to be computed in one batch; the numbers may differ."""
+        return (
+            self.num_iters,
+            self.first,
+            self.momentum > 0,
+            self.metric,
+            self.metric_bias_correction,
+            self.gradient,
+            self.maximize,
+            self.loss_reduction,
+            self.weight_decay > 0,
+        )
+
+
+OPTION_NAMES = tuple(field.name for field in fields(Options))
+
+
+def _at_least(name: str, value: float, bound: float) -> None:
+    if not (math.isfinite(value) and value >= bound):
+        raise ValueError(f"Invalid {name}={value}. Must be finite and >= {bound}.")
+
+
+def _in_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        raise ValueError(f"Invalid {name}={value}. Must be in [{low}, {high}).")
+
+
+def _integer(name: str, value: object, bound: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < bound:
+        raise ValueError(f"Invalid {name}={value!r}. Must be an integer >= {bound}.")
+
+
+def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")

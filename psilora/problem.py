@@ -1,0 +1,95 @@
+"""What one optimizer step knows about one LoRA pair, and what a backend returns for a batch of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psilora.adapters import LoRAPair
+from psilora.capture import Record
+from psilora.numerics import compute_dtype
+from psilora.options import Options
+
+
+@dataclass(eq=False)
+class Problem:
+    """One pair in one step. Matrices view the parameters and gradients; nothing here is copied.
+
+    Attributes:
+        dA, dB: The LoRA gradients `.grad`, (r, d_in) and (d_out, r).
+        record: The captured X and S_B (exact) or their sums (tangent with K-FAC); None when only `.grad` is used.
+        exact: Whether G = SᵀX is taken from the captured activations; else the tangent projection from dA and dB.
+        state_A, state_B: Optimizer state of lora_A and lora_B.
+    """
+
+    pair: LoRAPair
+    options: Options
+    dA: Tensor
+    dB: Tensor
+    record: Record | None
+    exact: bool
+    state_A: dict[str, Any]
+    state_B: dict[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The compute dtype."""
+        return compute_dtype(self.pair.lora_A.dtype)
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Problems with equal keys can be stacked."""
+        pair = self.pair
+        momentum_rank = self.state_A["momentum"].shape[0] if "momentum" in self.state_A else 0
+        return (
+            pair.B.shape,
+            pair.A.shape,
+            momentum_rank,
+            pair.lora_A.dtype,
+            pair.lora_B.dtype,
+            self.dA.dtype,
+            self.dB.dtype,
+            pair.lora_A.device,
+            self.exact,
+            self.options.structure,
+        )
+
+
+@dataclass
+class Scales:
+    """Factors on the gradient of every pair of a step; None means 1.
+
+    Attributes:
+        clip: From `max_grad_norm`: multiplies `.grad`, X and S alike; a 0-d tensor.
+        external: c, what happened to `.grad` after backward (clipping, unscaling): multiplies SᵀX only.
+    """
+
+    clip: Tensor | None = None
+    external: Tensor | None = None
+
+
+@dataclass
+class Update:
+    """The result for L stacked problems, to be committed together.
+
+    Attributes:
+        step_B, step_A: Increments of the parameters, (L, d_out, r) and (L, r, d_in), in the compute dtype.
+        momentum_B, momentum_A, metric_B, metric_A: New state, or None where there is none.
+        repaired: Number of r×r solves with a repaired pivot, 0-d int64.
+    """
+
+    step_B: Tensor
+    step_A: Tensor
+    momentum_B: Tensor | None
+    momentum_A: Tensor | None
+    metric_B: Tensor | None
+    metric_A: Tensor | None
+    repaired: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """The floating tensors that will be written."""
+        every = (self.step_B, self.step_A, self.momentum_B, self.momentum_A, self.metric_B, self.metric_A)
+        return [t for t in every if t is not None]

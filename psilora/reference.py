@@ -1,0 +1,192 @@
+"""The reference backend: one optimizer step (METHOD §3–6, 8, 9) on stacked layers in plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psilora import metric
+from psilora.gradient import ActivationGradient, Gradient, TangentGradient
+from psilora.lorsum import Projection, turns
+from psilora.problem import Problem, Scales, Update
+
+
+def reference_update(problems: Sequence[Problem], scales: Scales) -> Update:
+    """Return the update of problems with equal keys, without changing anything.
+
+    On B̃ = √s·B and Ã = √s·A, with λ = η·ρ and the metric M updated first::
+
+        (B̃, Ã)     ← LoRSum of (1 − η·wd)·(B̃, Ã) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m)   in the metric M
+        (B_m, A_m) ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)                           Frobenius, old momentum
+
+    Both projections take their turns in step, so that their products with X and S share one read; the first turn takes
+    BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`.
+    """
+    batch = _Batch(problems, scales)
+    options = problems[0].options
+    weights, metric_B, metric_A = batch.metric()
+    weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=weights)
+    old = batch.momentum()
+    memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge)
+    products = _Products(batch, weight, memory)
+    if options.num_iters == 0:
+        weight.simultaneous(products.weight_left(), products.weight_right())
+    for turn in turns(max(options.num_iters, 1), options.first):
+        products.take(turn, advance_weight=options.num_iters > 0)
+    if weight.step_B is None or weight.step_A is None:
+        raise RuntimeError("a LoRSum ended before both factors had a turn")
+    return Update(
+        step_B=weight.step_B / batch.root,
+        step_A=weight.step_A / batch.root,
+        momentum_B=None if memory is None else memory.B,
+        momentum_A=None if memory is None else memory.A,
+        metric_B=metric_B,
+        metric_A=metric_A,
+        repaired=weight.repaired if memory is None else weight.repaired + memory.repaired,
+    )
+
+
+class _Batch:
+    """The stacked tensors of one update: factors scaled by √s, gradient, and per-layer numbers as (L, 1, 1)."""
+
+    def __init__(self, problems: Sequence[Problem], scales: Scales) -> None:
+        self.problems = problems
+        self.options = problems[0].options
+        self.dtype = problems[0].dtype
+        self.device = problems[0].pair.lora_A.device
+        self.scaling = self._column([p.pair.scaling for p in problems])
+        self.root = self.scaling.sqrt()
+        self.lr = self._column([p.options.lr for p in problems])
+        self.mu = self._column([p.options.momentum for p in problems])
+        self.fresh = self._column([1 - p.options.tau for p in problems])
+        self.ridge = self.lr * self._column([p.options.prox for p in problems])
+        wd = [p.options.weight_decay for p in problems]
+        self.decay = -self.lr * self._column(wd) if any(wd) else None
+        self.B = self._stack([p.pair.B for p in problems]) * self.root
+        self.A = self._stack([p.pair.A for p in problems]) * self.root
+        sign = -1.0 if self.options.maximize else 1.0
+        self.clip = sign if scales.clip is None else sign * scales.clip.to(self.device, self.dtype)
+        self.external = 1.0 if scales.external is None else scales.external.to(self.device, self.dtype)
+        self.left = self._stack([p.dA for p in problems]) * (self.clip / self.root)
+        self.right = self._stack([p.dB for p in problems]) * (self.clip / self.root)
+        self.gradient = self._gradient()
+
+    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([t.detach().to(self.dtype) for t in tensors])
+
+    def _column(self, values: Sequence[float | Tensor]) -> Tensor:
+        if any(isinstance(v, Tensor) for v in values):
+            tensor = torch.stack([torch.as_tensor(v, dtype=self.dtype).to(self.device).reshape(()) for v in values])
+        else:
+            tensor = torch.tensor(values, dtype=self.dtype).to(self.device, non_blocking=True)
+        return tensor.view(-1, 1, 1)
+
+    def _gradient(self) -> Gradient:
+        if not self.problems[0].exact:
+            return TangentGradient(self.B, self.A, self.left, self.right)
+        chunks = [p.record.chunks for p in self.problems if p.record is not None]
+        return ActivationGradient(chunks, (self.clip * self.external / self.scaling).flatten())
+
+    @property
+    def reuse(self) -> bool:
+        """Whether BᵀG and GAᵀ at the current factors are `.grad` itself: not when that was rounded to 16 bits."""
+        low = min(self.problems[0].dA.element_size(), self.problems[0].dB.element_size()) < 4
+        return not (self.problems[0].exact and low)
+
+    def momentum(self) -> tuple[Tensor, Tensor] | None:
+        """The old (B_m, A_m), or None without momentum."""
+        if not self.options.momentum > 0:
+            return None
+        return (
+            self._stack([p.state_B["momentum"] for p in self.problems]),
+            self._stack([p.state_A["momentum"] for p in self.problems]),
+        )
+
+    def metric(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
+        """Update the running averages; return ((M_B, M_A), new D_B, new D_A), or Nones without a metric."""
+        if self.options.metric is None:
+            return None, None, None
+        new_A, new_B = self._statistics(self.options.metric)
+        beta = self._column([p.options.metric_beta for p in self.problems])[:, 0]
+        D_A = metric.averaged(self._stack([p.state_A["metric"] for p in self.problems]), new_A, beta)
+        D_B = metric.averaged(self._stack([p.state_B["metric"] for p in self.problems]), new_B, beta)
+        correction = None
+        if self.options.metric_bias_correction:
+            t = self._stack([p.state_A["step"] for p in self.problems])[:, None] + 1
+            correction = 1 - beta**t
+        damping = self._column([p.options.damping for p in self.problems])[:, 0]
+        power = self._column([p.options.metric_power for p in self.problems])[:, 0]
+        M_B, M_A = (metric.raised(D, correction, damping, power) for D in (D_B, D_A))
+        return (M_B, M_A), D_B, D_A
+
+    def _statistics(self, kind: str) -> tuple[Tensor, Tensor]:
+        rows = self._column([max(1, p.record.rows if p.record is not None else 1) for p in self.problems])[:, 0]
+        if isinstance(self.gradient, TangentGradient) and kind == "shampoo":
+            squares_A, squares_B = self.gradient.squares()
+        else:
+            squares = [metric.layer_squares(p, self.dtype) for p in self.problems]
+            scale = ((self.clip * self.external / self.scaling) ** 2)[:, 0]
+            squares_A = torch.stack([a for a, _ in squares]) * (scale if kind == "shampoo" else 1)
+            squares_B = torch.stack([b for _, b in squares]) * scale
+        return metric.normalised(kind, squares_A, squares_B, rows, self.options.loss_reduction)
+
+
+@dataclass
+class _Products:
+    """The products BᵏᵀG and GAᵏᵀ that the turns of the two projections ask for."""
+
+    batch: _Batch
+    weight: Projection
+    memory: Projection | None
+
+    def weight_left(self) -> Tensor:
+        """Σ_{i≥2} c_i BᵀT_i of the weight's projection at its current B."""
+        batch = self.batch
+        known = batch.reuse and self.weight.step_B is None
+        return self._weight_target("A", batch.left if known else batch.gradient.left(self.weight.B))
+
+    def weight_right(self) -> Tensor:
+        """Σ_{i≥2} c_i T_iAᵀ of the weight's projection at its current A."""
+        batch = self.batch
+        known = batch.reuse and self.weight.step_A is None
+        return self._weight_target("B", batch.right if known else batch.gradient.right(self.weight.A))
+
+    def take(self, turn: str, *, advance_weight: bool) -> None:
+        """Take one turn of the weight's projection (unless it is done) and one of the momentum's."""
+        batch, weight, memory = self.batch, self.weight, self.memory
+        at_start = (weight.step_B if turn == "A" else weight.step_A) is None
+        known = (batch.left if turn == "A" else batch.right) if batch.reuse and at_start else None
+        asking: list[Tensor] = []
+        if advance_weight and known is None:
+            asking.append(weight.B if turn == "A" else weight.A)
+        if memory is not None:
+            asking.append(memory.B if turn == "A" else memory.A)
+        answers = self._ask(turn, asking)
+        if advance_weight:
+            target = self._weight_target(turn, answers.pop(0) if known is None else known)
+            (weight.turn_A if turn == "A" else weight.turn_B)(target)
+        if memory is not None:
+            (memory.turn_A if turn == "A" else memory.turn_B)(batch.fresh * answers.pop())
+
+    def _ask(self, turn: str, factors: list[Tensor]) -> list[Tensor]:
+        """One read of X and S for all the factors: their columns are concatenated."""
+        if not factors:
+            return []
+        axis = -1 if turn == "A" else -2
+        ask: Callable[[Tensor], Tensor] = self.batch.gradient.left if turn == "A" else self.batch.gradient.right
+        product = ask(torch.cat(factors, axis) if len(factors) > 1 else factors[0])
+        sizes = [factor.shape[axis] for factor in factors]
+        return list(product.split(sizes, -2 if turn == "A" else -1))
+
+    def _weight_target(self, turn: str, product: Tensor) -> Tensor:
+        """−η(1−τ)·product − ημ·(momentum's product with the weight's current factor)."""
+        batch, weight = self.batch, self.weight
+        target = -batch.lr * batch.fresh * product
+        if self.memory is not None:
+            B_m, A_m = self.memory.base_B, self.memory.base_A
+            old = (weight.B.mT @ B_m) @ A_m if turn == "A" else B_m @ (A_m @ weight.A.mT)
+            target = target - batch.lr * batch.mu * old
+        return target
