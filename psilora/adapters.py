@@ -71,14 +71,17 @@ class LoRAPair:
 
     @property
     def rank(self) -> int:
+        """Return r."""
         return self.lora_A.shape[0]
 
     @property
     def d_in(self) -> int:
+        """Return the width of A, the layer's input width for a linear layer."""
         return self.lora_A[0].numel()
 
     @property
     def d_out(self) -> int:
+        """Return the height of B, the layer's output width for a linear layer."""
         return self.lora_B.shape[0]
 
 
@@ -167,7 +170,9 @@ def _refusal(pair: LoRAPair) -> str | None:
     if isinstance(getattr(owner, "lora_A", None), nn.ParameterDict):
         return f"{type(owner).__name__} keeps lora_A as a parameter, not as a layer"
     scaling = getattr(owner, "scaling", None)
-    if not isinstance(scaling, (numbers.Real, Tensor)) and not (pair.adapter is not None and pair.adapter in scaling):
+    if isinstance(scaling, dict):
+        scaling = scaling.get(pair.adapter)
+    if not isinstance(scaling, (numbers.Real, Tensor)):
         return "it has no LoRA scaling"
     if A.is_complex() or B.is_complex():
         return f"it is complex ({A.dtype}); factors must have a real floating dtype"

@@ -12,11 +12,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from psilora.capture import Record
 from psilora.problem import Problem
 
-# ‖dB − cD‖ / ‖dB‖ above which a capture is called wrong, and |c − 1| below which c is 1, by the coarsest dtype involved.
+# ‖dB − cD‖ / ‖dB‖ above which a capture is called wrong, and |c − 1| below which c is 1, by the coarsest dtype.
 # 16-bit autograd rounds XAᵀ and dB to 2⁻⁹; a capture of the wrong tensors is off by 0.3 and more.
 _TOLERANCE = {2: (0.1, 1e-2), 4: (1e-2, 1e-5), 8: (1e-6, 1e-12)}
+
+
+def external_scale(problems: Sequence[Problem], device: torch.device) -> Tensor | None:
+    """Return c (0-d), what happened to `.grad` since backward and not to SᵀX; None where nothing did.
+
+    Each pair's first capture is checked against `.grad`, waiting for the device once; later captures are checked where
+    that is free.
+
+    Raises:
+        RuntimeError: A capture does not reproduce `.grad`; names the worst layer and its residual.
+    """
+    seen = [(p, p.record) for p in problems if p.record is not None]
+    exact = [(p, record) for p, record in seen if p.exact]
+    touched = any(record.touched for _, record in seen)
+    new = any(not record.verified for _, record in exact)
+    if exact and (touched or new):
+        agreement = compare([p for p, _ in exact], rescaled=touched)
+        if new or device.type == "cpu":
+            _refuse(exact, agreement)
+        return agreement.scale if touched else None
+    if touched and not exact:  # statistics only: backward left the norms of its gradients
+        before = torch.stack([n.to(device, torch.float64) for _, r in seen if (n := r.grad_norm) is not None]).norm()
+        now = torch.stack([p.dB.double().norm().to(device) for p, _ in seen]).norm()
+        return torch.where(before > 0, now / before, torch.ones_like(before))
+    return None
+
+
+def _refuse(seen: Sequence[tuple[Problem, Record]], agreement: Agreement) -> None:
+    judged = zip(seen, agreement.disagrees.tolist(), agreement.residual.tolist(), strict=True)
+    wrong = [(residual, problem.pair.name) for (problem, _), bad, residual in judged if bad]
+    if wrong:
+        residual, name = max(wrong)
+        raise RuntimeError(
+            f"the captured activations do not reproduce .grad for {len(wrong)} layer(s), worst {name} with relative "
+            f"residual {residual:.2g}; use gradient='tangent' for it, or check what changes its gradient"
+        )
+    for _, record in seen:
+        record.verified = True
 
 
 @dataclass
@@ -35,7 +74,10 @@ def compare(problems: Sequence[Problem], *, rescaled: bool) -> Agreement:
     root mean square over the layers is not judged, because rounding dominates it.
     """
     device = problems[0].pair.lora_A.device
-    dots, squares, grads, cross = [], [], [], []
+    dots: list[Tensor] = []
+    squares: list[Tensor] = []
+    grads: list[Tensor] = []
+    cross: list[tuple[Tensor, Tensor]] = []
     for problem in problems:
         D = _expected_dB(problem)
         dB = problem.dB.to(D.dtype)
@@ -50,8 +92,11 @@ def compare(problems: Sequence[Problem], *, rescaled: bool) -> Agreement:
         scale = torch.where(total > 0, dot.sum() / total, scale)
         snap = max(limit for _, limit in limits)
         scale = torch.where((scale - 1).abs() <= snap, torch.ones_like(scale), scale)
+    # judged against the median over the layers, which one wrong capture cannot move
+    typical = torch.nanmedian(dot / square) if rescaled else scale
+    typical = torch.where(torch.isfinite(typical), typical, scale)
     errors = torch.stack(
-        [(dB - scale.to(D.device, D.dtype) * D).square().sum().to(device, torch.float64) for dB, D in cross]
+        [(dB - typical.to(D.device, D.dtype) * D).square().sum().to(device, torch.float64) for dB, D in cross]
     )
     tolerance = torch.tensor([limit for limit, _ in limits], dtype=torch.float64).to(device, non_blocking=True)
     judged = grad > 1e-6 * grad.mean()

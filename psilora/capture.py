@@ -57,10 +57,28 @@ class Record:
         self._backward = -1
         self._left_as: tuple[int, int] | None = None
 
-    def add(self, x: Tensor, s: Tensor | None) -> None:
-        """Take the input and output gradient of one call, from inside backward."""
+    def open(self, *, missed: bool) -> None:
+        """Note that backward has reached lora_B's output, before anything of this call accumulates.
+
+        A new backward pass that finds no gradient starts afresh: what is here was left by a step that never came, after
+        a `zero_grad` on the model or an overflow, neither of which reaches the optimizer.
+
+        Args:
+            missed: Whether the call did not pass lora_A's input node, so that it will bring no X.
+        """
         with self._lock:
-            self._open()
+            backward = torch._C._current_graph_task_id()
+            if backward != self._backward:
+                if self.pair.lora_A.grad is None:
+                    self.clear()
+                elif self._left_as is not None and self._left_as != self._fingerprint():
+                    self.rescaled = True
+                self._backward = backward
+            self.missed += missed
+
+    def add(self, x: Tensor, s: Tensor | None) -> None:
+        """Take the input and output gradient of one call, from inside backward; without the latter it is a miss."""
+        with self._lock:
             if s is None:
                 self.missed += 1
                 return
@@ -71,26 +89,6 @@ class Record:
                 self._add_squares(x, s)
             else:  # under autocast X may be wider than S: keep neither wider than the gradient
                 self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
-
-    def miss(self) -> None:
-        """Note a backward call that reached lora_B's output without having passed lora_A's input."""
-        with self._lock:
-            self._open()
-            self.missed += 1
-
-    def _open(self) -> None:
-        """Drop what an abandoned step left behind: a new backward pass that finds no gradient starts afresh.
-
-        `zero_grad` on the model, which never reaches the optimizer, and an overflow that skips `step` end like this.
-        """
-        backward = torch._C._current_graph_task_id()
-        if backward == self._backward:
-            return
-        if self.pair.lora_A.grad is None:
-            self.clear()
-        elif self._left_as is not None and self._left_as != self._fingerprint():
-            self.rescaled = True
-        self._backward = backward
 
     def _add_squares(self, x: Tensor, s: Tensor) -> None:
         dtype = compute_dtype(self.pair.lora_A.dtype)
@@ -116,6 +114,7 @@ class Record:
 
     @property
     def captured(self) -> bool:
+        """Whether X and S of every call since the last step are here."""
         return self.calls > 0 and self.missed == 0
 
 
@@ -212,10 +211,8 @@ class _OutputNode(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         token: _Token = ctx.token
-        if token.paired:
-            token.s = grad
-        else:
-            token.record.miss()
+        token.record.open(missed=not token.paired)
+        token.s = grad
         return grad, None
 
 
@@ -243,7 +240,7 @@ class _BeforeA(_Hook):
         if torch.is_autocast_enabled(x.device.type):  # cast here, so that the tensor saved is the one the linear saves
             x = x.to(torch.get_autocast_dtype(x.device.type))
         self.slot.token = _Token(self.record, paired=True)
-        return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])
+        return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])  # type: ignore[no-untyped-call]
 
 
 class _AfterB(_Hook):
@@ -255,7 +252,8 @@ class _AfterB(_Hook):
         self.slot.token = None
         if not torch.is_grad_enabled() or not output.requires_grad:
             return None
-        return _OutputNode.apply(output, token or _Token(self.record, paired=False))  # type: ignore[no-any-return]
+        node = _OutputNode.apply(output, token or _Token(self.record, paired=False))  # type: ignore[no-untyped-call]
+        return node  # type: ignore[no-any-return]
 
 
 class _AfterAccumulate(_Hook):

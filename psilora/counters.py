@@ -10,7 +10,7 @@ from torch import Tensor
 EVENTS = ("skipped_steps", "repaired_pivots")
 _MESSAGES = {
     "skipped_steps": "a step was skipped because a gradient or an update was not finite; nothing was changed by it",
-    "repaired_pivots": "an r×r system was not positive definite and was repaired with a ridge; a larger prox avoids this",
+    "repaired_pivots": "an r×r system was not positive definite and was repaired with a ridge; a larger prox avoids it",
 }
 
 

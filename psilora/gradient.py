@@ -46,6 +46,7 @@ class ActivationGradient:
         self.reads = 0
 
     def left(self, B: Tensor) -> Tensor:
+        """Return BᵀG by one read of S and X."""
         self.reads += 1
         products = [
             _sum((s.to(B.dtype) @ B[i]).mT @ x.to(B.dtype) for x, s in chunks) for i, chunks in enumerate(self.chunks)
@@ -53,9 +54,11 @@ class ActivationGradient:
         return torch.stack(products) * self.scale[:, None, None]
 
     def right(self, A: Tensor) -> Tensor:
+        """Return GAᵀ by one read of X and S."""
         self.reads += 1
         products = [
-            _sum(s.to(A.dtype).mT @ (x.to(A.dtype) @ A[i].mT) for x, s in chunks) for i, chunks in enumerate(self.chunks)
+            _sum(s.to(A.dtype).mT @ (x.to(A.dtype) @ A[i].mT) for x, s in chunks)
+            for i, chunks in enumerate(self.chunks)
         ]
         return torch.stack(products) * self.scale[:, None, None]
 
@@ -88,9 +91,11 @@ class TangentGradient:
         self.R = spd_solve(relative_ridge(A @ A.mT), A)[0]
 
     def left(self, B: Tensor) -> Tensor:
+        """Return BᵀG_T."""
         return (B.mT @ self.B) @ self.Z + (B.mT @ self.H) @ self.R
 
     def right(self, A: Tensor) -> Tensor:
+        """Return G_TAᵀ."""
         return self.B @ (self.Z @ A.mT) + self.H @ (self.R @ A.mT)
 
     def squares(self) -> tuple[Tensor, Tensor]:

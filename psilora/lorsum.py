@@ -47,7 +47,7 @@ def lorsum(
         first: "A" or "B", the factor that is updated first.
 
     Returns:
-        New (B, A) in the dtype of (B₁, A₁). Grams, solves and sums are in fp32 (fp64 for fp64 input); a Gram that is not
+        New (B, A) in the dtype of (B₁, A₁). Grams, solves and sums are in fp32 (fp64 for fp64); a Gram that is not
         positive definite is repaired as in `psilora.numerics.spd_solve`. Not differentiable.
 
     Raises:
@@ -58,9 +58,7 @@ def lorsum(
     base_B, base_A = terms[0]
     dtype = compute_dtype(base_A.dtype)
     batch = torch.broadcast_shapes(*(factor.shape[:-2] for term in terms for factor in term))
-    work = [
-        (B.to(dtype).expand(*batch, *B.shape[-2:]), A.to(dtype).expand(*batch, *A.shape[-2:])) for B, A in terms
-    ]
+    work = [(B.to(dtype).expand(*batch, *B.shape[-2:]), A.to(dtype).expand(*batch, *A.shape[-2:])) for B, A in terms]
     scale = [_batched(c, work[0][0]) for c in coefficients]
 
     def left(B: Tensor) -> Tensor:  # Σ_{i≥2} c_i (BᵀB_i) A_i
@@ -107,12 +105,11 @@ class Projection:
         repaired: number of solves in which a failed pivot had to be repaired, a 0-d int64 tensor.
     """
 
-    def __init__(
-        self, B: Tensor, A: Tensor, *, decay: Tensor | None, prox: Tensor, metric: Pair | None = None
-    ) -> None:
+    def __init__(self, B: Tensor, A: Tensor, *, decay: Tensor | None, prox: Tensor, metric: Pair | None = None) -> None:
         self.base_B, self.base_A = B, A
         self.decay, self.prox = decay, prox
-        self.metric_B, self.metric_A = (None, None) if metric is None else metric
+        self.metric_B: Tensor | None = None if metric is None else metric[0]
+        self.metric_A: Tensor | None = None if metric is None else metric[1]
         self.step_B: Tensor | None = None
         self.step_A: Tensor | None = None
         self.repaired = torch.zeros((), dtype=torch.int64, device=A.device)
@@ -220,13 +217,14 @@ def _check(
         raise ValueError(f"Invalid prox={prox!r}. Must be finite and >= 0.")
     if first not in ("A", "B"):
         raise ValueError(f"Invalid first={first!r}. Must be 'A' or 'B'.")
-    d_out, d_in = terms[0][0].shape[-2], terms[0][1].shape[-1]
     for i, (B, A) in enumerate(terms, start=1):
         for name, factor in ((f"B_{i}", B), (f"A_{i}", A)):
             if not factor.is_floating_point():
                 raise TypeError(f"{name} has dtype {factor.dtype}; must be a real floating dtype")
             if factor.dim() < 2:
                 raise ValueError(f"{name} has shape {tuple(factor.shape)}; must have at least 2 dimensions")
+    d_out, d_in = terms[0][0].shape[-2], terms[0][1].shape[-1]
+    for i, (B, A) in enumerate(terms, start=1):
         if B.shape[-1] != A.shape[-2]:
             raise ValueError(
                 f"rank mismatch in term {i}: B_{i} has shape {tuple(B.shape)}, A_{i} has {tuple(A.shape)}; "
@@ -237,14 +235,17 @@ def _check(
                 f"term {i} is a {B.shape[-2]}×{A.shape[-1]} matrix; the first term makes it {d_out}×{d_in}"
             )
     if metric is not None:
-        _check_metric(metric[0], "M_B", d_out)
-        _check_metric(metric[1], "M_A", d_in)
+        batch = torch.broadcast_shapes(*(factor.shape[:-2] for term in terms for factor in term))
+        _check_metric(metric[0], "M_B", d_out, batch)
+        _check_metric(metric[1], "M_A", d_in, batch)
 
 
-def _check_metric(metric: Tensor, name: str, size: int) -> None:
+def _check_metric(metric: Tensor, name: str, size: int, batch: Sequence[int]) -> None:
     if metric.dim() < 1 or metric.shape[-1] != size:
         raise ValueError(f"{name} has shape {tuple(metric.shape)}; must be (…, {size}) or (…, {size}, {size})")
-    square = metric.dim() >= 2 and metric.shape[-2] == size
+    square = metric.shape[-2:] == (size, size) and metric.shape != (*batch, size)
     diagonal = metric.diagonal(dim1=-2, dim2=-1) if square else metric
     if not bool((diagonal > 0).all()):
         raise ValueError(f"{name} must be positive definite; its smallest diagonal entry is {diagonal.min().item():g}")
+    if square and bool(torch.linalg.cholesky_ex(metric.to(compute_dtype(metric.dtype)))[1].any()):
+        raise ValueError(f"{name} must be positive definite; its Cholesky factorisation fails")

@@ -11,8 +11,10 @@ from psilora.problem import Problem
 
 def initial_metric(size: int, bias_correction: bool, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the starting running average: 0 with bias correction, else 1 as published."""
-    return torch.zeros(size, dtype=dtype, device=device) if bias_correction else torch.ones(
-        size, dtype=dtype, device=device
+    return (
+        torch.zeros(size, dtype=dtype, device=device)
+        if bias_correction
+        else torch.ones(size, dtype=dtype, device=device)
     )
 
 
@@ -33,9 +35,7 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     return x2, s2
 
 
-def normalised(
-    kind: str, squares_A: Tensor, squares_B: Tensor, rows: Tensor, reduction: str
-) -> tuple[Tensor, Tensor]:
+def normalised(kind: str, squares_A: Tensor, squares_B: Tensor, rows: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """Return (new D_A, new D_B) from the sums of the true X, S and G; `rows` = N broadcasts against them.
 
     For a mean-reduced loss S carries 1/N: K-FAC (1/N)Σx² and NΣs²; Shampoo N·diag(GᵀG) and N·diag(GGᵀ).

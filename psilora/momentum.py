@@ -10,11 +10,12 @@ def initial_momentum(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tup
     """Return B_m = 0 (d_out, r_m) and A_m (r_m, d_in) with orthonormal rows that begin with the row space of A.
 
     Any full-rank A_m is allowed. Early in training B is small, the proximal term keeps A near its start and updates
-    enter along A's rows, so a momentum that sees those rows is useful from the first step, a random one is not. The rows
-    are completed from a fixed pseudo-random matrix: the same everywhere, and independent of the LoRA scaling.
+    Any full-rank A_m is allowed. Early in training B is small, the proximal term keeps A near its start and updates
+    completed from a fixed pseudo-random matrix: the same everywhere, and independent of the LoRA scaling.
 
     Args:
-        B, A: the factors as matrices (d_out, r), (r, d_in).
+        B: The factor as a matrix (d_out, r).
+        A: The factor as a matrix (r, d_in).
         rank: r_m, 1 ≤ r_m ≤ d_in.
         dtype: dtype of the state, at least fp32.
     """

@@ -5,19 +5,22 @@ The extension is optional. Everything it does has a plain-PyTorch twin, so calle
 
 from __future__ import annotations
 
-import importlib
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 
 def _load() -> str | None:
-    """Load psilora._C, which registers the operators; return why it is not there, or None."""
-    try:
-        importlib.import_module("psilora._C")
-    except ModuleNotFoundError:
+    """Load the library psilora/_C, which registers the operators; return why it is not there, or None."""
+    candidates = [Path(__file__).with_name(f"_C{suffix}") for suffix in EXTENSION_SUFFIXES]
+    library = next((path for path in candidates if path.exists()), None)
+    if library is None:
         return "psilora was installed without its native extension (see PSILORA_BUILD_EXT)"
-    except ImportError as error:
+    try:
+        torch.ops.load_library(library)
+    except (OSError, RuntimeError) as error:
         return f"the native extension does not load with torch {torch.__version__}: {error}"
     return None
 
@@ -36,24 +39,24 @@ def unavailable_reason() -> str | None:
 
 
 def spd_solve(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve `gram[l] @ x[l] = rhs[l]` for each symmetric positive semidefinite `gram[l]`, repairing failed pivots.
+    """Solve `gram[l] @ x[l] = rhs[l]` for symmetric positive semidefinite systems, repairing failed pivots.
 
-    Cholesky is tried on `gram` as it is, then with ridge_j = 8·r·eps·1024^(j−1)·max_i |gram_ii|, j = 1, 2, 3, on its
-    diagonal; each system takes the first factorisation whose pivots are all positive and finite. A system that never
-    factorises, and every system whose right-hand side is identically zero, gets the solution 0 exactly.
+    Cholesky is tried on `gram` as it is, then with ridge_j = 8·r·eps·1024^(j−1)·max_i |gram_ii|, j = 1, 2, 3,
+    on its diagonal; each system takes the first factorisation whose pivots are all positive and finite. The
+    solution is exactly 0 where none is, and where the right-hand side is identically zero.
 
-    Factorisation and substitution run in the dtype of the inputs. The result is bitwise reproducible and does not
-    depend on the number of threads. Nothing is mutated, no host synchronisation takes place, and the operator is not
-    differentiable: a backward through it raises.
+    Factorisation and substitution run in the dtype of the inputs. The result is bitwise reproducible and does
+    not depend on the number of threads. Nothing is mutated, no host synchronisation takes place, and the
+    operator is not differentiable: a backward through it raises.
 
     Args:
-        gram: (L, r, r), 1 ≤ r ≤ 128, float32 or float64, any strides; only its lower triangle is read. The proximal
-            weight is already on its diagonal.
+        gram: (L, r, r), 1 ≤ r ≤ 128, float32 or float64, any strides; only its lower triangle is read. The
+            proximal weight is already on its diagonal.
         rhs: (L, r, n), same dtype and device, any strides.
 
     Returns:
-        The solution (L, r, n), contiguous, and `info` (L,), int32: the number of failed attempts per system (0 clean,
-        1 to 3 repaired, 4 given up), 0 where the right-hand side is zero.
+        The solution (L, r, n), contiguous, and `info` (L,), int32: the number of failed attempts per system
+        (0 clean, 1 to 3 repaired, 4 given up), 0 where the right-hand side is zero.
 
     Raises:
         RuntimeError: the extension is not available.

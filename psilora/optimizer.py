@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psilora import engine
-from psilora.adapters import LoRAPair, check_model, describe, find_pairs, is_sparse
-from psilora.agreement import compare
+from psilora.adapters import LoRAPair, check_model, describe, is_sparse
+from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.counters import Counters
+from psilora.groups import checked_pairs, lora_groups, momentum_rank
 from psilora.metric import initial_metric
 from psilora.momentum import initial_momentum
 from psilora.numerics import compute_dtype, full_precision
@@ -32,8 +32,8 @@ class PSILoRA(torch.optim.Optimizer):
         (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m),   λ = η·ρ
         (B_m, A_m)   ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)
 
-    See `psilora.lorsum` for LoRSum. G is never formed; lr and prox refer to the weight, whatever alpha is. Grams, solves
-    and state are fp32 (fp64 for fp64 parameters), also under autocast and for 16-bit parameters.
+    See `psilora.lorsum` for LoRSum. G is never formed; lr and prox refer to the weight, whatever alpha is. Grams,
+    solves and state are fp32 (fp64 for fp64 parameters), also under autocast and for 16-bit parameters.
 
     The other trainable parameters (heads, `modules_to_save`, norms, biases) are trained by `torch.optim.AdamW` in the
     last param group, under their own rate `adamw_lr`, which follows the same schedule.
@@ -115,9 +115,9 @@ class PSILoRA(torch.optim.Optimizer):
             if value not in allowed:
                 raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")
         self.max_grad_norm, self.backend, self.nonfinite = max_grad_norm, backend, nonfinite
-        pairs = _checked_pairs(check_model(model), unsupported)
+        pairs = checked_pairs(check_model(model), unsupported)
         self._pairs = {id(pair.lora_A): pair for pair in pairs}
-        param_groups = _lora_groups(pairs, settings, groups)
+        param_groups = lora_groups(pairs, settings, groups)
         taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
         if rest:
@@ -172,7 +172,7 @@ class PSILoRA(torch.optim.Optimizer):
     # ---- the step -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; return the closure's loss, if there is one.
 
         Order: metric, both projections, check, commit, AdamW, drop captures. Everything is computed before anything is
@@ -203,7 +203,7 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
-        scales = Scales(clip=self._clip(problems), external=self._external(problems))
+        scales = Scales(clip=self._clip(problems), external=external_scale(problems, device))
         buckets = engine.compute(problems, scales, self.backend)
         results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
         ok = engine.all_finite(grads + results, device)
@@ -226,7 +226,9 @@ class PSILoRA(torch.optim.Optimizer):
             record = self._capture.record(pair)
             if record is not None and not record.captured:
                 if options.metric is not None:
-                    raise RuntimeError(f"{pair.name}: the metric needs activations, but none were captured in this step")
+                    raise RuntimeError(
+                        f"{pair.name}: the metric needs activations, but none were captured in this step"
+                    )
                 if id(pair) not in self._fell_back:
                     self._fell_back.add(id(pair))
                     newly_blind.append(pair.name)
@@ -247,8 +249,8 @@ class PSILoRA(torch.optim.Optimizer):
         if newly_blind:
             shown = ", ".join(newly_blind[:8]) + (f" and {len(newly_blind) - 8} more" if len(newly_blind) > 8 else "")
             warnings.warn(
-                "psilora: gradients without captured activations (a fused or compiled kernel bypasses lora_A and lora_B, "
-                f"or the optimizer was detached); using the tangent gradient for {shown}",
+                "psilora: gradients without captured activations (a fused or compiled kernel bypasses lora_A and "
+                f"lora_B, or the optimizer was detached); using the tangent gradient for {shown}",
                 stacklevel=4,
             )
         return problems
@@ -278,39 +280,8 @@ class PSILoRA(torch.optim.Optimizer):
         ]
         norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in self._others.gradients]
         total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
-        return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
-
-    def _external(self, problems: Sequence[Problem]) -> Tensor | None:
-        """What happened to `.grad` since backward, for X and S; checks each pair's first capture (waits for it once)."""
-        seen = [p for p in problems if p.record is not None]
-        exact = [p for p in seen if p.exact]
-        touched = any(p.record.touched for p in seen if p.record is not None)
-        new = [p for p in exact if p.record is not None and not p.record.verified]
-        if exact and (touched or new):
-            agreement = compare(exact, rescaled=touched)
-            if new or agreement.disagrees.device.type == "cpu":
-                self._refuse_capture(exact, agreement.disagrees.tolist(), agreement.residual.tolist())
-            return agreement.scale if touched else None
-        if not exact and touched:  # statistics only: backward left the norms
-            records = [p.record for p in seen if p.record is not None and p.record.grad_norm is not None]
-            device = self._counters.values.device
-            before = torch.stack([cast(Tensor, r.grad_norm).to(device, torch.float64) for r in records]).norm()
-            now = torch.stack([p.dB.double().norm().to(device) for p in seen]).norm()
-            return torch.where(before > 0, now / before, torch.ones_like(before))
-        return None
-
-    @staticmethod
-    def _refuse_capture(problems: Sequence[Problem], disagrees: list[bool], residual: list[float]) -> None:
-        wrong = [(p.pair.name, r) for p, bad, r in zip(problems, disagrees, residual, strict=True) if bad]
-        if wrong:
-            name, worst = max(wrong, key=lambda item: item[1])
-            raise RuntimeError(
-                f"the captured activations do not reproduce .grad for {len(wrong)} layer(s), worst {name} with relative "
-                f"residual {worst:.2g}; use gradient='tangent' for it, or check what changes its gradient"
-            )
-        for problem in problems:
-            if problem.record is not None:
-                problem.record.verified = True
+        clip: Tensor = self.max_grad_norm / (total + 1e-6)
+        return clip.clamp(max=1.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""
@@ -332,26 +303,27 @@ class PSILoRA(torch.optim.Optimizer):
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=device)
         if options.momentum > 0 and "momentum" not in state_A:
-            rank = _momentum_rank(pair, options)
+            rank = momentum_rank(pair, options)
             state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
         if options.metric is not None and "metric" not in state_A:
             corrected = options.metric_bias_correction
             state_A["metric"] = initial_metric(pair.d_in, corrected, dtype=dtype, device=device)
             state_B["metric"] = initial_metric(pair.d_out, corrected, dtype=dtype, device=device)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype."""
         super().load_state_dict(dict(state_dict))
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        lora = {id(p) for group in self.param_groups if group["kind"] == "lora" for p in group["params"]}
-        for i, parameter in zip(ids, parameters, strict=True):
-            if id(parameter) not in lora or i not in state_dict["state"]:
-                continue
-            for key, value in state_dict["state"][i].items():
-                if isinstance(value, Tensor):
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        current = [(group["kind"], p) for group in self.param_groups for p in group["params"]]
+        for i, (kind, parameter) in zip(saved, current, strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if not isinstance(value, Tensor):
+                    continue
+                if kind == "lora":
                     dtype = torch.float32 if key == "step" else compute_dtype(parameter.dtype)
                     self.state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
+                else:  # torch keeps the loaded tensor itself, which the source would go on changing
+                    self.state[parameter][key] = self.state[parameter][key].clone()
         self._capture.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -379,66 +351,6 @@ def create_psilora_optimizer(model: nn.Module, lr: float, **kwargs: Any) -> PSIL
     return PSILoRA(model, lr, **kwargs)
 
 
-def _checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
-    pairs, refused = find_pairs(model)
-    if refused and unsupported == "raise":
-        raise ValueError(
-            f"these adapters cannot be trained as ΔW = s·B·A: {describe(refused)}; freeze them, or train them with "
-            "AdamW by unsupported='adamw'"
-        )
-    if not pairs:
-        raise ValueError(
-            "no trainable LoRA pair (lora_A, lora_B) found in the model; add adapters before building the optimizer"
-        )
-    return pairs
-
-
-def _lora_groups(
-    pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Split the pairs into param groups: group 0 for the rest, then one per override."""
-    groups = [{**settings, "kind": "lora", "params": []}]
-    matchers: list[Callable[[str], bool]] = []
-    for override in overrides:
-        unknown = set(override) - set(OPTION_NAMES) - {"layers"}
-        if "layers" not in override or unknown:
-            problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
-            raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
-        group = {**settings, **override, "kind": "lora", "params": []}
-        matchers.append(_matcher(group.pop("layers")))
-        Options.from_group(group)
-        groups.append(group)
-    for pair in pairs:
-        index = next((i for i, match in enumerate(matchers, start=1) if match(pair.name)), 0)
-        _momentum_rank(pair, Options.from_group(groups[index]))
-        groups[index]["params"] += [pair.lora_A, pair.lora_B]
-    for override, group in zip(overrides, groups[1:], strict=True):
-        if not group["params"]:
-            raise ValueError(
-                f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
-            )
-    return [group for group in groups if group["params"]]
-
-
-def _matcher(layers: object) -> Callable[[str], bool]:
-    if isinstance(layers, str):
-        pattern = re.compile(layers)
-        return lambda name: pattern.search(name) is not None
-    if isinstance(layers, Sequence):
-        names = set(layers)
-        return lambda name: name in names
-    raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
-
-
-def _momentum_rank(pair: LoRAPair, options: Options) -> int:
-    limit = min(pair.d_out, pair.d_in)
-    if options.momentum_rank is None:
-        return min(pair.rank, limit)
-    if options.momentum_rank > limit:
-        raise ValueError(f"{pair.name}: invalid momentum_rank={options.momentum_rank}. Must be in [1, {limit}].")
-    return options.momentum_rank
-
-
 def _nonfinite_message(buckets: Sequence[engine.Bucket], others: Sequence[Tensor]) -> str:
     names = []
     for bucket in buckets:
@@ -450,5 +362,3 @@ def _nonfinite_message(buckets: Sequence[engine.Bucket], others: Sequence[Tensor
         names.append("parameters outside the LoRA pairs")
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return f"non-finite gradient or update in {shown}; no parameter or state was changed"
-
-

@@ -1,4 +1,4 @@
-"""The trainable parameters that are not LoRA factors (heads, norms, biases): torch's AdamW over shared groups and state."""
+"""Trainable parameters that are not LoRA factors (heads, norms, biases): torch's AdamW over shared groups and state."""
 
 from __future__ import annotations
 

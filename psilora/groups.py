@@ -1,0 +1,74 @@
+"""Param groups of LoRA pairs: which layer takes which settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from psilora.adapters import LoRAPair, describe, find_pairs
+from psilora.options import OPTION_NAMES, Options
+
+
+def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
+    """Return the pairs of `model`, or raise by name; `unsupported` is "raise" or "adamw"."""
+    pairs, refused = find_pairs(model)
+    if refused and unsupported == "raise":
+        raise ValueError(
+            f"these adapters cannot be trained as ΔW = s·B·A: {describe(refused)}; freeze them, or train them with "
+            "AdamW by unsupported='adamw'"
+        )
+    if not pairs:
+        raise ValueError(
+            "no trainable LoRA pair (lora_A, lora_B) found in the model; add adapters before building the optimizer"
+        )
+    return pairs
+
+
+def lora_groups(
+    pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Split the pairs into param groups: group 0 for the rest, then one per override."""
+    groups = [{**settings, "kind": "lora", "params": []}]
+    matchers: list[Callable[[str], bool]] = []
+    for override in overrides:
+        unknown = set(override) - set(OPTION_NAMES) - {"layers"}
+        if "layers" not in override or unknown:
+            problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
+            raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
+        group = {**settings, **override, "kind": "lora", "params": []}
+        matchers.append(_matcher(group.pop("layers")))
+        Options.from_group(group)
+        groups.append(group)
+    for pair in pairs:
+        index = next((i for i, match in enumerate(matchers, start=1) if match(pair.name)), 0)
+        momentum_rank(pair, Options.from_group(groups[index]))
+        groups[index]["params"] += [pair.lora_A, pair.lora_B]
+    for override, group in zip(overrides, groups[1:], strict=True):
+        if not group["params"]:
+            raise ValueError(
+                f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
+            )
+    return [group for group in groups if group["params"]]
+
+
+def _matcher(layers: object) -> Callable[[str], bool]:
+    if isinstance(layers, str):
+        pattern = re.compile(layers)
+        return lambda name: pattern.search(name) is not None
+    if isinstance(layers, Sequence):
+        names = set(layers)
+        return lambda name: name in names
+    raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
+
+
+def momentum_rank(pair: LoRAPair, options: Options) -> int:
+    """Return r_m: as set, or the rank of the pair as far as its matrix allows it."""
+    limit = min(pair.d_out, pair.d_in)
+    if options.momentum_rank is None:
+        return min(pair.rank, limit)
+    if options.momentum_rank > limit:
+        raise ValueError(f"{pair.name}: invalid momentum_rank={options.momentum_rank}. Must be in [1, {limit}].")
+    return options.momentum_rank

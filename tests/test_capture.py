@@ -1,0 +1,333 @@
+"""Captured X and S against autograd's own LoRA gradients, for every way an adapter can be run."""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import pytest
+import torch
+from models import MLP, data, mse, peft_mlp, plain_mlp, randomise_B
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from psilora import PSILoRA
+from psilora.adapters import LoRAPair
+
+
+def optimizer_of(model: nn.Module, **kwargs: object) -> PSILoRA:
+    return PSILoRA(model, 0.1, **kwargs)  # type: ignore[arg-type]
+
+
+def captured_gradients(optimizer: PSILoRA, pair: LoRAPair) -> tuple[Tensor, Tensor]:
+    """dA = (S_B·B)ᵀX and dB = S_Bᵀ(XAᵀ) from what was captured."""
+    record = optimizer._capture.record(pair)
+    assert record is not None and record.captured
+    dA = sum((s @ pair.B).mT @ x for x, s in record.chunks)
+    dB = sum(s.mT @ (x @ pair.A.mT) for x, s in record.chunks)
+    return dA, dB
+
+
+def assert_exact(optimizer: PSILoRA, tolerance: float = 1e-12) -> None:
+    pairs = list(optimizer._pairs.values())
+    assert pairs
+    for pair in pairs:
+        dA, dB = captured_gradients(optimizer, pair)
+        assert dB.norm() > 0 and dA.norm() > 0
+        torch.testing.assert_close(dA, pair.lora_A.grad.flatten(1), rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(dB, pair.lora_B.grad.flatten(1), rtol=tolerance, atol=tolerance)
+
+
+VARIANTS = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "dora and dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "lora_bias": {"lora_bias": True},
+    "patterns": {"rank_pattern": {"l1": 2, "l2": 7}, "alpha_pattern": {"l3": 5}},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_peft_variants(variant: str) -> None:
+    model = peft_mlp(**VARIANTS[variant]).train()
+    optimizer = optimizer_of(model)
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_lora_linear() -> None:
+    model = plain_mlp()
+    optimizer = optimizer_of(model)
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_conv1d_of_transformers() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c = Conv1D(6, 24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(x)
+
+    config = LoraConfig(r=3, target_modules=["c"], fan_in_fan_out=True)
+    model = get_peft_model(Net(), config).double()
+    randomise_B(model)
+    optimizer = optimizer_of(model)
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_only_the_active_adapter_is_trained() -> None:
+    model = get_peft_model(MLP((24, 20, 16, 6)), LoraConfig(r=4, target_modules=["l1", "l2"]), adapter_name="one")
+    model.add_adapter("two", LoraConfig(r=3, target_modules=["l1", "l2"]))
+    model.set_adapter("two")
+    model = model.double()
+    randomise_B(model)
+    optimizer = optimizer_of(model)
+    assert [pair.adapter for pair in optimizer._pairs.values()] == ["two", "two"]
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_inputs_with_sequence_dimension_and_non_contiguous() -> None:
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    x = torch.randn(24, 5, 7, dtype=torch.float64).permute(2, 1, 0)
+    model(x).square().mean().backward()
+    assert_exact(optimizer)
+
+
+def test_several_forwards_before_one_backward_and_accumulation() -> None:
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    (mse(model, data()) + 2 * mse(model, data(7))).backward()
+    for rows in (3, 11):
+        mse(model, data(rows)).backward()
+    assert_exact(optimizer)
+    record = next(iter(optimizer._capture.records.values()))
+    assert record.calls == 4 and record.rows == 32 + 7 + 3 + 11
+
+
+def test_backward_twice_through_one_graph() -> None:
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    loss = mse(model, data())
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_exact(optimizer)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, use_reentrant=self.use_reentrant)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_of_both_kinds(use_reentrant: bool) -> None:
+    model = peft_mlp(lora_dropout=0.2).train()
+    optimizer = optimizer_of(model)
+    wrapped = Checkpointed(model, use_reentrant)
+    x, y = data()
+    for _ in range(2):  # a shared module in two checkpointed calls
+        (wrapped(x.requires_grad_()) - y).square().mean().backward()
+    assert_exact(optimizer)
+    assert all(record.calls == 2 for record in optimizer._capture.records.values())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_does_not_keep_inputs_alive_before_backward(use_reentrant: bool) -> None:
+    """The trap: a forward hook that stores X keeps every checkpointed activation until backward."""
+    seen: list[weakref.ref[Tensor]] = []
+    model = plain_mlp()
+    optimizer = optimizer_of(model)
+    model.l2.lora_A.register_forward_pre_hook(lambda _m, args: seen.append(weakref.ref(args[0])))
+    x, y = data()
+    output = Checkpointed(model, use_reentrant)(x.requires_grad_())
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None
+    (output - y).square().mean().backward()
+    assert_exact(optimizer)
+
+
+def test_x_is_the_tensor_autograd_keeps_anyway() -> None:
+    model = plain_mlp()
+    optimizer = optimizer_of(model)
+    x, y = data()
+    mse(model, (x, y)).backward()
+    record = optimizer._capture.records[id(next(iter(optimizer._pairs.values())))]
+    assert record.chunks[0][0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+def test_shared_input_is_counted_once() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.v = nn.Linear(24, 6), nn.Linear(24, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.q(x) + self.v(x)
+
+    model = get_peft_model(TwoHeads(), LoraConfig(r=2, target_modules=["q", "v"])).double()
+    randomise_B(model)
+    optimizer = optimizer_of(model)
+    x, y = data()
+    mse(model, (x, y)).backward()
+    held = {t.untyped_storage().data_ptr() for r in optimizer._capture.records.values() for t in r.chunks[0]}
+    assert x.untyped_storage().data_ptr() in held
+    assert optimizer.capture_bytes() <= (32 * 24 + 2 * 32 * 6) * 8
+
+
+def test_no_grad_forward_in_train_mode_captures_nothing() -> None:
+    model = peft_mlp().train()
+    optimizer = optimizer_of(model)
+    with torch.no_grad():
+        model(data()[0])
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+    assert all(record.calls == 1 for record in optimizer._capture.records.values())
+
+
+def test_eval_mode_with_gradients_is_captured() -> None:
+    model = peft_mlp(lora_dropout=0.5).eval()
+    optimizer = optimizer_of(model)
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_disabled_adapter_forward_leaves_no_trace() -> None:
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    with model.disable_adapter():
+        model(data()[0])
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_forward_without_backward_leaves_no_trace() -> None:
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    model(data()[0])
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+@pytest.mark.parametrize("how", ["model.zero_grad", "optimizer.zero_grad"])
+def test_an_abandoned_backward_is_forgotten(how: str) -> None:
+    """The Trainer calls model.zero_grad(), and an fp16 overflow skips step(): neither reaches the optimizer."""
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    mse(model, data()).backward()
+    (model if how == "model.zero_grad" else optimizer).zero_grad()
+    mse(model, data(7)).backward()
+    assert_exact(optimizer)
+    assert all(record.rows == 7 for record in optimizer._capture.records.values())
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_autocast_keeps_no_wide_copy_of_x(adapter_dtype: torch.dtype) -> None:
+    model = peft_mlp(dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype)
+    optimizer = optimizer_of(model)
+    x, y = data(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = mse(model, (x, y))
+    loss.backward()
+    for pair in optimizer._pairs.values():
+        for captured_x, captured_s in optimizer._capture.record(pair).chunks:
+            assert captured_x.dtype == captured_s.dtype == torch.bfloat16
+        dA, dB = captured_gradients_in_float(optimizer, pair)
+        torch.testing.assert_close(dA, pair.lora_A.grad.float(), rtol=3e-2, atol=3e-2 * dA.abs().max().item())
+        torch.testing.assert_close(dB, pair.lora_B.grad.float(), rtol=3e-2, atol=3e-2 * dB.abs().max().item())
+    optimizer.step()
+
+
+def captured_gradients_in_float(optimizer: PSILoRA, pair: LoRAPair) -> tuple[Tensor, Tensor]:
+    chunks = [(x.float(), s.float()) for x, s in optimizer._capture.record(pair).chunks]
+    dA = sum((s @ pair.B.float()).mT @ x for x, s in chunks)
+    return dA, sum(s.mT @ (x @ pair.A.float().mT) for x, s in chunks)
+
+
+def test_concurrent_forwards_pair_their_own_calls() -> None:
+    model = plain_mlp()
+    optimizer = optimizer_of(model)
+    batches = [data(rows) for rows in (5, 6, 7, 8)]
+    losses: list[Tensor] = []
+    threads = [threading.Thread(target=lambda b=b: losses.append(mse(model, b))) for b in batches for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    sum(losses).backward()
+    assert_exact(optimizer)
+
+
+def test_hooks_leave_with_detach_and_with_the_optimizer() -> None:
+    model = plain_mlp()
+
+    def hooks() -> int:
+        return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
+
+    optimizer = optimizer_of(model)
+    assert hooks() == 6
+    optimizer.detach()
+    assert hooks() == 0
+    optimizer = optimizer_of(model)
+    assert hooks() == 6
+    del optimizer
+    gc.collect()
+    assert hooks() == 0
+
+
+def test_a_second_optimizer_takes_over_and_the_first_refuses_to_step() -> None:
+    model = plain_mlp()
+    first = optimizer_of(model)
+    second = optimizer_of(model)
+    mse(model, data()).backward()
+    assert_exact(second)
+    with pytest.raises(RuntimeError, match="took over the hooks"):
+        first.step()
+
+
+def test_model_can_be_copied_and_pickled_while_hooked() -> None:
+    model = plain_mlp()
+    optimizer = optimizer_of(model)
+    clone = copy.deepcopy(model)
+    pickle.loads(pickle.dumps(model))
+    mse(clone, data()).backward()
+    assert all(record.calls == 0 for record in optimizer._capture.records.values())
+    mse(model, data()).backward()
+    assert_exact(optimizer)
+
+
+def test_statistics_mode_keeps_sums_only() -> None:
+    model = peft_mlp()
+    exact, batch = optimizer_of(model, metric="kfac"), data()
+    mse(model, batch).backward()
+    chunks = {name: optimizer_chunks(exact, name) for name in range(3)}
+    exact.detach()
+    model.zero_grad()
+    tangent = optimizer_of(model, metric="kfac", gradient="tangent")
+    mse(model, batch).backward()
+    for i, record in enumerate(tangent._capture.records.values()):
+        x, s = chunks[i]
+        assert record.chunks == [] and record.rows == 32
+        torch.testing.assert_close(record.sum_x2, x.square().sum(0))
+        torch.testing.assert_close(record.sum_s2, s.square().sum(0))
+    assert tangent.capture_bytes() == 0
+
+
+def optimizer_chunks(optimizer: PSILoRA, index: int) -> tuple[Tensor, Tensor]:
+    return list(optimizer._capture.records.values())[index].chunks[0]
