@@ -27,8 +27,14 @@ def check_backend(backend: str) -> None:
     """Raise for a backend that does not exist or cannot run here; "auto" always can."""
     if backend not in BACKENDS:
         raise ValueError(f"Invalid backend={backend!r}. Must be one of {', '.join(map(repr, BACKENDS))}.")
-    if backend == "triton":
-        raise ValueError("backend='triton' is not available in this version; use 'auto' or 'reference'")
+    reason = backend_unavailable(backend)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} is not available: {reason}; use 'auto' or 'reference'")
+
+
+def backend_unavailable(backend: str) -> str | None:
+    """Return why a backend cannot run here, or None when it can."""
+    return "this version has no Triton engine" if backend == "triton" else None
 
 
 def compute(problems: Sequence[Problem], scales: Scales, backend: str) -> list[Bucket]:

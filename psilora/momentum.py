@@ -10,7 +10,7 @@ def initial_momentum(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tup
     """Return B_m = 0 (d_out, r_m) and A_m (r_m, d_in) with orthonormal rows that begin with the row space of A.
 
     Any full-rank A_m is allowed. Early in training B is small, the proximal term keeps A near its start and updates
-    Any full-rank A_m is allowed. Early in training B is small, the proximal term keeps A near its start and updates
+    enter along A's rows: a momentum that sees them is useful from the first step, a random one is not. They are
     completed from a fixed pseudo-random matrix: the same everywhere, and independent of the LoRA scaling.
 
     Args:

@@ -1,0 +1,222 @@
+"""`python -m psilora.doctor`: what works here, what a model would be trained with, and a numerical self-test."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import platform
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from psilora import native
+from psilora.adapters import LoRAPair, Unsupported, find_pairs
+from psilora.engine import backend_unavailable
+from psilora.lora import LoRALinear
+from psilora.optimizer import PSILoRA
+
+_PACKAGES = ("psilora", "torch", "triton", "numpy", "peft", "transformers", "accelerate")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 0, or 1 when the self-test fails."""
+    parser = argparse.ArgumentParser(prog="python -m psilora.doctor", description=__doc__)
+    parser.add_argument("--model", help="folder or hub name of a transformers model, or of a PEFT adapter")
+    parser.add_argument("--rank", type=int, default=8, help="LoRA rank to plan with (default 8)")
+    parser.add_argument("--target-modules", default="all-linear", help="as in LoraConfig, comma-separated (all-linear)")
+    parser.add_argument("--tokens", type=int, default=4096, help="rows per step N = batch × sequence (default 4096)")
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--self-test", action="store_true", help="only compare the backends with the float64 oracle")
+    options = parser.parse_args(arguments)
+    if options.rank < 1 or options.tokens < 0:
+        parser.error(f"--rank={options.rank} must be >= 1 and --tokens={options.tokens} must be >= 0")
+    if not options.self_test:
+        _print_section("Versions", versions())
+        _print_section("Devices", devices())
+        _print_section("Backends", backends())
+        if options.model:
+            targets = options.target_modules
+            model = adapted_skeleton(options.model, options.rank, targets if "," not in targets else targets.split(","))
+            pairs, unsupported = find_pairs(model)
+            width = getattr(torch, options.dtype).itemsize
+            _print_section(f"Layers of {options.model}", layers(pairs, unsupported))
+            _print_section(f"Memory at {options.tokens} rows, {options.dtype}", memory(pairs, options.tokens, width))
+            return 0
+    results = self_test()
+    rows = [f"{r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}" for r in results]
+    _print_section("Self-test against the float64 oracle", rows)
+    return 0 if all(result.ok for result in results) else 1
+
+
+def _print_section(title: str, rows: Iterable[str]) -> None:
+    print(f"{title}")
+    for row in rows:
+        print(f"  {row}")
+
+
+def versions() -> list[str]:
+    """Return one line per package, with "not installed" where it is absent."""
+    lines = [f"python {platform.python_version()}"]
+    for name in _PACKAGES:
+        try:
+            lines.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            lines.append(f"{name} not installed")
+    return lines
+
+
+def devices() -> list[str]:
+    """Return one line per device that a model can be on."""
+    lines = [f"cpu: {torch.get_num_threads()} threads"]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        capability = f"sm_{properties.major}{properties.minor}"
+        lines.append(f"cuda:{index}: {properties.name}, {capability}, {properties.total_memory / 2**30:.0f} GiB")
+    return lines
+
+
+def backends() -> list[str]:
+    """Return which backends and native parts are active, and why the others are not."""
+    reason = backend_unavailable("triton")
+    lines = ["reference: active (plain PyTorch, any device)"]
+    lines.append(f"triton: {'active' if reason is None else f'inactive, {reason}'}")
+    lines.append(f"native spd_solve: {native.unavailable_reason() or 'active'}")
+    return lines
+
+
+def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Module:
+    """Return the model `name` with LoRA adapters, on the meta device: shapes without weights.
+
+    Raises:
+        SystemExit: peft or transformers is missing, or the model's configuration cannot be read.
+    """
+    try:
+        from peft import LoraConfig, PeftConfig, get_peft_model
+        from transformers import AutoConfig, AutoModel
+    except ImportError as error:
+        raise SystemExit(f"--model needs the extra psilora[hf]: {error}") from error
+    try:
+        adapter: Any = PeftConfig.from_pretrained(name)
+        name = adapter.base_model_name_or_path
+    except (ValueError, OSError):
+        adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"cannot read the configuration of {name!r}: {error}") from error
+    adapter.inference_mode = False
+    with torch.device("meta"):
+        return get_peft_model(AutoModel.from_config(config), adapter)
+
+
+def layers(pairs: Sequence[LoRAPair], unsupported: Sequence[Unsupported]) -> list[str]:
+    """Return the layers grouped by shape and capture mode, then what cannot be trained."""
+    kinds = Counter(
+        (p.name.rsplit(".", 1)[-1], p.d_out, p.d_in, p.rank, p.uncaptured or "captured exactly") for p in pairs
+    )
+    lines = [f"{n} × {name} {d_out}×{d_in}, r = {r}: {mode}" for (name, d_out, d_in, r, mode), n in kinds.items()]
+    lines += [f"{u.name}: not trainable here, {u.reason}" for u in unsupported]
+    return lines or ["no LoRA pair found"]
+
+
+def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
+    """Return the bytes of X and S (`itemsize` each number) for `tokens` rows, and of the fp32 state, by setting.
+
+    Layers that hang on the same module and have the same width (q, k and v; gate and up) usually share one X: the
+    smaller figure for X counts it once.
+    """
+    captured = [p for p in pairs if p.uncaptured is None]
+    X = sum(p.d_in for p in captured) * tokens * itemsize
+    shared = {(p.name.rpartition(".")[0], p.d_in): p.d_in for p in captured}
+    shared_X = sum(shared.values()) * tokens * itemsize
+    S = sum(p.d_out for p in captured) * tokens * itemsize
+    factors = sum(p.rank * (p.d_in + p.d_out) for p in pairs)
+    diagonal = sum(p.d_in + p.d_out for p in pairs)
+    return [
+        f"gradient='exact': X {_size(shared_X)} (shared) to {_size(X)}, S {_size(S)}, held from backward to step",
+        "gradient='tangent': no captures",
+        f"momentum, momentum_rank = r: {_size(4 * factors)} (AdamW on the same parameters: {_size(8 * factors)})",
+        f"metric: {_size(4 * diagonal)}",
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} GiB"
+
+
+@dataclass
+class Result:
+    """One comparison of the self-test: the largest relative error of a factor after three steps."""
+
+    name: str
+    error: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is within the limit; NaN is not."""
+        return self.error <= self.limit
+
+
+_CASES: tuple[dict[str, Any], ...] = (
+    {"momentum": 0.0},
+    {},
+    {"num_iters": 2, "first": "B"},
+    {"metric": "kfac"},
+    {"gradient": "tangent"},
+)
+
+
+def self_test(budget: float = 5.0) -> list[Result]:
+    """Train two layers for three steps on every backend and device here, and compare with the reference in float64.
+
+    Takes about `budget` seconds at most: later cases are left out when it is spent.
+    """
+    runs = [("reference", "cpu", torch.float32)]
+    if torch.cuda.is_available():
+        runs.append(("reference", "cuda", torch.float32))
+    if backend_unavailable("triton") is None:
+        runs.append(("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32))
+    results = []
+    start = time.monotonic()
+    for case in _CASES:
+        want = _train("reference", "cpu", torch.float64, case)
+        for backend, device, dtype in runs:
+            if results and time.monotonic() - start > budget:
+                return results
+            got = _train(backend, device, dtype, case)
+            errors = [float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)]
+            settings = ", ".join(f"{k}={v}" for k, v in case.items()) or "default"
+            results.append(Result(f"{backend} on {device}, {settings}", max(errors), 1e-4))
+    return results
+
+
+def _train(backend: str, device: str, dtype: torch.dtype, case: dict[str, Any]) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(LoRALinear(nn.Linear(24, 40), 4, 8), nn.Tanh(), LoRALinear(nn.Linear(40, 16), 4, 8))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model = model.to(device, dtype)
+    optimizer = PSILoRA(model, 0.1, backend=backend, **case)
+    for _ in range(3):
+        x = torch.randn(33, 24, generator=generator).to(device, dtype)
+        optimizer.zero_grad()
+        (model(x) - 1).square().mean().backward()
+        optimizer.step()
+    optimizer.detach()
+    return [p.detach().cpu().double() for p in model.parameters() if p.requires_grad]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

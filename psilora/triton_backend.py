@@ -1,0 +1,170 @@
+"""The Triton backend: executes a step's plan on all layers at once, without waiting for the device.
+
+One upload carries every address and scalar; workspaces and tables are kept per set of shapes. Everything is computed
+into workspaces; parameters and state are written by the commit launch alone, where the step is accepted.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psilora import metric, plan
+from psilora.adapters import LoRAPair
+from psilora.gradient import TangentGradient
+from psilora.plan import BucketPlan, Layer, StepPlan, Structure, Turn
+from psilora.problem import Problem, Scales
+
+#: Executions kept per optimizer: one per set of captured shapes.
+KEPT_RUNS = 16
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason() -> str | None:
+    """Return why no kernel can run here, or None where they can (on CUDA, or in Triton's interpreter on the CPU)."""
+    try:
+        from psilora.triton_kernels import _compat
+    except ImportError as error:
+        return f"the kernels are not installed: {error}"
+    reason: str | None = _compat.unavailable_reason()
+    if reason is None and not _compat.interpreted() and not torch.cuda.is_available():
+        reason = "there is no CUDA device (on the CPU the kernels only run in Triton's interpreter, TRITON_INTERPRET=1)"
+    return reason
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Return why the kernels cannot take a problem, or None; such problems are left to the reference backend."""
+    pair = problem.pair
+    if problem.dtype == torch.float64:
+        return "fp64 parameters"
+    tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
+    if problem.exact and problem.record is not None:
+        tensors += [t for chunk in problem.record.chunks for t in chunk]
+    if any(t.dtype not in _FLOATS for t in tensors):
+        return "a dtype other than fp32, bf16 and fp16"
+    if not (pair.lora_A.is_contiguous() and pair.lora_B.is_contiguous()):
+        return "parameters that are not contiguous"
+    if max(pair.rank, _momentum_rank(problem)) > plan.PADDED_RANKS[-1]:
+        return f"a rank above {plan.PADDED_RANKS[-1]}"
+    device = pair.lora_A.device
+    if any(t.device != device for t in tensors):
+        return "tensors on several devices"
+    return None if device.type == ("cpu" if _interpreted() else "cuda") else f"device {device}"
+
+
+def _interpreted() -> bool:
+    from psilora.triton_kernels import _compat
+
+    return bool(_compat.interpreted())
+
+
+def _momentum_rank(problem: Problem) -> int:
+    return problem.state_A["momentum"].shape[0] if problem.options.momentum > 0 else 0
+
+
+def layer_of(problem: Problem) -> Layer:
+    """Return what the plan knows of a problem."""
+    o, pair = problem.options, problem.pair
+    low = min(problem.dA.element_size(), problem.dB.element_size()) < 4
+    chunks = problem.record.chunks if problem.record is not None else []
+    return Layer(
+        pair.d_out,
+        pair.d_in,
+        pair.rank,
+        _momentum_rank(problem),
+        Structure(
+            num_iters=o.num_iters,
+            first=o.first,
+            momentum=o.momentum > 0,
+            metric=o.metric,
+            corrected=o.metric_bias_correction,
+            decay=o.weight_decay > 0,
+            exact=problem.exact,
+            reuse=not (problem.exact and low),
+        ),
+        pair.lora_A.dtype,
+        pair.lora_B.dtype,
+        problem.dA.dtype,
+        problem.dB.dtype,
+        chunks[0][0].dtype if chunks else torch.float32,
+        chunks[0][1].dtype if chunks else torch.float32,
+        pair.lora_A.device,
+        tuple(x.shape[0] for x, _ in chunks),
+    )
+
+
+class Execution:
+    """A bucket whose update lies in workspaces, waiting for its commit; stands for `psilora.problem.Update`.
+
+    Attributes:
+        problems: The bucket's problems, in order.
+    """
+
+    def __init__(self, run: _Run, index: int, problems: list[Problem]) -> None:
+        self.problems = problems
+        self._run, self._index = run, index
+
+    def tensors(self) -> list[Tensor]:
+        """Return (L, 1): NaN for a layer with a non-finite gradient or result, else 0."""
+        return [torch.where(self._run.flags(self._index) > 0, math.nan, 0.0).view(-1, 1)]
+
+    @property
+    def repaired(self) -> Tensor:
+        """Number of r×r solves with a repaired pivot and a right-hand side that is not zero, 0-d int64."""
+        return self._run.repaired(self._index)
+
+    def commit(self, ok: Tensor) -> None:
+        """Write parameters and state where `ok`, a 0-d bool on the same device, holds."""
+        self._run.commit(self._index, ok)
+
+
+_backends: weakref.WeakKeyDictionary[LoRAPair, Backend] = weakref.WeakKeyDictionary()
+
+
+def compute(problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+    """Compute the updates of problems on one device, of any shapes and settings, without changing any of them."""
+    backend = _backends.setdefault(problems[0].pair, Backend())
+    return backend.compute(problems, scales)
+
+
+class Backend:
+    """The workspaces and prepared executions of one optimizer's problems on one device."""
+
+    def __init__(self) -> None:
+        self._runs: collections.OrderedDict[object, _Run] = collections.OrderedDict()
+        self._workspaces: dict[object, list[_Workspace]] = {}
+
+    def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+        """See the function `compute`."""
+        layers = [layer_of(p) for p in problems]
+        key = tuple((layer, _captured(p)) for layer, p in zip(layers, problems, strict=True))
+        run = self._runs.get(key)
+        if run is None:
+            step = plan.make_plan(layers)
+            shapes = tuple((*layer.key, layer.d_out, layer.d_in, layer.rank, layer.momentum_rank) for layer in layers)
+            if shapes not in self._workspaces:
+                self._workspaces = {shapes: [_Workspace(bucket) for bucket in step.buckets]}
+            run = self._runs[key] = _Run(step, self._workspaces[shapes], problems)
+            while len(self._runs) > KEPT_RUNS:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(key)
+        run.start(problems, scales)
+        return [
+            Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)
+        ]
+
+
+def _captured(problem: Problem) -> tuple[object, ...]:
+    """What prepared products depend on: layouts of X and S."""
+    if not problem.exact or problem.record is None:
+        return ()
+    return tuple(
+        (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for chunk in problem.record.chunks for t in chunk
+    )

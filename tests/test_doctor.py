@@ -1,0 +1,64 @@
+"""The doctor's report and self-test."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from models import peft_mlp
+
+from psilora import doctor
+from psilora.adapters import find_pairs
+
+
+def test_it_runs_as_a_module_and_reports_versions_and_backends() -> None:
+    run = subprocess.run([sys.executable, "-m", "psilora.doctor"], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    for word in ("Versions", f"torch {torch.__version__.split('+')[0]}", "reference: active", "triton: ", "Self-test"):
+        assert word in run.stdout
+    assert "FAILED" not in run.stdout
+
+
+def test_the_self_test_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    assert doctor.main(["--self-test"]) == 0
+    assert "Versions" not in capsys.readouterr().out
+    real = doctor._train
+
+    def broken(backend: str, device: str, dtype: torch.dtype, case: dict) -> list[torch.Tensor]:
+        result = real(backend, device, dtype, case)
+        return result if dtype == torch.float64 else [t * 1.01 for t in result]
+
+    monkeypatch.setattr(doctor, "_train", broken)
+    assert doctor.main(["--self-test"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_memory_counts_shared_inputs_once() -> None:
+    pairs, unsupported = find_pairs(peft_mlp((32, 16, 8, 4), r=2))
+    assert not unsupported
+    lines = doctor.memory(pairs, tokens=1024, itemsize=2)
+    total_X, total_S = (32 + 16 + 8) * 1024 * 2, (16 + 8 + 4) * 1024 * 2
+    assert f"to {total_X / 1024:.3g} KiB" in lines[0] and f"S {total_S / 1024:.3g} KiB" in lines[0]
+    state = 2 * ((32 + 16) + (16 + 8) + (8 + 4)) * 4
+    assert f"{state} B" in lines[2] and f"{2 * state / 1024:.3g} KiB" in lines[2]
+
+
+def test_the_layers_of_a_model_without_its_weights(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64).save_pretrained(
+        tmp_path
+    )
+    assert doctor.main(["--model", str(tmp_path), "--target-modules", "query,value", "--tokens", "256"]) == 0
+    out = capsys.readouterr().out
+    assert "2 × query 32×32, r = 8: captured exactly" in out
+    assert "X 32 KiB (shared) to 64 KiB, S 64 KiB" in out  # query and value read the same input
+
+
+def test_an_unreadable_model_is_named() -> None:
+    with pytest.raises(SystemExit, match="cannot read the configuration of '/nowhere'"):
+        doctor.main(["--model", "/nowhere"])
+    with pytest.raises(SystemExit):
+        doctor.main(["--rank", "0"])
