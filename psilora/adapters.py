@@ -237,6 +237,8 @@ def check_model(model: object) -> nn.Module:
             continue
         if parameter.is_complex():
             raise ValueError(f"{name} is complex ({parameter.dtype}); must have a real floating dtype")
+        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
+            raise ValueError(f"{name} is sharded (DTensor); this version needs whole parameters, as under DDP")
         if parameter.device.type == "meta":
             raise ValueError(f"{name} is on the meta device; materialise the model first")
     return model

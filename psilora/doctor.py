@@ -112,7 +112,7 @@ def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Modul
         raise SystemExit(f"cannot read the configuration of {name!r}: {error}") from error
     adapter.inference_mode = False
     with torch.device("meta"):
-        return get_peft_model(AutoModel.from_config(config), adapter)
+        return get_peft_model(AutoModel.from_config(config), adapter)  # type: ignore[no-untyped-call]
 
 
 def layers(pairs: Sequence[LoRAPair], unsupported: Sequence[Unsupported]) -> list[str]:
@@ -187,7 +187,7 @@ def self_test(budget: float = 5.0) -> list[Result]:
         runs.append(("reference", "cuda", torch.float32))
     if backend_unavailable("triton") is None:
         runs.append(("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32))
-    results = []
+    results: list[Result] = []
     start = time.monotonic()
     for case in _CASES:
         want = _train("reference", "cpu", torch.float64, case)
