@@ -21,6 +21,8 @@ from torch.utils.hooks import RemovableHandle
 from psilora.adapters import LoRAPair
 from psilora.numerics import compute_dtype
 
+PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
+
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]] = weakref.WeakKeyDictionary()
 
 
@@ -32,15 +34,15 @@ class Record:
         calls, rows: number of calls and N = Σ N_j.
         sum_x2, sum_s2: Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,), kept instead of chunks in statistics mode.
         missed: Number of backward calls that went through only one of the two nodes.
-        rescaled: Whether the gradients accumulated so far were changed in place between two backward passes.
+        left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
-        grad_norm: ‖dB‖ as backward left it (statistics mode only), to recognise a later rescaling.
     """
 
-    def __init__(self, pair: LoRAPair, statistics: bool) -> None:
+    def __init__(self, pair: LoRAPair, statistics: bool, probes: set[Record]) -> None:
         self.pair = pair
         self.statistics = statistics
         self.verified = False
+        self._probes = probes
         self._lock = threading.Lock()
         self.clear()
 
@@ -52,10 +54,9 @@ class Record:
         self.sum_x2: Tensor | None = None
         self.sum_s2: Tensor | None = None
         self.missed = 0
-        self.rescaled = False
-        self.grad_norm: Tensor | None = None
+        self.left: Tensor | None = None
+        self._probes.discard(self)
         self._backward = -1
-        self._left_as: tuple[int, int] | None = None
 
     def open(self, *, missed: bool) -> None:
         """Note that backward has reached lora_B's output, before anything of this call accumulates.
@@ -71,8 +72,6 @@ class Record:
             if backward != self._backward:
                 if self.pair.lora_A.grad is None:
                     self.clear()
-                elif self._left_as is not None and self._left_as != self._fingerprint():
-                    self.rescaled = True
                 self._backward = backward
             self.missed += missed
 
@@ -97,20 +96,11 @@ class Record:
         self.sum_s2 = s2 if self.sum_s2 is None else self.sum_s2 + s2
 
     def accumulated(self) -> None:
-        """Remember the state in which backward leaves lora_B's gradient."""
-        self._left_as = self._fingerprint()
+        """Keep a copy of dB as backward leaves it, if this is one of the probes."""
         grad = self.pair.lora_B.grad
-        if self.statistics and grad is not None:
-            self.grad_norm = torch.linalg.vector_norm(grad, dtype=compute_dtype(grad.dtype))
-
-    def _fingerprint(self) -> tuple[int, int] | None:
-        grad = self.pair.lora_B.grad
-        return None if grad is None else (grad.data_ptr(), grad._version)
-
-    @property
-    def touched(self) -> bool:
-        """Whether `.grad` is no longer what backward left: clipped, unscaled, averaged or replaced."""
-        return self.rescaled or self._left_as is None or self._left_as != self._fingerprint()
+        if grad is not None and (self in self._probes or len(self._probes) < PROBES):
+            self._probes.add(self)
+            self.left = grad.detach().clone()
 
     @property
     def captured(self) -> bool:
@@ -127,7 +117,8 @@ class Capture:
     """
 
     def __init__(self, pairs: list[LoRAPair], statistics: list[bool]) -> None:
-        self.records = {id(pair): Record(pair, only) for pair, only in zip(pairs, statistics, strict=True)}
+        probes: set[Record] = set()
+        self.records = {id(pair): Record(pair, only, probes) for pair, only in zip(pairs, statistics, strict=True)}
         self.superseded = False
         self._handles: list[RemovableHandle] = []
         for pair in pairs:
@@ -231,8 +222,12 @@ class _Inert:
 class _BeforeA(_Hook):
     def __init__(self, record: Record, slot: threading.local) -> None:
         self.record, self.slot = record, slot
+        self.open = torch.compiler.disable(self._open)  # a compiled model calls this eagerly
 
     def __call__(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        return self.open(module, args)
+
+    def _open(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.slot.token = None
         if not args or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return None
@@ -246,8 +241,12 @@ class _BeforeA(_Hook):
 class _AfterB(_Hook):
     def __init__(self, record: Record, slot: threading.local) -> None:
         self.record, self.slot = record, slot
+        self.close = torch.compiler.disable(self._close)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        return self.close(output)
+
+    def _close(self, output: Tensor) -> Tensor | None:
         token = getattr(self.slot, "token", None)
         self.slot.token = None
         if not torch.is_grad_enabled() or not output.requires_grad:

@@ -24,9 +24,9 @@ class Counters:
         self._copied: torch.cuda.Event | None = None
 
     def add(self, skipped: Tensor, repaired: Tensor) -> None:
-        """Add a step's 0-d counts; a skipped step's repairs do not count, since nothing came of them."""
+        """Add a step's 0-d counts."""
         skipped = skipped.to(self.values.device, torch.int64)
-        repaired = repaired.to(self.values.device, torch.int64) * (1 - skipped)
+        repaired = repaired.to(self.values.device, torch.int64)
         self.values.add_(torch.stack([skipped, repaired]))
 
     def poll(self) -> None:

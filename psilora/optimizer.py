@@ -73,6 +73,9 @@ class PSILoRA(torch.optim.Optimizer):
         TypeError: `model` is not a module.
     """
 
+    # GradScaler then hands over its scale and its verdict on the device, and always calls step.
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -203,17 +206,20 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
-        scales = Scales(clip=self._clip(problems), external=external_scale(problems, device))
+        clip = self._clip(problems)
+        scales = Scales(clip=clip, external=external_scale(problems, device))
         buckets = engine.compute(problems, scales, self.backend)
         results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
-        ok = engine.all_finite(grads + results, device)
-        if self.nonfinite == "raise" and not bool(ok):
+        finite = engine.all_finite(grads + results, device)
+        overflow = self._overflow(device)
+        if self.nonfinite == "raise" and not bool(finite | overflow):
             raise RuntimeError(_nonfinite_message(buckets, self._others.gradients))
+        ok = finite & ~overflow
         engine.commit(buckets, ok)
-        self._others.step(ok, scales.clip)
+        self._others.step(ok, clip)
         repaired = [bucket.update.repaired.to(device) for bucket in buckets]
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        self._counters.add(~ok, torch.stack(repaired).sum() if repaired else zero)
+        self._counters.add(~(ok | overflow), torch.stack(repaired).sum() * ok if repaired else zero)
 
     def _problems(self) -> list[Problem]:
         """The pairs that have gradients, each with the best representation of G that is at hand."""
@@ -268,11 +274,18 @@ class PSILoRA(torch.optim.Optimizer):
                 "gradient='tangent' and metric=None"
             )
 
+    def _overflow(self, device: torch.device) -> Tensor:
+        """Whether a GradScaler, which tells through `found_inf`, wants this step skipped; a 0-d bool."""
+        found: Tensor | None = getattr(self, "found_inf", None)
+        return torch.zeros((), dtype=torch.bool, device=device) if found is None else found.to(device).sum() > 0
+
     def _clip(self, problems: Sequence[Problem]) -> Tensor | None:
-        """min(1, max_grad_norm / norm) as a 0-d tensor, or None without clipping."""
-        if self.max_grad_norm is None:
-            return None
+        """The factor on every gradient (0-d), or None: 1 / GradScaler's scale, times min(1, max_grad_norm / norm)."""
         device = self._counters.values.device
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        unscale = None if loss_scale is None else 1 / loss_scale.to(device).double()
+        if self.max_grad_norm is None:
+            return unscale
         norms = [
             torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5
             for p in problems
@@ -280,8 +293,9 @@ class PSILoRA(torch.optim.Optimizer):
         ]
         norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in self._others.gradients]
         total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
-        clip: Tensor = self.max_grad_norm / (total + 1e-6)
-        return clip.clamp(max=1.0)
+        if unscale is None:
+            return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
+        return unscale * (self.max_grad_norm / (unscale * total + 1e-6)).clamp(max=1.0)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""

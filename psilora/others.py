@@ -66,7 +66,7 @@ class Others:
             return
         if all(group["fused"] for group in self._adamw.param_groups):
             self._adamw.found_inf = (~ok).float()  # type: ignore[attr-defined]
-            self._adamw.grad_scale = None if clip is None else 1 / clip.float()  # type: ignore[attr-defined]
+            self._adamw.grad_scale = None if clip is None else (1 / clip).float()  # type: ignore[attr-defined]
         elif not bool(ok):
             return
         elif clip is not None:

@@ -63,7 +63,7 @@ class Scales:
     """Factors on the gradient of every pair of a step; None means 1.
 
     Attributes:
-        clip: From `max_grad_norm`: multiplies `.grad`, X and S alike; a 0-d tensor.
+        clip: From `max_grad_norm` and a loss scale: multiplies `.grad`, X and S alike; a 0-d tensor.
         external: c, what happened to `.grad` after backward (clipping, unscaling): multiplies SᵀX only.
     """
 

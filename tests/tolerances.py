@@ -1,0 +1,64 @@
+"""How accurate each kernel must be, with the reason for every number.
+
+A kernel's error against float64 may be at most `factor` times the error that PyTorch makes with fp32 copies of the same
+inputs. Errors are measured entry by entry relative to the sum of the magnitudes of an entry's terms, so cancellation
+neither hides nor creates one. PyTorch's error counts as at least half a unit in the last place of fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+HALF_ULP = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Factors on PyTorch's own error, in the interpreter and on a GPU."""
+
+    interpreter: float
+    gpu: float
+    reason: str
+
+
+TOLERANCES = {
+    "product": Tolerance(
+        interpreter=2,
+        gpu=16,
+        reason="The three 16-bit parts carry 24 bits, so each term is off by at most half a unit, as in fp32; the sums "
+        "of the three parts add two roundings. Tensor cores truncate where fp32 arithmetic rounds when they accumulate: "
+        "a bias that grows with the number of terms, about 5 times the random error of rounding at 4096 of them.",
+    ),
+    "squares": Tolerance(
+        interpreter=8,
+        gpu=8,
+        reason="Every lane adds up to N/32 terms one after the other before a tree adds the lanes; PyTorch cascades all "
+        "along, and its error does not grow with N.",
+    ),
+    "reduce": Tolerance(
+        interpreter=4,
+        gpu=4,
+        reason="Partials are added one after the other, at most a few dozen; PyTorch may add them in pairs.",
+    ),
+}
+
+
+def error(result: Tensor, exact: Tensor, magnitude: Tensor) -> float:
+    """The largest error of an entry relative to its `magnitude`, the sum of the absolute values of its terms."""
+    if exact.numel() == 0:
+        return 0.0
+    difference = (result.double() - exact).abs()
+    relative = torch.where(difference == 0, 0.0, difference / magnitude)
+    return float("inf") if bool(relative.isnan().any()) else float(relative.max())
+
+
+def assert_accurate(kind: str, result: Tensor, own: Tensor, exact: Tensor, magnitude: Tensor) -> None:
+    """Assert that `result` is as accurate as its kind asks; `own` is PyTorch's fp32 result."""
+    assert result.shape == exact.shape
+    tolerance = TOLERANCES[kind]
+    factor = tolerance.gpu if result.device.type == "cuda" else tolerance.interpreter
+    ours, theirs = error(result, exact, magnitude), max(error(own, exact, magnitude), HALF_ULP)
+    assert ours <= factor * theirs, f"{kind}: error {ours:.2e}, PyTorch's {theirs:.2e}, allowed {factor} times that"
