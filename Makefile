@@ -1,0 +1,78 @@
+# Everything runs in $(VENV), made on first use; `make test` and `make demo` need nothing but Python, on a machine
+# with or without a GPU. Variables, given on the command line or in the environment:
+#
+#   PYTHON       the interpreter that makes the environment (python3)
+#   TORCH        what to install as torch; by default a torch with CUDA that $(PYTHON) already has is reused,
+#                else torch>=2.6 on a machine with a GPU and torch==2.13.0 on one without
+#   TORCH_INDEX  package index to take torch from, e.g. one that serves CPU-only builds; empty: pip's own setting
+#   TRITON       Triton for machines whose torch does not bring one (the kernels' tests run in its interpreter)
+#   PSILORA_BUILD_EXT  0, 1 or auto: the native extension (see CONTRIBUTING.md)
+#   ARGS         extra arguments of pytest or of the demo
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
+TORCH_INDEX ?=
+TRITON ?= triton==3.6.0
+EXTRAS ?= hf,test,demo,dev
+ARGS ?=
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --disable-pip-version-check -q
+NATIVE_SOURCES := $(shell find csrc -type f)
+
+.PHONY: help install demo demo-short test lint typecheck format clean
+
+help:
+	@echo "make test | demo | demo-short | lint | typecheck | format | install | clean"
+
+# The marks below make a second run install nothing. $(VENV)/.torch: an environment with torch and the build tools.
+$(VENV)/.torch:
+	if $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then \
+	  echo "reusing the CUDA torch of $(PYTHON)"; \
+	  $(PYTHON) -m venv --clear --system-site-packages $(VENV); \
+	else \
+	  $(PYTHON) -m venv --clear $(VENV) && \
+	  $(PIP) "$(TORCH)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)"); \
+	fi
+	$(PIP) "setuptools>=77" wheel ninja
+	touch $@
+
+# $(VENV)/.ready: psilora, editable, with its native extension compiled against that torch.
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(NATIVE_SOURCES)
+	if [ "$$(uname)" = Linux ] && ! $(PY) -c 'import triton' 2>/dev/null; then $(PIP) "$(TRITON)"; fi
+	$(PIP) --no-build-isolation -e ".[$(EXTRAS)]"
+	$(PY) -c 'from psilora import native; print("native extension:", native.unavailable_reason() or "built")'
+	touch $@
+
+install: $(VENV)/.ready
+
+demo: install
+	$(PY) examples/finetune.py $(ARGS)
+
+demo-short: install
+	$(PY) examples/finetune.py --short $(ARGS)
+
+# The pytest program, not `python -m pytest`: that would put this folder on sys.path, where other libraries would
+# find ours when they look for a package called triton_kernels.
+test: install
+	$(VENV)/bin/pytest $(ARGS)
+
+lint: install typecheck
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(NATIVE_SOURCES)
+
+# mypy sees the packages laid out as they are installed, so psilora.triton_kernels is checked under its real name.
+typecheck: install
+	rm -rf build/typecheck
+	PSILORA_BUILD_EXT=0 $(PY) setup.py -q build_py --build-lib build/typecheck
+	cd build/typecheck && $(abspath $(PY)) -m mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache psilora
+
+format: install
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(NATIVE_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache psilora/_C*.so $(VENV)

@@ -1,0 +1,1 @@
+"""The Triton kernels of psilora, one file per kernel; installed as `psilora.triton_kernels`."""
