@@ -225,7 +225,8 @@ class _BeforeA(_Hook):
         self.open = torch.compiler.disable(self._open)  # a compiled model calls this eagerly
 
     def __call__(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        return self.open(module, args)
+        opened: tuple[Any, ...] | None = self.open(module, args)
+        return opened
 
     def _open(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         self.slot.token = None
@@ -244,7 +245,8 @@ class _AfterB(_Hook):
         self.close = torch.compiler.disable(self._close)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        return self.close(output)
+        closed: Tensor | None = self.close(output)
+        return closed
 
     def _close(self, output: Tensor) -> Tensor | None:
         token = getattr(self.slot, "token", None)

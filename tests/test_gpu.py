@@ -1,0 +1,139 @@
+"""Whole steps of the Triton backend where the numbers, the races and the launches are real; small twins on the CPU."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from psilora import LoRALinear, PSILoRA
+from psilora.engine import backend_unavailable
+
+pytestmark = pytest.mark.skipif(
+    backend_unavailable("triton") is not None, reason=f"no Triton backend: {backend_unavailable('triton')}"
+)
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
+KINDS: list[dict[str, Any]] = [
+    {"momentum": 0.0},
+    {"num_iters": 2, "first": "B", "momentum_rank": 3},
+    {"metric": "kfac"},
+    {"metric": "shampoo", "momentum": 0.0},
+    {"gradient": "tangent"},
+]
+
+
+def network(device: str, rank: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Adapted layers of odd shapes; wide ones on a GPU."""
+    widths = (300, 513, 1024, 777, 64) if device == "cuda" else (24, 33, 20, 8)
+    layers: list[nn.Module] = []
+    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+        layer = LoRALinear(nn.Linear(d_in, d_out), min(rank, d_in, d_out), alpha=2.0 * rank)
+        nn.init.normal_(layer.lora_B.weight, std=0.1)
+        layers += [layer, nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).to(device, dtype)
+
+
+def step(model: nn.Module, optimizer: PSILoRA, x: Tensor) -> None:
+    optimizer.zero_grad()
+    (model(x) - 1).square().mean().backward()
+    optimizer.step()
+
+
+def factors(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("rank", [5, pytest.param(40, marks=pytest.mark.gpu)])
+def test_steps_agree_with_the_float64_reference(device: str, kind: dict[str, Any], rank: int) -> None:
+    """The error of every factor's increment is at most twice that of the fp32 reference, up to a floor of rounding."""
+    model = network(device, rank)
+    plain, exact = copy.deepcopy(model).cpu(), copy.deepcopy(model).cpu().double()
+    start = factors(exact)
+    runs = [
+        (net, PSILoRA(net, 0.1, backend=backend, **kind))
+        for net, backend in ((model, "triton"), (plain, "reference"), (exact, "reference"))
+    ]
+    for rows in (1000, 77) if device == "cuda" else (19, 6):
+        x = torch.randn(rows, exact[0].base.in_features)
+        for net, optimizer in runs:
+            step(net, optimizer, x.to(next(net.parameters())))
+    for before, got, fp32, want in zip(start, factors(model), factors(plain), factors(exact), strict=True):
+        moved = (want - before).norm()
+        error, usual = ((t.cpu().double() - want).norm() / moved for t in (got, fp32))
+        assert error <= 2 * usual + 1e-5, f"{tuple(want.shape)}: off by {error:.1e}, the reference by {usual:.1e}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", [{}, {"metric": "kfac", "num_iters": 2}], ids=str)
+def test_repeated_runs_are_bitwise_equal(device: str, kind: dict[str, Any]) -> None:
+    start = network(device, 8)
+    batches = [torch.randn(50 if device == "cpu" else 3000, start[0].base.in_features).to(device) for _ in range(2)]
+    runs = []
+    for _ in range(2 if device == "cpu" else 5):
+        model = copy.deepcopy(start)
+        optimizer = PSILoRA(model, 0.1, backend="triton", **kind)
+        for x in batches:
+            step(model, optimizer, x)
+        runs.append(factors(model))
+    for other in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_thousand_layers(device: str) -> None:
+    """As many layers as a step may meet (a dozen in the interpreter); each is checked."""
+    count, width = (1000, 96) if device == "cuda" else (12, 12)
+    model = nn.ModuleList(LoRALinear(nn.Linear(width, width + i % 3), 4) for i in range(count)).to(device)
+    exact = copy.deepcopy(model).cpu().double()
+    x = torch.randn(9, width)
+    for net, optimizer in (
+        (model, PSILoRA(model, 0.1, backend="triton")),
+        (exact, PSILoRA(exact, 0.1, backend="reference")),
+    ):
+        data = x.to(next(net.parameters()))
+        for _ in range(2):
+            optimizer.zero_grad()
+            sum((layer(data) - 1).square().mean() for layer in net).backward()
+            optimizer.step()
+    for got, want in zip(factors(model), factors(exact), strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_non_finite_gradient_changes_nothing(device: str) -> None:
+    model = network(device, 8)
+    optimizer = PSILoRA(model, 0.1, backend="triton", metric="kfac")
+    x = torch.randn(20, model[0].base.in_features, device=device)
+    step(model, optimizer, x)
+    before = factors(model) + [v.clone() for s in optimizer.state.values() for v in s.values()]
+    optimizer.zero_grad()
+    (model(x) * float("nan")).sum().backward()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert device == "cuda" or any("a step was skipped" in str(w.message) for w in caught)
+    after = factors(model) + [v for s in optimizer.state.values() for v in s.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert optimizer.stats()["skipped_steps"] == 1
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device() -> None:
+    model = network("cuda", 8)
+    optimizer = PSILoRA(model, 0.1)
+    x = torch.randn(64, model[0].base.in_features, device="cuda")
+    for _ in range(3):  # compiles, and checks the first captures, which may wait
+        step(model, optimizer, x)
+    optimizer.zero_grad()
+    (model(x) - 1).square().mean().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
