@@ -293,9 +293,11 @@ class PSILoRA(torch.optim.Optimizer):
         ]
         norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in self._others.gradients]
         total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
-        if unscale is None:
-            return (self.max_grad_norm / (total + 1e-6)).clamp(max=1.0)
-        return unscale * (self.max_grad_norm / (unscale * total + 1e-6)).clamp(max=1.0)
+        if unscale is not None:
+            total = unscale * total
+        clip: Tensor = self.max_grad_norm / (total + 1e-6)
+        clip = clip.clamp(max=1.0)
+        return clip if unscale is None else unscale * clip
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""
