@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from psilora import triton_backend
 from psilora.options import BACKENDS
 from psilora.problem import Problem, Scales, Update
 from psilora.reference import reference_update
@@ -17,10 +18,10 @@ UpdateFunction = Callable[[Sequence[Problem], Scales], Update]
 
 @dataclass
 class Bucket:
-    """Problems that share shapes, dtypes, device and structure, and their computed update."""
+    """Problems computed together, and their update, which may still lie in a backend's workspaces."""
 
     problems: list[Problem]
-    update: Update
+    update: Update | triton_backend.Execution
 
 
 def check_backend(backend: str) -> None:
@@ -34,15 +35,35 @@ def check_backend(backend: str) -> None:
 
 def backend_unavailable(backend: str) -> str | None:
     """Return why a backend cannot run here, or None when it can."""
-    return "this version has no Triton engine" if backend == "triton" else None
+    return triton_backend.unavailable_reason() if backend == "triton" else None
 
 
 def compute(problems: Sequence[Problem], scales: Scales, backend: str) -> list[Bucket]:
-    """Compute the updates of all problems without changing any parameter or state."""
+    """Compute the updates of all problems without changing any parameter or state.
+
+    "auto" takes the Triton kernels for problems on CUDA and the reference elsewhere; "triton" takes the kernels wherever
+    they run. Problems that the kernels do not support (`triton_backend.unsupported`, e.g. fp64) go to the reference.
+    """
+    by_device: dict[torch.device, list[Problem]] = {}
     groups: dict[tuple[object, ...], list[Problem]] = {}
     for problem in problems:
-        groups.setdefault(problem.key, []).append(problem)
-    return [Bucket(group, reference_update(group, scales)) for group in groups.values()]
+        device = problem.pair.lora_A.device
+        if _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None:
+            by_device.setdefault(device, []).append(problem)
+        else:
+            groups.setdefault(problem.key, []).append(problem)
+    buckets = [
+        Bucket(execution.problems, execution)
+        for group in by_device.values()
+        for execution in triton_backend.compute(group, scales)
+    ]
+    return buckets + [Bucket(group, reference_update(group, scales)) for group in groups.values()]
+
+
+def _takes_kernels(backend: str, device: torch.device) -> bool:
+    if backend == "auto":
+        return device.type == "cuda" and triton_backend.unavailable_reason() is None
+    return backend == "triton"
 
 
 def all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -63,11 +84,13 @@ def commit(buckets: Sequence[Bucket], ok: Tensor) -> None:
     if ok.device.type == "cpu" and not bool(ok):
         return
     for bucket in buckets:
-        _commit_bucket(bucket, ok)
+        if isinstance(bucket.update, triton_backend.Execution):
+            bucket.update.commit(ok.to(bucket.problems[0].pair.lora_A.device))
+        else:
+            _commit_stacked(bucket.problems, bucket.update, ok)
 
 
-def _commit_bucket(bucket: Bucket, ok: Tensor) -> None:
-    update, problems = bucket.update, bucket.problems
+def _commit_stacked(problems: Sequence[Problem], update: Update, ok: Tensor) -> None:
     here = ok.to(update.step_A.device)
     for step, parameters in (
         (update.step_A, [p.pair.lora_A for p in problems]),

@@ -9,18 +9,19 @@ from __future__ import annotations
 import collections
 import math
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from psilora import metric, plan
+from psilora import plan
 from psilora.adapters import LoRAPair
-from psilora.gradient import TangentGradient
-from psilora.plan import BucketPlan, Layer, StepPlan, Structure, Turn
+from psilora.plan import Layer, Structure
 from psilora.problem import Problem, Scales
+
+if TYPE_CHECKING:
+    from psilora.execution import Run, Workspace
 
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16
@@ -107,7 +108,7 @@ class Execution:
         problems: The bucket's problems, in order.
     """
 
-    def __init__(self, run: _Run, index: int, problems: list[Problem]) -> None:
+    def __init__(self, run: Run, index: int, problems: list[Problem]) -> None:
         self.problems = problems
         self._run, self._index = run, index
 
@@ -138,11 +139,13 @@ class Backend:
     """The workspaces and prepared executions of one optimizer's problems on one device."""
 
     def __init__(self) -> None:
-        self._runs: collections.OrderedDict[object, _Run] = collections.OrderedDict()
-        self._workspaces: dict[object, list[_Workspace]] = {}
+        self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
+        self._workspaces: dict[object, list[Workspace]] = {}
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
         """See the function `compute`."""
+        from psilora.execution import Run, Workspace
+
         layers = [layer_of(p) for p in problems]
         key = tuple((layer, _captured(p)) for layer, p in zip(layers, problems, strict=True))
         run = self._runs.get(key)
@@ -150,8 +153,8 @@ class Backend:
             step = plan.make_plan(layers)
             shapes = tuple((*layer.key, layer.d_out, layer.d_in, layer.rank, layer.momentum_rank) for layer in layers)
             if shapes not in self._workspaces:
-                self._workspaces = {shapes: [_Workspace(bucket) for bucket in step.buckets]}
-            run = self._runs[key] = _Run(step, self._workspaces[shapes], problems)
+                self._workspaces = {shapes: [Workspace(bucket) for bucket in step.buckets]}
+            run = self._runs[key] = Run(step, self._workspaces[shapes], problems)
             while len(self._runs) > KEPT_RUNS:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)

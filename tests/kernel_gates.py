@@ -16,7 +16,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,15 +46,16 @@ def variants(modules: list[str]) -> dict[str, Any]:
     return found
 
 
-def compile_all(modules: list[str]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Compile all variants of the modules for all their targets in subprocesses; a report per (name, target)."""
+def compile_all(modules: list[str], jobs: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
+    """Compile variants of the modules, (name, target) each, in subprocesses; a report for each."""
     with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "jobs.json").write_text(json.dumps(jobs))
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         workers = []
         for part in range(PROCESSES):
-            command = [sys.executable, __file__, "--part", str(part), "--out", f"{folder}/{part}.json", "--modules"]
-            workers.append(subprocess.Popen([*command, *modules], env=environment))
+            command = [sys.executable, __file__, "--work", folder, str(part), "--modules", *modules]
+            workers.append(subprocess.Popen(command, env=environment))
         codes = [worker.wait() for worker in workers]
         if any(codes):
             raise RuntimeError(f"the compiling subprocesses ended with {codes}")
@@ -76,11 +79,15 @@ def compile_variant(variant: Any, target: int) -> dict[str, Any]:
         hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in variant.aligned}
         source = ASTSource(kernel, signature, dict(variant.constexprs), hints)
         options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+        if variant.maxnreg is not None:
+            options["maxnreg"] = variant.maxnreg
+        start = time.perf_counter()
         compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
     except Exception as error:  # whatever the compiler says belongs into the report
         report["problems"] = [f"does not compile: {type(error).__name__}: {error}"]
         return report
     text = compiled.asm
+    report["seconds"] = time.perf_counter() - start
     report |= resources(text["cubin"])
     report["shared"] = compiled.metadata.shared
     report["copies"] = len(re.findall(r"cp\.async\.cg\.|cp\.async\.bulk\.", text["ptx"]))
@@ -117,7 +124,9 @@ def over_limits(report: dict[str, Any], variant: Any) -> list[str]:
     if variant.streaming and not report["copies"]:
         problems.append("a streaming kernel without asynchronous 16-byte copies")
     if variant.streaming and report["narrow_copies"]:
-        problems.append(f"{report['narrow_copies']} asynchronous copies of less than 16 bytes: an alignment hint is lost")
+        problems.append(
+            f"{report['narrow_copies']} asynchronous copies of less than 16 bytes: an alignment hint is lost"
+        )
     return problems
 
 
@@ -148,49 +157,92 @@ _VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")
 _ELEMENTWISE = re.compile(r"(?:arith|math)\.|tt\.(?:bitcast|fp_to_fp|clampf|precise_\w+|extern_elementwise|reshape)\b")
 
 
+@dataclass
+class _Region:
+    """An open region: its operation's result, the arguments of its block, and the names visible in it alone."""
+
+    number: int
+    owner: str | None = None
+    loop: bool = False
+    arguments: list[str] = field(default_factory=list)
+    condition: list[str] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+
+
 class Flow:
-    """Who feeds whom in the text of a TTIR module: enough of its structure to follow dot results."""
+    """Who feeds whom in the text of a TTIR module: enough of its structure to follow dot results.
+
+    Names are only unique within a region, so every definition gets a name of its own first.
+    """
 
     def __init__(self, ttir: str) -> None:
         self.operation: dict[str, str] = {}
         self.operands: dict[str, list[str]] = {}
-        self.block: dict[str, int] = {}
+        self.region: dict[str, int] = {}
         self.in_loop: dict[str, bool] = {}
         self.edges: dict[str, set[str]] = defaultdict(set)  # value → loop and branch results that may carry it
-        frames: list[tuple[str | None, list[str], bool, int]] = []
-        count = 0
+        self._open = [_Region(0)]
+        self._count = 0
         for raw in ttir.splitlines():
-            line = re.sub(r"\s*loc\(.*$", "", raw).strip()
-            closes = line.startswith("}")
-            opens = line.endswith(("{", "({"))
-            if closes and not opens and frames:
-                frames.pop()
-                continue
-            if closes:  # "} else {" and "} do {" go on yielding to the same results
-                continue
-            match = re.match(r"(%[\w$.-]+)(?::\d+)? = \"?([\w.]+)\"?(.*)$", line)
-            name, operation, rest = match.groups() if match else (None, line.split(" ")[0], line)
-            if operation == "scf.yield" and frames:
-                owner, arguments, _, _ = frames[-1]
-                values = _VALUE.findall(rest.split(" : ")[0])
-                for i, value in enumerate(values):
-                    if owner is not None:
-                        self.edges[value].add(owner if len(values) == 1 else f"{owner}#{i}")
-                    if i < len(arguments):
-                        self.edges[value].add(arguments[i])
-            if name is not None:
-                self.operation[name] = operation
-                self.operands[name] = _VALUE.findall(rest.split(" : ")[0])
-                self.block[name] = frames[-1][3] if frames else -1
-                self.in_loop[name] = any(loop for _, _, loop, _ in frames)
-            if opens:
-                pairs = re.findall(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)", rest)
-                loop = operation in ("scf.for", "scf.while")
-                arguments = [a for a, _ in pairs[1 if operation == "scf.for" else 0 :]] if loop else []
-                for argument, value in pairs:
-                    self.edges[value].add(argument)
-                count += 1
-                frames.append((name, arguments, loop, count))
+            self._read(re.sub(r"\s*loc\(.*$", "", raw).strip())
+
+    def _define(self, name: str) -> str:
+        self._count += 1
+        self._open[-1].names[name] = f"{name}@{self._count}"
+        return self._open[-1].names[name]
+
+    def _resolve(self, text: str) -> list[str]:
+        """The values that are named in `text`, in order."""
+        found = []
+        for value in _VALUE.findall(text):
+            name, _, part = value.partition("#")
+            known = next((r.names[name] for r in reversed(self._open) if name in r.names), name)
+            found.append(f"{known}#{part}" if part else known)
+        return found
+
+    def _read(self, line: str) -> None:
+        region = self._open[-1]
+        opens = line.endswith("{")
+        if line.startswith("}") and not opens:
+            if len(self._open) > 1:
+                self._open.pop()
+            return
+        if line.startswith("}"):  # "} else {" and "} do {": the next region of the same operation
+            region.names.clear()
+            return
+        if line.startswith("^"):
+            arguments = [self._define(name) for name in re.findall(r"(%[\w$.-]+):", line)]
+            for argument, value in zip(arguments, region.condition, strict=False):
+                self.edges[value].add(argument)
+            return
+        match = re.match(r"(%[\w$.-]+)(?::\d+)? = \"?([\w.]+)\"?(.*)$", line)
+        name, operation, rest = match.groups() if match else (None, re.split(r"[ (]", line)[0], line)
+        values = self._resolve(rest.split(" : ")[0])
+        if operation in ("scf.yield", "scf.condition"):
+            if operation == "scf.condition":
+                values = region.condition = values[1:]
+            for i, value in enumerate(values):
+                if region.owner is not None:
+                    self.edges[value].add(region.owner if len(values) == 1 else f"{region.owner}#{i}")
+                if operation == "scf.yield" and i < len(region.arguments):
+                    self.edges[value].add(region.arguments[i])
+        carried = re.findall(r"(%[\w$.-]+) = (%[\w$.-]+(?:#\d+)?)", rest) if opens else []
+        initial = [self._resolve(value)[0] for _, value in carried]
+        result = None if name is None else self._define(name)
+        if result is not None:
+            self.operation[result] = operation
+            self.operands[result] = values
+            self.region[result] = region.number
+            self.in_loop[result] = any(r.loop for r in self._open)
+        if opens:
+            self._count += 1
+            loop = operation in ("scf.for", "scf.while")
+            self._open.append(_Region(self._count, owner=result, loop=loop))
+            arguments = [self._define(argument) for argument, _ in carried]
+            for argument, value in zip(arguments, initial, strict=True):
+                self.edges[value].add(argument)
+            # The first pair of a for loop is its counter and where that begins.
+            self._open[-1].arguments = arguments[1:] if operation == "scf.for" else arguments
 
     def transposed_into_dot(self) -> bool:
         """Whether a dot has an operand that is elementwise a transpose of, elementwise, another dot's result."""
@@ -200,12 +252,12 @@ class Flow:
         return any(op == "tt.dot" and turned & set(self.operands[n][:2]) for n, op in self.operation.items())
 
     def chained_dots(self) -> bool:
-        """Whether, inside a loop, a dot accumulates onto the result of a dot of the same block."""
+        """Whether, inside a loop, a dot accumulates onto the result of a dot of the same region."""
         return any(
             op == "tt.dot"
             and self.in_loop[name]
             and self.operation.get(self.operands[name][2]) == "tt.dot"
-            and self.block[self.operands[name][2]] == self.block[name]
+            and self.region[self.operands[name][2]] == self.region[name]
             for name, op in self.operation.items()
         )
 
@@ -227,10 +279,10 @@ class Flow:
 
 def table(reports: list[dict[str, Any]]) -> str:
     """The reports as text, one line each."""
-    lines = [f"{'kernel':44s} {'sm':>4s} {'registers':>9s} {'shared':>7s} {'copies':>6s}  problems"]
+    lines = [f"{'kernel':40s} {'sm':>4s} {'registers':>9s} {'shared':>7s} {'copies':>6s} {'seconds':>7s}  problems"]
     for r in reports:
-        numbers = (r.get("registers", "-"), r.get("shared", "-"), r.get("copies", "-"))
-        line = f"{r['name']:44s} {r['target']:4d} {numbers[0]!s:>9s} {numbers[1]!s:>7s} {numbers[2]!s:>6s}"
+        numbers = [str(r.get(key, "-")).rjust(width) for key, width in (("registers", 9), ("shared", 7), ("copies", 6))]
+        line = f"{r['name']:40s} {r['target']:4d} {' '.join(numbers)} {r.get('seconds', 0):7.1f}"
         lines.append(f"{line}  {'; '.join(r['problems'])}".rstrip())
     return "\n".join(lines)
 
@@ -239,18 +291,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression that selects variants")
     parser.add_argument("--modules", nargs="*", help="default: every module of the kernel package")
-    parser.add_argument("--part", type=int, help="compile one share of the work, for --out")
-    parser.add_argument("--out", help="write the reports as JSON instead of printing a table")
+    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "PART"), help="do a share of FOLDER/jobs.json")
     options = parser.parse_args()
     found = variants(options.modules or kernel_modules())
-    jobs = [(variant, target) for name, variant in found.items() if re.search(options.pattern, name) for target in variant.targets]
-    if options.part is not None:
-        jobs = jobs[options.part :: PROCESSES]
-    reports = [compile_variant(variant, target) for variant, target in jobs]
-    if options.out:
-        Path(options.out).write_text(json.dumps(reports))
-    else:
-        print(table(reports))
+    if options.work:
+        folder, part = Path(options.work[0]), int(options.work[1])
+        jobs = json.loads((folder / "jobs.json").read_text())[part::PROCESSES]
+        reports = [compile_variant(found[name], target) for name, target in jobs]
+        (folder / f"{part}.json").write_text(json.dumps(reports))
+        return
+    selected = [variant for name, variant in found.items() if re.search(options.pattern, name)]
+    print(table([compile_variant(variant, target) for variant in selected for target in variant.targets]))
 
 
 if __name__ == "__main__":

@@ -14,19 +14,35 @@ if not _compat.available():
 import gate_offenders
 import kernel_gates
 
+from psilora.triton_kernels.variants import SLOW_TARGET
+
 VARIANTS = kernel_gates.variants(kernel_gates.kernel_modules())
 JOBS = [(name, target) for name, variant in VARIANTS.items() for target in variant.targets]
+MARKED = [
+    pytest.param(name, target, marks=pytest.mark.slow if VARIANTS[name].slow and target != SLOW_TARGET else ())
+    for name, target in JOBS
+]
 MUST_REGISTER = ("xv", "stz", "squares", "reduce")
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[tuple[str, int], dict[str, Any]]:
-    found = kernel_gates.compile_all([*kernel_gates.kernel_modules(), gate_offenders.__name__])
+def reports(request: pytest.FixtureRequest) -> dict[tuple[str, int], dict[str, Any]]:
+    """What the selected tests are about, compiled at once."""
+    jobs = []
+    for item in request.session.items:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        if item.module is not request.module:
+            continue
+        if "name" in parameters:
+            jobs.append((parameters["name"], parameters["target"]))
+        elif "variant" in parameters:
+            jobs += [(parameters["variant"].name, target) for target in parameters["variant"].targets]
+    found = kernel_gates.compile_all([*kernel_gates.kernel_modules(), gate_offenders.__name__], jobs)
     print(kernel_gates.table([report for report in found.values() if report["name"] in VARIANTS]))
     return found
 
 
-@pytest.mark.parametrize(("name", "target"), JOBS)
+@pytest.mark.parametrize(("name", "target"), MARKED)
 def test_gate(name: str, target: int, reports: dict[tuple[str, int], dict[str, Any]]) -> None:
     assert reports[name, target]["problems"] == []
 
@@ -51,3 +67,25 @@ def test_only_floating_point_atomics_are_banned() -> None:
     assert kernel_gates.banned("", "", "atom.global.gpu.acq_rel.add.f32 %f1, [%rd1], %f2;", 90)
     assert not kernel_gates.banned("", "", "atom.global.gpu.acq_rel.add.u32 %r1, [%rd1], %r2;", 90)
     assert not kernel_gates.banned("", "", "redux.sync.add.s32 %r1, %r2, %r3;", 90)
+
+
+SIBLINGS = """
+tt.func public @_kernel(%x: !tt.ptr<f32>) attributes {noinline = false} {
+  %zero = arith.constant dense<0.000000e+00> : tensor<16x16xf32>
+  %first = scf.for %i = %c0 to %n step %c1 iter_args(%total = %zero) -> (tensor<16x16xf32>) : i32 {
+    %sum = tt.dot %a, %b, %total, inputPrecision = ieee : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>
+    scf.yield %sum : tensor<16x16xf32>
+  }
+  %second = scf.for %i = %c0 to %n step %c1 iter_args(%total = %zero) -> (tensor<16x16xf32>) : i32 {
+    %sum = arith.addf %total, %a : tensor<16x16xf32>
+    scf.yield %sum : tensor<16x16xf32>
+  }
+  %turned = tt.trans %SOURCE {order = array<i32: 1, 0>} : tensor<16x16xf32> -> tensor<16x16xf32>
+  %last = tt.dot %turned, %b, %zero, inputPrecision = ieee : tensor<16x16xf32> * tensor<16x16xf32> -> tensor<16x16xf32>
+}
+"""
+
+
+@pytest.mark.parametrize(("source", "expected"), [("first", True), ("second", False)])
+def test_names_of_sibling_loops_are_told_apart(source: str, expected: bool) -> None:
+    assert kernel_gates.Flow(SIBLINGS.replace("SOURCE", source)).transposed_into_dot() is expected

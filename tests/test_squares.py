@@ -22,7 +22,9 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Per output its columns and the numbers of rows of its calls.
 OUTPUTS = [(64, [127, 1, 0, 300]), (200, [1]), (48, [0]), (77, [130, 70]), (1, [5]), (128, [1000]), (300, [33])]
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not _compat.interpreted(), reason="needs TRITON_INTERPRET=1 or CUDA")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not _compat.interpreted(), reason="needs TRITON_INTERPRET=1 or CUDA"
+)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -85,6 +85,7 @@ def test_dimensions_beyond_31_bits_are_refused() -> None:
 def test_padded_ranks() -> None:
     assert [padded(k) for k in (1, 16, 17, 33, 64, 129)] == [16, 16, 32, 64, 64, 256]
     assert [block_rank(k) for k in (1, 16, 17, 33, 64, 129)] == [16, 16, 32, 64, 64, 64]
+    assert [block_rank(k, fast=False) for k in (1, 17, 64, 129)] == [16, 32, 32, 32]
 
 
 @pytest.mark.gpu

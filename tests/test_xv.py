@@ -20,9 +20,20 @@ from psilora.triton_kernels.xv import XVPlan, xv, xv_ref
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 # (N, d, k): no rows, one row, odd everything, whole blocks, more ranks than one tile holds.
-SHAPES = [(0, 64, 4), (1, 48, 1), (127, 200, 16), (130, 77, 3), (64, 16, 33), (70, 128, 70), (5, 40, 256), (128, 64, 32)]
+SHAPES = [
+    (0, 64, 4),
+    (1, 48, 1),
+    (127, 200, 16),
+    (130, 77, 3),
+    (64, 16, 33),
+    (70, 128, 70),
+    (5, 40, 256),
+    (128, 64, 32),
+]
 
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not _compat.interpreted(), reason="needs TRITON_INTERPRET=1 or CUDA")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not _compat.interpreted(), reason="needs TRITON_INTERPRET=1 or CUDA"
+)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -73,7 +84,14 @@ def test_strides_and_alignment_of_x(dtype: torch.dtype) -> None:
 def test_strides_and_alignment_of_f() -> None:
     n, d, k = 40, 64, 8
     wide = random(k + 8, d + 8)
-    f = [wide[:k, 4 : d + 4], wide[:k, 1 : d + 1], wide.T[4 : d + 4, :k].T, random(d, k + 1)[:, 1:].T, random(3, d), random(d, 3).T]
+    f = [
+        wide[:k, 4 : d + 4],
+        wide[:k, 1 : d + 1],
+        wide.T[4 : d + 4, :k].T,
+        random(d, k + 1)[:, 1:].T,
+        random(3, d),
+        random(d, 3).T,
+    ]
     x = [random(n, d, dtype=torch.bfloat16) for _ in f]
     for a, b, p in zip(x, f, xv(x, f), strict=True):
         assert_product(p, a, b)
@@ -164,6 +182,18 @@ def test_nan_stays_in_its_row(dtype: torch.dtype) -> None:
     assert int(p.isnan().sum()) == 5
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_read_outside(dtype: torch.dtype) -> None:
+    n, d, k = 70, 72, 12
+    around_x = torch.full((n + 2, d + 8), float("nan"), device=DEVICE, dtype=dtype)
+    around_f = torch.full((k + 2, d + 4), float("nan"), device=DEVICE)
+    x, f = around_x[1 : n + 1, :d], around_f[1 : k + 1, :d]
+    x.copy_(random(n, d))
+    f.copy_(random(k, d))
+    for a, b in ((x, f), (x[:, :71], f[:, :71]), (x[:, 1:], f[:, 1:])):
+        assert_product(xv([a], [b])[0], a, b)
+
+
 def test_nothing_to_do() -> None:
     assert xv([], []) == []
     (p,) = xv([random(0, 16)], [random(4, 16)])
@@ -227,7 +257,9 @@ def test_split_is_the_reference_bitwise(dtype: torch.dtype, name: tl.dtype) -> N
 
 
 def test_scale_puts_the_top_below_the_largest_fp16() -> None:
-    top = torch.tensor([0.0, 1e-45, 1e-38, 1.2e-38, 1e-20, 0.999, 1.0, 1.5, 2.0, 1e20, 3.4e38, float("inf"), float("nan")])
+    top = torch.tensor(
+        [0.0, 1e-45, 1e-38, 1.2e-38, 1e-20, 0.999, 1.0, 1.5, 2.0, 1e20, 3.4e38, float("inf"), float("nan")]
+    )
     top = top.to(DEVICE)
     out = torch.full((2, len(top)), float("nan"), device=DEVICE)
     _scale_kernel[(1,)](top, out, len(top), 16)

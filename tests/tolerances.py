@@ -28,15 +28,15 @@ TOLERANCES = {
     "product": Tolerance(
         interpreter=2,
         gpu=16,
-        reason="The three 16-bit parts carry 24 bits, so each term is off by at most half a unit, as in fp32; the sums "
-        "of the three parts add two roundings. Tensor cores truncate where fp32 arithmetic rounds when they accumulate: "
-        "a bias that grows with the number of terms, about 5 times the random error of rounding at 4096 of them.",
+        reason="The three 16-bit parts carry 24 bits, so each term is off by at most half a unit, as in fp32; the sum "
+        "of the three parts adds two roundings. Where fp32 arithmetic rounds, tensor cores truncate as they sum: a "
+        "bias that grows with the number of terms, about 5 times the random error of rounding at 4096 of them.",
     ),
     "squares": Tolerance(
         interpreter=8,
         gpu=8,
-        reason="Every lane adds up to N/32 terms one after the other before a tree adds the lanes; PyTorch cascades all "
-        "along, and its error does not grow with N.",
+        reason="Every lane adds up to N/32 terms one after the other before a tree adds the lanes; PyTorch cascades "
+        "all along, and its error does not grow with N.",
     ),
     "reduce": Tolerance(
         interpreter=4,

@@ -1,0 +1,50 @@
+"""The only place that imports Triton: whether a usable one is there, and whether its interpreter is on.
+
+Importing `triton`, `tl` or `INTERPRET` from here without a usable Triton raises ImportError with the reason, so a
+module with kernels needs no guard of its own and its users ask `available()` before they import it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
+
+#: Older releases miscompile products that these kernels use (wgmma on Hopper and Blackwell).
+OLDEST = (3, 6)
+
+_REASON: str | None = None
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    _REASON = f"Triton cannot be imported: {error}"
+else:
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
+        _REASON = f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
+        del triton, tl
+    else:
+        #: Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1, read when a kernel is defined).
+        INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+def available() -> bool:
+    """Whether Triton can be used (`unavailable_reason` says why not)."""
+    return _REASON is None
+
+
+def unavailable_reason() -> str | None:
+    """Return why Triton cannot be used, or None where it can."""
+    return _REASON
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return _REASON is None and bool(INTERPRET.value)
+
+
+def __getattr__(name: str) -> Any:
+    if name in {"triton", "tl", "INTERPRET"}:
+        raise ImportError(f"psilora.triton_kernels: {_REASON}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,152 @@
+"""The last launch of a step: write the new factors and state where the step is accepted, and the Grams for the next.
+
+A separate launch because a step is all or nothing: whether any layer produced a non-finite number is known only after
+every solve has run.
+"""
+
+from __future__ import annotations
+
+from psilora.triton_kernels._compat import INTERPRET, tl, triton
+from psilora.triton_kernels.gram import (
+    ADDRESSES,
+    AVERAGE,
+    BLOCKS,
+    COUNT,
+    DIMS,
+    METRIC,
+    MOMENTUM,
+    MOMENTUM_RANK,
+    PARAM,
+    RANK,
+    ROOT,
+    ROWS,
+    SCALARS,
+    SIZE,
+    STEPS,
+    STREAM_REGISTERS,
+    TILE,
+    address,
+    element,
+    emit_rows,
+    stored_grams,
+    variant,
+)
+from psilora.triton_kernels.spd import CappedVariant
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """Return fp32 values in the storage dtype, to nearest even (the interpreter would truncate to bf16)."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(tl.abs(value) < float("inf"), even, bits) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def _commit_side(
+    addresses_ptr, scalars_ptr, dims_ptr, problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+):  # fmt: skip
+    """F ← F + F_s/√s where F_s ≠ 0, F_m and D ← their workspaces, step ← step + 1, for the columns of a tile."""
+    r = tl.load(dims_ptr + problem * DIMS + RANK)
+    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
+    param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
+    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
+    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
+    own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    k = tl.arange(0, RP)[:, None]
+    for first in range(start, end, BN):
+        n = (first + tl.arange(0, BN))[None, :]
+        inside = (n < end) & (k < r)
+        at = param + element(k, n, d if SIDE == 0 else r, SIDE == 1)
+        old = tl.load(at, mask=inside, other=0.0)
+        step = tl.load(steps + k * d + n, mask=inside, other=0.0)
+        new = rounded(old.to(tl.float32) + tl.div_rn(step, root), PARAM_TYPE)
+        tl.store(at, new, mask=inside & (step != 0.0))
+        if HAS_MOMENTUM:
+            inside = (n < end) & (k < rm)
+            new = tl.load(rows + (k + r) * d + n, mask=inside, other=0.0)
+            tl.store(own + element(k, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
+        if HAS_METRIC:
+            column = first + tl.arange(0, BN)
+            new = tl.load(address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES) + column, mask=column < end)
+            tl.store(address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + column, new, mask=column < end)
+    if start == 0:
+        count = address(addresses_ptr, problem, COUNT + SIDE, tl.float32, ADDRESSES)
+        tl.store(count, tl.load(count) + 1.0)
+
+
+@triton.jit
+def _commit_tile(
+    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out_ptr, problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    if ok:
+        _commit_side(
+            addresses_ptr, scalars_ptr, dims_ptr, problem, start, end,
+            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, HAS_METRIC,
+        )  # fmt: skip
+        tl.debug_barrier()  # the Grams read what other threads have written
+    if EMIT:
+        emit_rows(addresses_ptr, scalars_ptr, dims_ptr, problem, start, end, SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM)
+    stored_grams(
+        addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out_ptr, problem, start, end,
+        SIDE, RP, KS, PARAM_TYPE, tl.float32, False, MASK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _commit_kernel(
+    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, ok_ptr, out_ptr,
+    RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+    EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
+):  # fmt: skip
+    """Commit one tile of columns of one factor and its state where ok (uint8) holds, bitwise nothing elsewhere."""
+    tile = tl.program_id(0).to(tl.int64)
+    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
+    start = tl.load(tiles_ptr + tile * TILE + 2)
+    end = tl.load(tiles_ptr + tile * TILE + 3)
+    out = out_ptr + tile * KINDS * RP * RP
+    ok = tl.load(ok_ptr) != 0
+    if tl.load(tiles_ptr + tile * TILE) == 0:
+        _commit_tile(
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out, problem, start, end, 0, RP, BN, KS,
+            A_TYPE, HAS_MOMENTUM, HAS_METRIC, EMIT_A, MASK_A,
+        )  # fmt: skip
+    else:
+        _commit_tile(
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out, problem, start, end, 1, RP, BN, KS,
+            B_TYPE, HAS_MOMENTUM, HAS_METRIC, EMIT_B, MASK_B,
+        )  # fmt: skip
+
+
+def commit(addresses, scalars, dims, tiles, scale, ok, out, **constexprs):
+    """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`."""
+    BN, KS, _, warps = BLOCKS[out.shape[-1]]
+    _commit_kernel[(tiles.shape[0],)](
+        addresses, scalars, dims, tiles, scale, ok, out,
+        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], **constexprs, num_warps=warps, num_stages=1,
+        maxnreg=STREAM_REGISTERS,
+    )  # fmt: skip
+
+
+def _variants() -> list[CappedVariant]:
+    found = []
+    for padded, (BN, KS, _, warps) in BLOCKS.items():
+        constexprs = {
+            "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
+            "HAS_METRIC": True, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
+        }  # fmt: skip
+        found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
+    return found
+
+
+VARIANTS = _variants()

@@ -1,0 +1,441 @@
+"""`solve_a` and `solve_b`: one turn of LoRSum on all layers of a bucket, weight and momentum together.
+
+With F the rows being updated (A, or Bᵀ), O the other factor's rows, everything scaled by √s and λ = η·ρ::
+
+    F_s  = (O M_O Oᵀ + λI)⁻¹ [ C·F₁ + (−η(1−τ)·T − ημ·(O O_m1ᵀ)·F_m1)·M_F⁻¹ ],   C = O M_O ((−η·wd)·O₁ − O_s)ᵀ
+    F_ms = (O_m O_mᵀ + λI)⁻¹ [ C_m·F_m1 + (1−τ)·T_m ],                             C_m = O_m ((μ−1)·O_m1 − O_ms)ᵀ
+
+T = OG and T_m = O_mG come from `.grad`, from the products of xv and stz, or from the tangent gradient as P₁·L + P₂·F₁.
+"""
+
+from __future__ import annotations
+
+from psilora.triton_kernels._compat import tl, triton
+from psilora.triton_kernels.factor import (
+    BASE,
+    COEFFICIENTS,
+    INVERSE,
+    OLD,
+    OWN_BASE,
+    OWN_INVERSE,
+    OWN_P1,
+    OWN_P2,
+    P1,
+    P2,
+    momentum_base,
+    ridged,
+    weight_base,
+)
+from psilora.triton_kernels.gram import (
+    ADDRESSES,
+    BLOCKS,
+    CROSS,
+    DIMS,
+    FACTORED_BLOCKS,
+    FRESH,
+    GRAD,
+    LR,
+    MOMENTUM,
+    MOMENTUM_RANK,
+    MU,
+    OWN,
+    OWN_SLOPE,
+    OWN_START,
+    OWN_STEP,
+    PARAM,
+    PROX,
+    RANK,
+    ROOT,
+    ROWS,
+    SCALARS,
+    SCALING,
+    SIZE,
+    SLOPE,
+    START,
+    STEPS,
+    TILE,
+    WEIGHT,
+    WEIGHTED,
+    WEIGHTED_STEP,
+    address,
+    element,
+    partial_gram,
+    summed,
+    variant,
+)
+from psilora.triton_kernels.spd import CappedVariant, inverse_factor
+
+# Where a turn's product with the gradient comes from.
+NONE = tl.constexpr(0)
+KNOWN = tl.constexpr(1)  # `.grad` itself
+PRODUCT = tl.constexpr(2)  # partial sums left by stz
+TANGENT = tl.constexpr(3)  # P₁·L + P₂·F₁
+
+# Columns of the product block (int64): address of the partials (splits, d, columns), splits, columns.
+PRODUCT_BLOCK = tl.constexpr(3)
+
+
+@triton.jit
+def _load_rows(ptr, leading, count, k, n, end, TRANSPOSED: tl.constexpr):
+    """Return rows k, columns n of a factor as fp32, zero outside (count, end)."""
+    at = ptr + element(k, n, leading, TRANSPOSED)
+    return tl.load(at, mask=(k < count) & (n < end), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_product(product_ptr, d, row, count, k, n, end):
+    """Return rows row … row + count − 1 of the product, Σ over its splits in order, for columns n of the tile."""
+    base = tl.load(product_ptr).to(tl.pointer_type(tl.float32))
+    splits = tl.load(product_ptr + 1)
+    columns = tl.load(product_ptr + 2)
+    at = base + (n * columns + (k + row))
+    inside = (k < count) & (n < end)
+    total = tl.load(at, mask=inside, other=0.0)
+    for _ in range(1, splits):
+        at += d * columns
+        total += tl.load(at, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _apply(inverse, flipped, rhs):
+    """Return L⁻ᵀ(L⁻¹·rhs)."""
+    half = tl.dot(inverse, rhs, input_precision="ieee")
+    return tl.dot(flipped, half, input_precision="ieee")
+
+
+@triton.jit
+def _any_bad(values):
+    return tl.max(tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), axis=1), axis=0)
+
+
+@triton.jit
+def _any_nonzero(values):
+    return tl.max(tl.max(tl.where(values == 0.0, 0, 1), axis=1), axis=0)
+
+
+@triton.jit
+def _times(
+    matrix, coefficient_ptr, x_ptr, leading, count, k, n, end,
+    X_TRANSPOSED: tl.constexpr, RP: tl.constexpr, SLICED: tl.constexpr, FLIP: tl.constexpr,
+):  # fmt: skip
+    """Return matrix (RP, RP) times rows of x for columns n; SLICED streams both through memory, FLIP takes matrixᵀ."""
+    if not SLICED:
+        return tl.dot(matrix, _load_rows(x_ptr, leading, count, k, n, end, X_TRANSPOSED), input_precision="ieee")
+    row = tl.arange(0, RP)[:, None]
+    total = tl.zeros((RP, n.shape[1]), tl.float32)
+    for first in range(0, RP, 16):
+        slice_k = first + tl.arange(0, 16)
+        at = slice_k[None, :] * RP + row if FLIP else row * RP + slice_k[None, :]
+        x = _load_rows(x_ptr, leading, count, slice_k[:, None], n, end, X_TRANSPOSED)
+        total += tl.dot(tl.load(coefficient_ptr + at), x, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _solved(
+    rhs, inverse, flipped, coefficient_ptr, scratch, d, count, k, n, end, RP: tl.constexpr, SLICED: tl.constexpr
+):  # fmt: skip
+    """Return L⁻ᵀ(L⁻¹·rhs); SLICED keeps the operands in `scratch` (count, d), where the result will go."""
+    if not SLICED:
+        return _apply(inverse, flipped, rhs)
+    at = scratch + k * d + n
+    inside = (k < count) & (n < end)
+    tl.store(at, rhs, mask=inside)
+    tl.debug_barrier()
+    half = _times(rhs, coefficient_ptr, scratch, d, count, k, n, end, False, RP, True, False)
+    tl.debug_barrier()
+    tl.store(at, half, mask=inside)
+    tl.debug_barrier()
+    result = _times(rhs, coefficient_ptr, scratch, d, count, k, n, end, False, RP, True, True)
+    tl.debug_barrier()
+    return result
+
+
+@triton.jit
+def _weight_columns(
+    addresses_ptr, scalars_ptr, dims_ptr, product_ptr, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr,
+    problem, start, end, inverse, base, old,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, SLICED: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, CHECK: tl.constexpr,
+    HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr,
+):  # fmt: skip
+    """F_s and F = F₁ + F_s for the columns start … end − 1."""
+    r = tl.load(dims_ptr + problem * DIMS + RANK)
+    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    scalars = scalars_ptr + problem * SCALARS
+    root = tl.load(scalars + ROOT)
+    clip = tl.load(scale_ptr)
+    lr = tl.load(address(addresses_ptr, problem, LR, tl.float32, ADDRESSES))
+    param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
+    grad = address(addresses_ptr, problem, GRAD + SIDE, GRAD_TYPE, ADDRESSES)
+    own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    metric = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float32, ADDRESSES)
+    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
+    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
+    ld = d if SIDE == 0 else r
+    own_ld = d if SIDE == 0 else rm
+    T: tl.constexpr = SIDE == 1
+    Q: tl.constexpr = RP * RP
+    coefficient = coefficients_ptr + problem * COEFFICIENTS * Q
+    k = tl.arange(0, RP)[:, None]
+    flipped = inverse
+    if not SLICED:
+        flipped = tl.trans(inverse)
+    bad = tl.full((), 0, tl.int32)
+    busy = tl.full((), 0, tl.int32)
+    for first in range(start, end, BN):
+        n = first + tl.arange(0, BN)[None, :]
+        inside = (k < r) & (n < end)
+        f1 = _load_rows(param, ld, r, k, n, end, T) * root
+        if CHECK or SOURCE == KNOWN:
+            slope = _load_rows(grad, ld, r, k, n, end, T)
+            bad = tl.maximum(bad, _any_bad(slope))
+        if SOURCE == KNOWN:
+            target = slope * (clip / root)
+        elif SOURCE == TANGENT:
+            target = (clip / root) * _times(inverse, coefficient + P1 * Q, grad, ld, r, k, n, end, T, RP, SLICED, False)
+            target += root * _times(inverse, coefficient + P2 * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
+        else:
+            scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
+            target = scale * _load_product(product_ptr, d, 0, r, k, n, end)
+        rhs = (-lr * tl.load(scalars + FRESH)) * target
+        if HAS_MOMENTUM:
+            pull = _times(old, coefficient + OLD * Q, own, own_ld, rm, k, n, end, T, RP, SLICED, False)
+            rhs -= (lr * tl.load(scalars + MU)) * pull
+        if HAS_METRIC:
+            rhs = rhs / tl.load(metric + n, mask=n < end, other=1.0)
+        if HAS_BASE:
+            rhs += root * _times(base, coefficient + BASE * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
+        busy = tl.maximum(busy, _any_nonzero(rhs))
+        step = _solved(rhs, inverse, flipped, coefficient + INVERSE * Q, steps, d, r, k, n, end, RP, SLICED)
+        bad = tl.maximum(bad, _any_bad(step))
+        at = k * d + n
+        tl.store(steps + at, step, mask=inside)
+        if EMIT:
+            tl.store(rows + at, f1 + step, mask=inside)
+    if bad > 0:
+        tl.atomic_or(flag_ptr + problem, 1)
+    if busy > 0:
+        tl.atomic_or(busy_ptr + problem, 1)
+
+
+@triton.jit
+def _momentum_columns(
+    addresses_ptr, scalars_ptr, dims_ptr, product_ptr, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr,
+    problem, start, end, inverse, base,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, SLICED: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, BESIDE: tl.constexpr,
+):  # fmt: skip
+    """F_ms and F_m = F_m1 + F_ms for the columns start … end − 1; BESIDE: the product's first r rows are the weight's."""
+    r = tl.load(dims_ptr + problem * DIMS + RANK)
+    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    scalars = scalars_ptr + problem * SCALARS
+    root = tl.load(scalars + ROOT)
+    clip = tl.load(scale_ptr)
+    own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
+    grad = address(addresses_ptr, problem, GRAD + SIDE, GRAD_TYPE, ADDRESSES)
+    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES) + r * d
+    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES) + r * d
+    ld = d if SIDE == 0 else r
+    own_ld = d if SIDE == 0 else rm
+    T: tl.constexpr = SIDE == 1
+    Q: tl.constexpr = RP * RP
+    coefficient = coefficients_ptr + problem * COEFFICIENTS * Q
+    k = tl.arange(0, RP)[:, None]
+    flipped = inverse
+    if not SLICED:
+        flipped = tl.trans(inverse)
+    bad = tl.full((), 0, tl.int32)
+    busy = tl.full((), 0, tl.int32)
+    for first in range(start, end, BN):
+        n = first + tl.arange(0, BN)[None, :]
+        inside = (k < rm) & (n < end)
+        if SOURCE == TANGENT:
+            target = (clip / root) * _times(inverse, coefficient + OWN_P1 * Q, grad, ld, r, k, n, end, T, RP, SLICED, False)
+            target += root * _times(inverse, coefficient + OWN_P2 * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
+        else:
+            scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
+            target = scale * _load_product(product_ptr, d, r if BESIDE else 0, rm, k, n, end)
+        rhs = tl.load(scalars + FRESH) * target
+        rhs += _times(base, coefficient + OWN_BASE * Q, own, own_ld, rm, k, n, end, T, RP, SLICED, False)
+        busy = tl.maximum(busy, _any_nonzero(rhs))
+        step = _solved(rhs, inverse, flipped, coefficient + OWN_INVERSE * Q, steps, d, rm, k, n, end, RP, SLICED)
+        value = _load_rows(own, own_ld, rm, k, n, end, T) + step
+        bad = tl.maximum(bad, _any_bad(value))
+        at = k * d + n
+        tl.store(steps + at, step, mask=inside)
+        tl.store(rows + at, value, mask=inside)
+    if bad > 0:
+        tl.atomic_or(flag_ptr + problem, 1)
+    if busy > 0:
+        tl.atomic_or(busy_ptr + problem, 1)
+
+
+@triton.jit
+def _moved_grams(
+    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out_ptr, problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    HAS_METRIC: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Write the partial Grams of the factors just moved, the kinds in MASK, from the rows and steps workspaces."""
+    r = tl.load(dims_ptr + problem * DIMS + RANK)
+    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
+    slope = tl.load(scale_ptr) / root
+    param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
+    grad = address(addresses_ptr, problem, GRAD + SIDE, GRAD_TYPE, ADDRESSES)
+    own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    metric = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float32, ADDRESSES)
+    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
+    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
+    skip = r * d
+    ld = d if SIDE == 0 else r
+    own_ld = d if SIDE == 0 else rm
+    T: tl.constexpr = SIDE == 1
+    Q: tl.constexpr = RP * RP
+    if MASK & 1:
+        at = out_ptr + WEIGHTED * Q
+        partial_gram(at, rows, d, r, rows, d, r, metric, 1.0, start, end, False, False, HAS_METRIC, RP, KS)
+    if MASK & 2:
+        at = out_ptr + WEIGHTED_STEP * Q
+        partial_gram(at, rows, d, r, steps, d, r, metric, 1.0, start, end, False, False, HAS_METRIC, RP, KS)
+    if MASK & 4:
+        at = out_ptr + CROSS * Q
+        partial_gram(at, rows, d, r, own, own_ld, rm, metric, 1.0, start, end, False, T, False, RP, KS)
+    if MASK & 8:
+        at = out_ptr + OWN * Q
+        partial_gram(at, rows + skip, d, rm, rows + skip, d, rm, metric, 1.0, start, end, False, False, False, RP, KS)
+    if MASK & 16:
+        at = out_ptr + OWN_STEP * Q
+        partial_gram(at, rows + skip, d, rm, steps + skip, d, rm, metric, 1.0, start, end, False, False, False, RP, KS)
+    if MASK & 32:
+        at = out_ptr + START * Q
+        partial_gram(at, rows, d, r, param, ld, r, metric, root, start, end, False, T, False, RP, KS)
+    if MASK & 64:
+        at = out_ptr + SLOPE * Q
+        partial_gram(at, rows, d, r, grad, ld, r, metric, slope, start, end, False, T, False, RP, KS)
+    if MASK & 128:
+        at = out_ptr + OWN_START * Q
+        partial_gram(at, rows + skip, d, rm, param, ld, r, metric, root, start, end, False, T, False, RP, KS)
+    if MASK & 256:
+        at = out_ptr + OWN_SLOPE * Q
+        partial_gram(at, rows + skip, d, rm, grad, ld, r, metric, slope, start, end, False, T, False, RP, KS)
+
+
+@triton.jit
+def _solve_kernel(
+    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, parts_ptr, product_ptr, coefficients_ptr, scale_ptr,
+    weight_grams_ptr, momentum_grams_ptr, out_ptr, flag_ptr, info_ptr, busy_ptr, problems, first_tile,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, AT_ONCE: tl.constexpr,
+    KINDS: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr,
+    OWN_SOURCE: tl.constexpr, BESIDE: tl.constexpr, CHECK: tl.constexpr, MOVED: tl.constexpr, OWN_MOVED: tl.constexpr,
+    HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr,
+    FACTORED: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """One turn on one side (0: A, 1: B), a tile of columns of one layer per program.
+
+    Tables: addresses (L, ADDRESSES) int64, scalars (L, SCALARS) fp32, dims (L, DIMS) int32, tiles (…, TILE) int32 from
+    `first_tile` on, parts (L, 2) int32 = the tiles of the other side, product (L, PRODUCT_BLOCK) int64. Grams of the
+    other side: (tiles, KINDS, RP, RP) fp32. info and busy are (2, L) int32: weight, then momentum.
+    """
+    tile = tl.program_id(0).to(tl.int64) + first_tile
+    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
+    start = tl.load(tiles_ptr + tile * TILE + 2)
+    end = tl.load(tiles_ptr + tile * TILE + 3)
+    first = tl.load(parts_ptr + problem * 2)
+    count = tl.load(parts_ptr + problem * 2 + 1)
+    scalars = scalars_ptr + problem * SCALARS
+    lr = tl.load(address(addresses_ptr, problem, LR, tl.float32, ADDRESSES))
+    ridge = lr * tl.load(scalars + PROX)
+    product = product_ptr + problem * PRODUCT_BLOCK
+    if not FACTORED:
+        r = tl.load(dims_ptr + problem * DIMS + RANK)
+        gram = summed(weight_grams_ptr, first, count, 0, WEIGHTED, KINDS, RP, RP, AT_ONCE)
+        inverse, info = inverse_factor(ridged(gram, ridge, RP), r, RP)
+        base = weight_base(
+            gram, weight_grams_ptr, first, count, 0, scalars, lr, RP, RP, KINDS, AT_ONCE, MOVED, HAS_DECAY
+        )
+        old = base
+        if HAS_MOMENTUM:
+            old = summed(weight_grams_ptr, first, count, 0, CROSS, KINDS, RP, RP, AT_ONCE)
+        if start == 0:
+            tl.store(info_ptr + problem, info)
+    else:  # read from memory where they are used
+        inverse = tl.zeros((1, 1), tl.float32)
+        base = inverse
+        old = inverse
+    _weight_columns(
+        addresses_ptr, scalars_ptr, dims_ptr, product, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr,
+        problem, start, end, inverse, base, old, SIDE, RP, BN, FACTORED, PARAM_TYPE, GRAD_TYPE,
+        SOURCE, CHECK, MOVED or HAS_DECAY, HAS_MOMENTUM, HAS_METRIC, EMIT,
+    )  # fmt: skip
+    if OWN_SOURCE != NONE:
+        if not FACTORED:
+            rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+            gram = summed(momentum_grams_ptr, first, count, 0, OWN, KINDS, RP, RP, AT_ONCE)
+            own_inverse, own_info = inverse_factor(ridged(gram, ridge, RP), rm, RP)
+            own_base = momentum_base(
+                gram, momentum_grams_ptr, first, count, 0, scalars, RP, RP, KINDS, AT_ONCE, OWN_MOVED
+            )
+            if start == 0:
+                tl.store(info_ptr + problems + problem, own_info)
+        else:
+            own_inverse = tl.zeros((1, 1), tl.float32)
+            own_base = own_inverse
+        _momentum_columns(
+            addresses_ptr, scalars_ptr, dims_ptr, product, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr + problems,
+            problem, start, end, own_inverse, own_base, SIDE, RP, BN, FACTORED, PARAM_TYPE, GRAD_TYPE,
+            OWN_SOURCE, BESIDE,
+        )  # fmt: skip
+    if MASK != 0:
+        tl.debug_barrier()  # the Grams read rows that other threads of this program have written
+        _moved_grams(
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out_ptr + tile * KINDS * RP * RP, problem, start, end,
+            SIDE, RP, KS, PARAM_TYPE, GRAD_TYPE, HAS_METRIC, MASK,
+        )  # fmt: skip
+
+
+def solve(
+    addresses, scalars, dims, tiles, parts, product, coefficients, scale, weight_grams, momentum_grams, out,
+    flags, info, busy, *, first_tile, programs, **constexprs,
+):  # fmt: skip
+    """Launch `_solve_kernel` on the `programs` tiles of a side that begin at `first_tile`."""
+    padded = out.shape[-1]
+    BN, KS, at_once, warps = (FACTORED_BLOCKS if constexprs["FACTORED"] else BLOCKS)[padded]
+    _solve_kernel[(programs,)](
+        addresses, scalars, dims, tiles, parts, product, coefficients, scale, weight_grams, momentum_grams, out,
+        flags, info, busy, dims.shape[0], first_tile, RP=padded, BN=BN, KS=KS, AT_ONCE=at_once, KINDS=out.shape[1],
+        **constexprs, num_warps=warps, num_stages=1, maxnreg=255,
+    )  # fmt: skip
+
+
+def _variants() -> list[CappedVariant]:
+    """Both sides at every rank: the plain first turn, and one with everything that a rank can have at once."""
+    found = []
+    for padded in BLOCKS:
+        plain = {
+            "KINDS": 5, "SOURCE": 1, "OWN_SOURCE": 0, "BESIDE": False, "MOVED": False, "OWN_MOVED": False,
+            "HAS_DECAY": False, "HAS_MOMENTUM": False, "HAS_METRIC": False, "FACTORED": padded >= 64, "MASK": 0b11,
+        }  # fmt: skip
+        exact = {
+            "KINDS": 5, "SOURCE": 2, "OWN_SOURCE": 2, "BESIDE": True, "MOVED": True, "OWN_MOVED": True,
+            "HAS_DECAY": True, "HAS_MOMENTUM": True, "HAS_METRIC": True, "FACTORED": padded >= 64, "MASK": 0b11111,
+        }  # fmt: skip
+        tangent = {**exact, "KINDS": 9, "SOURCE": 3, "OWN_SOURCE": 3, "BESIDE": False, "FACTORED": True, "MASK": 511}
+        for side in (0, 1):
+            for name, case in (("plain", plain), ("exact", exact), ("tangent", tangent)):
+                BN, KS, at_once, warps = (FACTORED_BLOCKS if case["FACTORED"] else BLOCKS)[padded]
+                constexprs = {
+                    "SIDE": side, "BN": BN, "KS": KS, "AT_ONCE": at_once, "PARAM_TYPE": tl.bfloat16,
+                    "GRAD_TYPE": tl.float32, "CHECK": True, "EMIT": True, **case,
+                }  # fmt: skip
+                found.append(variant(f"solve_{'ab'[side]}_{name}", _solve_kernel, padded, warps, constexprs, 255))
+    return found
+
+
+VARIANTS = _variants()
