@@ -56,6 +56,7 @@ class Record:
         self.missed = 0
         self.left: Tensor | None = None
         self._probes.discard(self)
+        self._pending: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._backward = -1
 
     def open(self, *, missed: bool) -> None:
@@ -76,18 +77,30 @@ class Record:
             self.missed += missed
 
     def add(self, x: Tensor, s: Tensor | None) -> None:
-        """Take the input and output gradient of one call, from inside backward; without the latter it is a miss."""
+        """Hold the input and output gradient of one call, from inside backward, until lora_A's gradient accumulates.
+
+        `torch.autograd.grad` passes through the nodes as well, but leaves `.grad` alone: nothing confirms its calls.
+        """
         with self._lock:
-            if s is None:
-                self.missed += 1
-                return
-            x, s = x.detach().flatten(0, -2), s.detach().flatten(0, -2)
-            self.calls += 1
-            self.rows += x.shape[0]
-            if self.statistics:
-                self._add_squares(x, s)
-            else:  # under autocast X may be wider than S: keep neither wider than the gradient
-                self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
+            self._pending.setdefault(torch._C._current_graph_task_id(), []).append((x, s))
+
+    def confirm(self) -> None:
+        """Take the calls of this backward pass: lora_A's gradient, which waits for all of them, has accumulated."""
+        with self._lock:
+            for x, s in self._pending.pop(torch._C._current_graph_task_id(), ()):
+                self._take(x, s)
+
+    def _take(self, x: Tensor, s: Tensor | None) -> None:
+        if s is None:
+            self.missed += 1
+            return
+        x, s = x.detach().flatten(0, -2), s.detach().flatten(0, -2)
+        self.calls += 1
+        self.rows += x.shape[0]
+        if self.statistics:
+            self._add_squares(x, s)
+        else:  # under autocast X may be wider than S: keep neither wider than the gradient
+            self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
 
     def _add_squares(self, x: Tensor, s: Tensor) -> None:
         dtype = compute_dtype(self.pair.lora_A.dtype)
@@ -137,7 +150,8 @@ class Capture:
             slot = threading.local()
             self._handles.append(lora_A.register_forward_pre_hook(_BeforeA(record, slot)))
             self._handles.append(lora_B.register_forward_hook(_AfterB(record, slot)))
-        self._handles.append(pair.lora_B.register_post_accumulate_grad_hook(_AfterAccumulate(record)))
+        self._handles.append(pair.lora_A.register_post_accumulate_grad_hook(_AfterAccumulateA(record)))
+        self._handles.append(pair.lora_B.register_post_accumulate_grad_hook(_AfterAccumulateB(record)))
 
     def record(self, pair: LoRAPair) -> Record | None:
         """Return the record of a pair, or None for one that is not captured."""
@@ -257,7 +271,15 @@ class _AfterB(_Hook):
         return node  # type: ignore[no-any-return]
 
 
-class _AfterAccumulate(_Hook):
+class _AfterAccumulateA(_Hook):
+    def __init__(self, record: Record) -> None:
+        self.record = record
+
+    def __call__(self, parameter: Tensor) -> None:
+        self.record.confirm()
+
+
+class _AfterAccumulateB(_Hook):
     def __init__(self, record: Record) -> None:
         self.record = record
 

@@ -205,6 +205,35 @@ def test_eval_mode_with_gradients_is_captured() -> None:
     assert_exact(optimizer)
 
 
+def test_autograd_grad_leaves_no_trace() -> None:
+    """A gradient penalty or an attribution passes through the layers without touching .grad."""
+    model = peft_mlp()
+    optimizer = optimizer_of(model)
+    x, y = data()
+    for _ in range(2):
+        optimizer.zero_grad()
+        inputs = x.clone().requires_grad_()
+        torch.autograd.grad(mse(model, (inputs, y)), inputs)
+        mse(model, (x, y)).backward()
+        torch.autograd.grad(mse(model, (inputs, y)), [p for p in model.parameters() if p.requires_grad])
+        assert_exact(optimizer)
+        assert all(record.calls == 1 for record in optimizer._capture.records.values())
+        optimizer.step()
+
+
+def test_checkpointed_and_plain_calls_of_one_module_in_one_backward() -> None:
+    model = plain_mlp()
+    optimizer = optimizer_of(model)
+    for use_reentrant in (False, True):
+        optimizer.zero_grad()
+        x, y = data()
+        plain = mse(model, (x, y))
+        checked = (Checkpointed(model, use_reentrant)(x.clone().requires_grad_()) - y).square().mean()
+        (plain + checked).backward()
+        assert_exact(optimizer)
+        assert all(record.calls == 2 for record in optimizer._capture.records.values())
+
+
 def test_disabled_adapter_forward_leaves_no_trace() -> None:
     model = peft_mlp()
     optimizer = optimizer_of(model)
