@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psilora import triton_backend
+from psilora import triton_backend, trust
 from psilora.options import BACKENDS
 from psilora.problem import Problem, Scales, Update
 from psilora.reference import reference_update
@@ -41,22 +41,26 @@ def backend_unavailable(backend: str) -> str | None:
 def compute(problems: Sequence[Problem], scales: Scales, backend: str) -> list[Bucket]:
     """Compute the updates of all problems without changing any parameter or state.
 
-    "auto" takes the Triton kernels for problems on CUDA and the reference elsewhere; "triton" takes the kernels wherever
-    they run. Problems that the kernels do not support (`triton_backend.unsupported`, e.g. fp64) go to the reference.
+    "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `trust`), and the
+    reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
+    (`triton_backend.unsupported`, e.g. fp64) go to the reference.
     """
     by_device: dict[torch.device, list[Problem]] = {}
-    groups: dict[tuple[object, ...], list[Problem]] = {}
+    rest: list[Problem] = []
     for problem in problems:
         device = problem.pair.lora_A.device
-        if _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None:
-            by_device.setdefault(device, []).append(problem)
+        takes = _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None
+        (by_device.setdefault(device, []) if takes else rest).append(problem)
+    buckets = []
+    for group in by_device.values():
+        executions = (trust if backend == "auto" else triton_backend).compute(group, scales)
+        if executions is None:
+            rest += group
         else:
-            groups.setdefault(problem.key, []).append(problem)
-    buckets = [
-        Bucket(execution.problems, execution)
-        for group in by_device.values()
-        for execution in triton_backend.compute(group, scales)
-    ]
+            buckets += [Bucket(execution.problems, execution) for execution in executions]
+    groups: dict[tuple[object, ...], list[Problem]] = {}
+    for problem in rest:
+        groups.setdefault(problem.key, []).append(problem)
     return buckets + [Bucket(group, reference_update(group, scales)) for group in groups.values()]
 
 

@@ -13,19 +13,16 @@ from torch import Tensor
 
 from psilora import metric
 from psilora.gradient import TangentGradient
-from psilora.plan import NONE, PRODUCT, TANGENT, BucketPlan, StepPlan, Turn, columns
+from psilora.plan import NONE, SIDES, TANGENT, BucketPlan, StepPlan
 from psilora.problem import Problem, Scales
+from psilora.products import Product, Statistics
 from psilora.triton_kernels import commit as commit_kernels
 from psilora.triton_kernels import factor as factor_kernels
 from psilora.triton_kernels import gram as gram_kernels
+from psilora.triton_kernels import layout
 from psilora.triton_kernels import solve as solve_kernels
 from psilora.triton_kernels.split import TRITON_DTYPES
-from psilora.triton_kernels.squares import SquaresPlan
-from psilora.triton_kernels.stz import STZPlan
 from psilora.triton_kernels.tables import PointerTable, int32_table, partial_buffers
-from psilora.triton_kernels.xv import XVPlan
-
-_SIDES = {"A": 0, "B": 1}
 
 
 class Workspace:
@@ -52,9 +49,11 @@ class Workspace:
             return [buffers([make(k, d) for k, d in zip(ranks, sizes[side], strict=True)]) for side in (0, 1)]
 
         self.rows, self.steps = (per_side(lambda k, d: (k, d)) for _ in range(2))
-        self.averages, self.weights, self.squares = (
-            per_side(lambda _, d: (d,)) if bucket.structure.metric else [[], []] for _ in range(3)
-        )
+
+        def per_column() -> list[list[Tensor]]:
+            return per_side(lambda _, d: (d,)) if bucket.structure.metric is not None else [[], []]
+
+        self.averages, self.weights, self.squares = per_column(), per_column(), per_column()
         partials = (len(bucket.tiles), bucket.kinds, padded, padded)
         self.stored_grams, self.moved_grams = (torch.empty(partials, device=self.device) for _ in range(2))
         factored = any(turn.factored for turn in bucket.course.turns)
@@ -89,14 +88,14 @@ class Run:
         self.table = PointerTable(self.device)
         self.ones = torch.ones(2, device=self.device)
         self.buckets = [
-            _BucketRun(bucket, workspace, self.table, [problems[m] for m in bucket.members])
+            BucketRun(bucket, workspace, self.table, [problems[m] for m in bucket.members])
             for bucket, workspace in zip(plan.buckets, workspaces, strict=True)
         ]
         self.products = [
-            _Product([b for b in self.buckets if b.asks(t)], t, self.table) if plan.asking(t) else None
+            Product([b for b in self.buckets if b.asks(t)], t, self.table) if plan.asking(t) else None
             for t in range(plan.num_turns)
         ]
-        self.statistics = _Statistics([b for b in self.buckets if b.own_statistics], self.table)
+        self.statistics = Statistics([b for b in self.buckets if b.own_statistics], self.table)
 
     def start(self, problems: Sequence[Problem], scales: Scales) -> None:
         """Launch everything but the commit."""
@@ -104,8 +103,8 @@ class Run:
             self.scale = self._scale(scales)
             for bucket in self.buckets:
                 bucket.stage([problems[m] for m in bucket.plan.members], scales)
-            for product in filter(None, self.products):
-                product.stage()
+            for asked in filter(None, self.products):
+                asked.stage()
             self.statistics.stage()
             self.table.upload()
             self.statistics.launch()
@@ -141,7 +140,7 @@ class Run:
             self.buckets[index].launch_commit(self.scale, ok)
 
 
-class _BucketRun:
+class BucketRun:
     """A bucket's tables, and the arguments of its launches."""
 
     def __init__(
@@ -150,18 +149,18 @@ class _BucketRun:
         self.plan, self.workspace, self.table, self.problems = bucket, workspace, table, list(problems)
         self.structure, self.padded, self.count = bucket.structure, bucket.padded, len(bucket.layers)
         device = workspace.device
-        self.addresses = table.reserve(self.count, int(gram_kernels.ADDRESSES.value))
-        self.scalars = table.reserve(self.count, int(gram_kernels.SCALARS.value) // 2)
+        self.addresses = table.reserve(self.count, int(layout.ADDRESSES.value))
+        self.scalars = table.reserve(self.count, int(layout.SCALARS.value) // 2)
         turns = len(bucket.course.turns)
         self.zeros = table.reserve(1, -(-self.count * (1 + 4 * turns) // 2))
-        self.product_blocks = [
-            table.reserve(self.count, 3) if turn.product else None for turn in bucket.course.turns
-        ]
+        self.product_blocks = [table.reserve(self.count, 3) if turn.product else None for turn in bucket.course.turns]
         layers = bucket.layers
         self.dims = int32_table(
-            [(l.rank, l.momentum_rank, l.d_in, l.d_out) for l in layers], int(gram_kernels.DIMS.value), device
+            [(layer.rank, layer.momentum_rank, layer.d_in, layer.d_out) for layer in layers],
+            int(layout.DIMS.value),
+            device,
         )
-        self.tiles = int32_table(bucket.tiles, int(gram_kernels.TILE.value), device)
+        self.tiles = int32_table(bucket.tiles, int(layout.TILE.value), device)
         self.parts = [int32_table(bucket.parts[side], 2, device) for side in (0, 1)]
         self.kept: list[Any] = []
 
@@ -180,7 +179,7 @@ class _BucketRun:
     def stage(self, problems: Sequence[Problem], scales: Scales) -> None:
         """Put the addresses and scalars of a step into the table."""
         self.problems = list(problems)
-        g, work = gram_kernels, self.workspace
+        g, work = layout, self.workspace
         gradients = [[p.dA.contiguous() for p in problems], [p.dB.contiguous() for p in problems]]
         self.kept = [gradients]
         for side in (0, 1):
@@ -208,10 +207,10 @@ class _BucketRun:
             squares = [[pair[side].contiguous() for pair in pairs] for side in (0, 1)]
             self.kept.append(squares)
         for side in (0, 1):
-            self.addresses.set(gram_kernels.SQUARES.value + side, squares[side])
+            self.addresses.set(layout.SQUARES.value + side, squares[side])
 
     def _stage_scalars(self, problems: Sequence[Problem]) -> None:
-        g = gram_kernels
+        g = layout
         width = int(g.SCALARS.value)
         values = np.zeros((self.count, width), dtype=np.float32)
         tensors: list[Tensor | None] = []
@@ -251,6 +250,7 @@ class _BucketRun:
 
     @property
     def flags(self) -> Tensor:
+        """(L,) int32: above 0 where a gradient or result of the layer is not finite."""
         return self._zeroed()[: self.count]
 
     @property
@@ -272,7 +272,7 @@ class _BucketRun:
     def _types(self) -> tuple[Any, Any, Any, Any]:
         layer = self.plan.layers[0]
         dtypes = (layer.A_dtype, layer.B_dtype, layer.dA_dtype, layer.dB_dtype)
-        return tuple(TRITON_DTYPES[dtype] for dtype in dtypes)  # type: ignore[return-value]
+        return tuple(TRITON_DTYPES[dtype] for dtype in dtypes)
 
     def launch_grams(self, scale: Tensor) -> None:
         """Form the metric, the stored factors as rows and their Grams, unless the last commit has left them."""
@@ -294,7 +294,7 @@ class _BucketRun:
     def launch_turn(self, t: int, scale: Tensor) -> None:
         """One turn: the factor launch where there is one, and the solve."""
         turn, work, s = self.plan.course.turns[t], self.workspace, self.structure
-        side = _SIDES[turn.side]
+        side = SIDES[turn.side]
         weight_grams = work.moved_grams if turn.moved else work.stored_grams
         momentum_grams = work.moved_grams if turn.own_moved else work.stored_grams
         info, busy = self.info[t], self.busy[t]
@@ -348,101 +348,6 @@ def _squares(problem: Problem, scales: Scales) -> tuple[Tensor, Tensor]:
         return metric.layer_squares(problem, torch.float32)
     root = problem.pair.scaling**0.5
     clip = 1.0 if scales.clip is None else scales.clip.to(problem.dA.device, torch.float32)
-    B, A, left, right = (
-        t.detach().float()[None] for t in (problem.pair.B, problem.pair.A, problem.dA, problem.dB)
-    )
+    B, A, left, right = (t.detach().float()[None] for t in (problem.pair.B, problem.pair.A, problem.dA, problem.dB))
     columns, rows = TangentGradient(B * root, A * root, left * (clip / root), right * (clip / root)).squares()
     return columns[0], rows[0]
-
-
-class _Product:
-    """xv and stz of one turn, over all buckets that ask for it."""
-
-    def __init__(self, buckets: Sequence[_BucketRun], t: int, table: PointerTable) -> None:
-        self.buckets, self.t = list(buckets), t
-        narrow, rows, wide, layers, shapes = self._operands()
-        device = buckets[0].workspace.device
-        shapes_p = [(x.shape[0], f.shape[0]) for x, f in zip(narrow, rows, strict=True)]
-        self.p = [p for p in partial_buffers(shapes_p, device) if p is not None]
-        self.xv = XVPlan(narrow, rows, self.p, table=table)
-        self.stz = STZPlan(wide, self.p, layers, None, shapes=shapes, table=table, reduce=False)
-        first = 0
-        for bucket in buckets:
-            block = bucket.product_blocks[t]
-            if block is None:
-                raise RuntimeError("a bucket that asks for a product has no block for it")
-            staged = table.staged(block.offset, block.rows, block.columns)
-            for i in range(bucket.count):
-                partials = self.stz.partials(first + i)
-                staged[i] = (partials.data_ptr(), partials.shape[0], partials.shape[2])
-            first += bucket.count
-
-    def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[tuple[int, int]]]:
-        narrow: list[Tensor] = []
-        rows: list[Tensor] = []
-        wide: list[Tensor] = []
-        layers: list[int] = []
-        shapes: list[tuple[int, int]] = []
-        for bucket in self.buckets:
-            turn = bucket.plan.course.turns[self.t]
-            for i, (layer, problem) in enumerate(zip(bucket.plan.layers, bucket.problems, strict=True)):
-                size = layer.d_in if turn.side == "A" else layer.d_out
-                factor = _asked(turn, bucket.workspace.rows[1 - _SIDES[turn.side]][i], layer.rank)
-                for x, s in problem.record.chunks if problem.record is not None else ():
-                    narrow.append(s if turn.side == "A" else x)
-                    wide.append(x if turn.side == "A" else s)
-                    rows.append(factor)
-                    layers.append(len(shapes))
-                shapes.append((size, columns(turn, layer)))
-        return narrow, rows, wide, layers, shapes
-
-    def stage(self) -> None:
-        """Put the addresses of this step's X and S into the table."""
-        narrow, rows, wide, _, _ = self._operands()
-        self.xv.bind(narrow, rows)
-        self.stz.bind(wide)
-
-    def launch(self) -> None:
-        self.xv.launch()
-        self.stz.launch()
-
-
-def _asked(turn: Turn, rows: Tensor, rank: int) -> Tensor:
-    """Return the rows of the other factor that a turn multiplies the gradient with."""
-    start = 0 if turn.source == PRODUCT else rank
-    end = rows.shape[0] if turn.own_source == PRODUCT else rank
-    return rows[start:end]
-
-
-class _Statistics:
-    """Σx² and Σs² of all buckets whose metric asks for them."""
-
-    def __init__(self, buckets: Sequence[_BucketRun], table: PointerTable) -> None:
-        self.buckets = list(buckets)
-        self.plan: SquaresPlan | None = None
-        if self.buckets:
-            x, outputs, out = self._operands()
-            self.plan = SquaresPlan(x, outputs, out, table=table)
-
-    def _operands(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
-        x: list[Tensor] = []
-        outputs: list[int] = []
-        out: list[Tensor] = []
-        for bucket in self.buckets:
-            for i, problem in enumerate(bucket.problems):
-                for side in (0, 1):
-                    for chunk in problem.record.chunks if problem.record is not None else ():
-                        x.append(chunk[side])
-                        outputs.append(len(out))
-                    out.append(bucket.workspace.squares[side][i])
-        return x, outputs, out
-
-    def stage(self) -> None:
-        """Put the addresses of this step's X and S into the table."""
-        if self.plan is not None:
-            x, _, out = self._operands()
-            self.plan.bind(x, out)
-
-    def launch(self) -> None:
-        if self.plan is not None:
-            self.plan.launch()

@@ -12,6 +12,8 @@ from psilora.lorsum import turns
 
 #: Ranks to which a layer's rank (or its momentum's, if larger) is padded; larger ranks are left to the reference.
 PADDED_RANKS = (16, 32, 64, 128)
+#: How kernels number the sides.
+SIDES = {"A": 0, "B": 1}
 #: Ranks from which the r×r systems are factorised by a launch of their own.
 FACTOR_RANK = 64
 #: Programs that a launch should have before a program takes more than one block of columns (four per SM of an H200).

@@ -50,6 +50,9 @@ def unsupported(problem: Problem) -> str | None:
         tensors += [t for chunk in problem.record.chunks for t in chunk]
     if any(t.dtype not in _FLOATS for t in tensors):
         return "a dtype other than fp32, bf16 and fp16"
+    chunks = problem.record.chunks if problem.exact and problem.record is not None else []
+    if len({(x.dtype, s.dtype) for x, s in chunks}) > 1:
+        return "captured calls of different dtypes"
     if not (pair.lora_A.is_contiguous() and pair.lora_B.is_contiguous()):
         return "parameters that are not contiguous"
     if max(pair.rank, _momentum_rank(problem)) > plan.PADDED_RANKS[-1]:
@@ -116,6 +119,15 @@ class Execution:
         """Return (L, 1): NaN for a layer with a non-finite gradient or result, else 0."""
         return [torch.where(self._run.flags(self._index) > 0, math.nan, 0.0).view(-1, 1)]
 
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
+        steps_A, steps_B = self._run.buckets[self._index].workspace.steps
+        found = []
+        for problem, step_A, step_B in zip(self.problems, steps_A, steps_B, strict=True):
+            rank, root = problem.pair.rank, problem.pair.scaling**0.5
+            found.append((step_B[:rank].mT / root, step_A[:rank] / root))
+        return found
+
     @property
     def repaired(self) -> Tensor:
         """Number of r×r solves with a repaired pivot and a right-hand side that is not zero, 0-d int64."""
@@ -141,6 +153,7 @@ class Backend:
     def __init__(self) -> None:
         self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
         self._workspaces: dict[object, list[Workspace]] = {}
+        self._captured: list[Run] = []  # a CUDA graph replays with their memory
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
         """See the function `compute`."""
@@ -158,10 +171,10 @@ class Backend:
             while len(self._runs) > KEPT_RUNS:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)
+        if layers[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(run)
         run.start(problems, scales)
-        return [
-            Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)
-        ]
+        return [Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)]
 
 
 def _captured(problem: Problem) -> tuple[object, ...]:

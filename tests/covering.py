@@ -31,7 +31,9 @@ def pairwise(choices: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
 def _gain(missing: set[Any], names: list[str], case: Mapping[str, int], name: str, value: int) -> int:
     """How many missing pairs a value of one more parameter would cover."""
     pairs = [
-        (name, value, other, case[other]) if names.index(name) < names.index(other) else (other, case[other], name, value)
+        (name, value, other, case[other])
+        if names.index(name) < names.index(other)
+        else (other, case[other], name, value)
         for other in case
     ]
     return sum(pair in missing for pair in pairs)

@@ -82,13 +82,15 @@ def _init_state(problem: Problem, momentum_rank: int) -> None:
 def in_float64(problem: Problem) -> Problem:
     """The same problem in float64; 16-bit `.grad` of an exact gradient is replaced by the unrounded one."""
     pair, record = problem.pair, problem.record
-    twin = LoRAPair(
-        pair.name, nn.Parameter(pair.lora_A.double()), nn.Parameter(pair.lora_B.double()), pair.owner
-    )
+    twin = LoRAPair(pair.name, nn.Parameter(pair.lora_A.double()), nn.Parameter(pair.lora_B.double()), pair.owner)
     chunks = [(x.double(), s.double()) for x, s in record.chunks]  # type: ignore[union-attr]
     squares = [None if t is None else t.double() for t in (record.sum_x2, record.sum_s2)]  # type: ignore[union-attr]
     copy = SimpleNamespace(
-        chunks=chunks, rows=record.rows, captured=True, sum_x2=squares[0], sum_s2=squares[1]  # type: ignore[union-attr]
+        chunks=chunks,
+        rows=record.rows,
+        captured=True,
+        sum_x2=squares[0],
+        sum_s2=squares[1],  # type: ignore[union-attr]
     )
     dA, dB = problem.dA.double(), problem.dB.double()
     if problem.exact and problem.dA.element_size() < 4:

@@ -4,10 +4,16 @@ A separate launch because a step is all or nothing: whether any layer produced a
 every solve has run.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
-from psilora.triton_kernels.gram import (
+from psilora.triton_kernels.gram import emit_rows, stored_grams
+from psilora.triton_kernels.layout import (
     ADDRESSES,
     AVERAGE,
     BLOCKS,
@@ -25,13 +31,12 @@ from psilora.triton_kernels.gram import (
     STEPS,
     STREAM_REGISTERS,
     TILE,
+    UNALIGNED,
     address,
     element,
-    emit_rows,
-    stored_grams,
     variant,
 )
-from psilora.triton_kernels.spd import CappedVariant
+from psilora.triton_kernels.variants import Variant
 
 
 @triton.jit
@@ -75,8 +80,12 @@ def _commit_side(
             tl.store(own + element(k, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
         if HAS_METRIC:
             column = first + tl.arange(0, BN)
-            new = tl.load(address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES) + column, mask=column < end)
-            tl.store(address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + column, new, mask=column < end)
+            new = tl.load(
+                address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES) + column, mask=column < end
+            )
+            tl.store(
+                address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + column, new, mask=column < end
+            )
     if start == 0:
         count = address(addresses_ptr, problem, COUNT + SIDE, tl.float32, ADDRESSES)
         tl.store(count, tl.load(count) + 1.0)
@@ -102,7 +111,7 @@ def _commit_tile(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _commit_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, ok_ptr, out_ptr,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
@@ -128,7 +137,10 @@ def _commit_kernel(
         )  # fmt: skip
 
 
-def commit(addresses, scalars, dims, tiles, scale, ok, out, **constexprs):
+def commit(
+    addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, ok: Tensor, out: Tensor,
+    **constexprs: Any,
+) -> None:  # fmt: skip
     """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`."""
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _commit_kernel[(tiles.shape[0],)](
@@ -138,7 +150,7 @@ def commit(addresses, scalars, dims, tiles, scale, ok, out, **constexprs):
     )  # fmt: skip
 
 
-def _variants() -> list[CappedVariant]:
+def _variants() -> list[Variant]:
     found = []
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {

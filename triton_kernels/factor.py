@@ -6,10 +6,16 @@ start of the step and L the rows of `.grad` (BᵀG, AGᵀ)::
     O·G_T = P₁·L_F + P₂·F₁,   P₁ = (O O₁ᵀ) N_O,   P₂ = (O L_Oᵀ − P₁ (L_F F₁ᵀ)) N_F
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
+
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.gram import (
+from psilora.triton_kernels.gram import summed
+from psilora.triton_kernels.layout import (
     ADDRESSES,
     BLOCKS,
     CROSS,
@@ -27,13 +33,14 @@ from psilora.triton_kernels.gram import (
     SCALARS,
     SLOPE,
     START,
+    UNALIGNED,
     WEIGHTED,
     WEIGHTED_STEP,
     address,
-    summed,
     variant,
 )
-from psilora.triton_kernels.spd import CappedVariant, factor_warps, inverse_factor_to, multiply
+from psilora.triton_kernels.spd import factor_warps, inverse_factor_to, multiply
+from psilora.triton_kernels.variants import Variant
 
 # Slots of the coefficients (layer, COEFFICIENTS, RP, RP) fp32 that the factor launch leaves for a solve.
 INVERSE = tl.constexpr(0)
@@ -59,7 +66,8 @@ def ridged(gram, ridge, RP: tl.constexpr):
 @triton.jit
 def weight_base(
     gram, grams_ptr, first, count, top, scalars, lr,
-    RP: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr, AT_ONCE: tl.constexpr, MOVED: tl.constexpr, HAS_DECAY: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr, AT_ONCE: tl.constexpr,
+    MOVED: tl.constexpr, HAS_DECAY: tl.constexpr,
 ):  # fmt: skip
     """Return rows of C = O M_O (−η·wd·O₁ − O_s)ᵀ from those of gram = O M_O Oᵀ and the partials of O M_O O_sᵀ."""
     if MOVED:
@@ -107,18 +115,16 @@ def _sum_to(
 
 
 @triton.jit
-def _pseudo_inverse(
-    out_ptr, scratch_ptr, work_ptr, grams_ptr, first, count, rank,
+def _start_factor(
+    out_ptr, gram_ptr, work_ptr, partials_ptr, first, count, rank,
     RP: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """out = (F₁F₁ᵀ + 8·r·eps·mean(diag)·I)⁻¹, zero where that cannot be factorised."""
-    # out holds the Gram matrix until it is overwritten by the product.
-    _sum_to(out_ptr, grams_ptr, first, count, START, KINDS, RP, ROWS, AT_ONCE)
+    """L⁻¹ with LLᵀ = F₁F₁ᵀ + 8·r·eps·mean(diag)·I, zero where that cannot be factorised; gram: scratch."""
+    _sum_to(gram_ptr, partials_ptr, first, count, START, KINDS, RP, ROWS, AT_ONCE)
     tl.debug_barrier()
     index = tl.arange(0, RP)
-    trace = tl.sum(tl.load(out_ptr + index * (RP + 1), mask=index < rank, other=0.0), axis=0)
-    inverse_factor_to(scratch_ptr, out_ptr, work_ptr, trace * 9.5367431640625e-07, rank, RP)
-    multiply(out_ptr, scratch_ptr, scratch_ptr, RP, RP, RP, True, False, RP, False)
+    trace = tl.sum(tl.load(gram_ptr + index * (RP + 1), mask=index < rank, other=0.0), axis=0)
+    inverse_factor_to(out_ptr, gram_ptr, work_ptr, trace * 9.5367431640625e-07, rank, RP)
 
 
 @triton.jit
@@ -127,14 +133,18 @@ def _tangent(
     SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr, AT_ONCE: tl.constexpr,
     START_KIND: tl.constexpr, SLOPE_KIND: tl.constexpr,
 ):  # fmt: skip
-    """P₁ and P₂ of rows O whose Grams with O₁ and L_O are the given kinds of `here`."""
+    """P₁ and P₂ of rows O whose Grams with O₁ and L_O are the given kinds of `here`.
+
+    N is applied as L⁻ᵀ and then L⁻¹: its explicit form would square the condition number in the error.
+    """
     left = scratch_ptr
     inverse = scratch_ptr + RP * RP
     work = scratch_ptr + 2 * RP * RP
-    _pseudo_inverse(inverse, work, left, base_ptr, first, count, rank, RP, ROWS, KINDS, AT_ONCE)
+    _start_factor(inverse, work, left, base_ptr, first, count, rank, RP, ROWS, KINDS, AT_ONCE)
     _sum_to(work, here_ptr, first, count, START_KIND, KINDS, RP, ROWS, AT_ONCE)
-    multiply(p1_ptr, work, inverse, RP, RP, RP, False, False, RP, False)
-    _pseudo_inverse(inverse, work, left, base_ptr, own_first, own_count, rank, RP, ROWS, KINDS, AT_ONCE)
+    multiply(left, work, inverse, RP, RP, RP, False, True, RP, False)
+    multiply(p1_ptr, left, inverse, RP, RP, RP, False, False, RP, False)
+    _start_factor(inverse, work, left, base_ptr, own_first, own_count, rank, RP, ROWS, KINDS, AT_ONCE)
     if SIDE == 0:  # A₁·(BᵀG)ᵀ stands for L_F F₁ᵀ and, on the other side, for its transpose
         _sum_to(work, base_ptr, own_first, own_count, SLOPE, KINDS, RP, ROWS, AT_ONCE)
         multiply(left, p1_ptr, work, RP, RP, RP, False, True, RP, False)
@@ -145,10 +155,11 @@ def _tangent(
         at = _rows(top, RP, ROWS)
         slope = summed(here_ptr, first, count, top, SLOPE_KIND, KINDS, RP, ROWS, AT_ONCE)
         tl.store(work + at, slope - tl.load(left + at))
-    multiply(p2_ptr, work, inverse, RP, RP, RP, False, False, RP, False)
+    multiply(left, work, inverse, RP, RP, RP, False, True, RP, False)
+    multiply(p2_ptr, left, inverse, RP, RP, RP, False, False, RP, False)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["problems"], do_not_specialize_on_alignment=UNALIGNED)
 def _factor_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, parts_ptr, own_parts_ptr, coefficients_ptr,
     weight_grams_ptr, momentum_grams_ptr, base_grams_ptr, info_ptr, problems,
@@ -215,9 +226,9 @@ def _factor_kernel(
 
 
 def factor(
-    addresses, scalars, dims, parts, own_parts, coefficients, weight_grams, momentum_grams, base_grams, info, *, own,
-    **constexprs,
-):  # fmt: skip
+    addresses: Tensor, scalars: Tensor, dims: Tensor, parts: Tensor, own_parts: Tensor, coefficients: Tensor,
+    weight_grams: Tensor, momentum_grams: Tensor, base_grams: Tensor, info: Tensor, *, own: bool, **constexprs: Any,
+) -> None:  # fmt: skip
     """Launch `_factor_kernel` for all layers; `own`: for the momentum's systems too."""
     padded = coefficients.shape[-1]
     _factor_kernel[(dims.shape[0], 2 if own else 1)](
@@ -227,7 +238,7 @@ def factor(
     )  # fmt: skip
 
 
-def _variants() -> list[CappedVariant]:
+def _variants() -> list[Variant]:
     found = []
     for padded, (_, _, at_once, _) in BLOCKS.items():
         for side in (0, 1):
@@ -236,7 +247,7 @@ def _variants() -> list[CappedVariant]:
                 "HAS_MOMENTUM": True, "TANGENT": True, "OWN_TANGENT": True,
             }  # fmt: skip
             name = f"factor_{'ab'[side]}"
-            found.append(variant(name, _factor_kernel, padded, factor_warps(padded), constexprs, 255))
+            found.append(variant(name, _factor_kernel, padded, factor_warps(padded), constexprs, 255, slow=True))
     return found
 
 

@@ -6,75 +6,56 @@ kernel writes the partials of the factor it has just moved, the gram and commit 
 All factors are scaled by √s.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.spd import CappedVariant
-
-# Columns of the address block (one row per layer); column c of lora_A's side is c, of lora_B's side c + 1.
-PARAM = tl.constexpr(0)
-GRAD = tl.constexpr(2)
-MOMENTUM = tl.constexpr(4)  # A_m (r_m, d_in) and B_m (d_out, r_m), fp32
-METRIC = tl.constexpr(6)  # the running average D, fp32
-SQUARES = tl.constexpr(8)  # the sums behind the new statistics, fp32
-ROWS = tl.constexpr(10)  # workspace: new rows [F; F_m] (r + r_m, d), fp32
-STEPS = tl.constexpr(12)  # workspace: their increments, fp32
-AVERAGE = tl.constexpr(14)  # workspace: the new D (d,), fp32
-WEIGHT = tl.constexpr(16)  # workspace: M = (D + δ)^γ (d,), fp32
-COUNT = tl.constexpr(18)  # the state's "step", fp32
-LR = tl.constexpr(20)  # η, fp32: the layer's scalar RATE, or the caller's own device tensor
-ADDRESSES = tl.constexpr(22)
-
-# Columns of the dims table.
-RANK = tl.constexpr(0)
-MOMENTUM_RANK = tl.constexpr(1)
-SIZE = tl.constexpr(2)  # d_in, d_out
-DIMS = tl.constexpr(4)
-
-# Columns of the scalars (fp32, one row per layer).
-PROX = tl.constexpr(0)
-FRESH = tl.constexpr(1)  # 1 − τ
-MU = tl.constexpr(2)
-DECAY = tl.constexpr(3)  # weight decay
-SCALING = tl.constexpr(4)
-ROOT = tl.constexpr(5)  # √s
-BETA = tl.constexpr(6)
-DAMPING = tl.constexpr(7)
-POWER = tl.constexpr(8)
-STATISTIC = tl.constexpr(9)  # factor on the squares of each side, 9 and 10
-LOG_BETA = tl.constexpr(11)
-RATE = tl.constexpr(12)
-SCALARS = tl.constexpr(14)
-
-# Columns of the tile table: side (0 A, 1 B), layer, first column, end column.
-TILE = tl.constexpr(4)
-
-# Kinds of Grams, as slots of the partials: F are the current rows, F₁ those before the step, F_s = F − F₁, F_m the
-# momentum's rows with start F_m1 and increment F_ms, L the rows of `.grad` (BᵀG, AGᵀ), M the metric of the side.
-WEIGHTED = tl.constexpr(0)  # F M Fᵀ
-WEIGHTED_STEP = tl.constexpr(1)  # F M F_sᵀ
-CROSS = tl.constexpr(2)  # F F_m1ᵀ
-OWN = tl.constexpr(3)  # F_m F_mᵀ
-OWN_STEP = tl.constexpr(4)  # F_m F_msᵀ
-START = tl.constexpr(5)  # F F₁ᵀ
-SLOPE = tl.constexpr(6)  # F Lᵀ
-OWN_START = tl.constexpr(7)  # F_m F₁ᵀ
-OWN_SLOPE = tl.constexpr(8)  # F_m Lᵀ
-
-
-@triton.jit
-def element(k, n, leading, TRANSPOSED: tl.constexpr):
-    """Return the offset of entry (k, n) of rows stored as (k, n), or TRANSPOSED as (n, k)."""
-    return n * leading + k if TRANSPOSED else k * leading + n
-
-
-@triton.jit
-def address(addresses_ptr, problem, COLUMN: tl.constexpr, DTYPE: tl.constexpr, WIDTH: tl.constexpr):
-    """Return a typed pointer from the address block."""
-    return tl.load(addresses_ptr + problem * WIDTH + COLUMN).to(tl.pointer_type(DTYPE))
+from psilora.triton_kernels.layout import (
+    ADDRESSES,
+    AVERAGE,
+    BETA,
+    BLOCKS,
+    COUNT,
+    CROSS,
+    DAMPING,
+    DIMS,
+    GRAD,
+    LOG_BETA,
+    METRIC,
+    MOMENTUM,
+    MOMENTUM_RANK,
+    OWN,
+    OWN_SLOPE,
+    OWN_START,
+    OWN_STEP,
+    PARAM,
+    POWER,
+    RANK,
+    ROOT,
+    ROWS,
+    SCALARS,
+    SCALING,
+    SIZE,
+    SLOPE,
+    SQUARES,
+    START,
+    STATISTIC,
+    STEPS,
+    STREAM_REGISTERS,
+    TILE,
+    UNALIGNED,
+    WEIGHT,
+    WEIGHTED,
+    WEIGHTED_STEP,
+    address,
+    element,
+    variant,
+)
+from psilora.triton_kernels.variants import Variant
 
 
 @triton.jit
@@ -114,11 +95,11 @@ def summed(
     lane = tl.arange(0, AT_ONCE)
     at = lane[:, None, None] * (KINDS * RP * RP) + (row[:, None] * RP + column[None, :])[None, :, :]
     base = partials_ptr + (first.to(tl.int64) * KINDS + KIND) * (RP * RP)
-    total = tl.zeros((ROWS, RP), tl.float32)
+    added = tl.zeros((ROWS, RP), tl.float32)
     for i in range(0, count, AT_ONCE):
-        total += tl.sum(tl.load(base + at, mask=(i + lane < count)[:, None, None], other=0.0), axis=0)
+        added += tl.sum(tl.load(base + at, mask=(i + lane < count)[:, None, None], other=0.0), axis=0)
         base += AT_ONCE * KINDS * RP * RP
-    return total
+    return added
 
 
 @triton.jit
@@ -143,7 +124,9 @@ def stored_grams(
     T: tl.constexpr = SIDE == 1
     Q: tl.constexpr = RP * RP
     if MASK & 1:
-        partial_gram(out_ptr + WEIGHTED * Q, param, ld, r, param, ld, r, metric, scaling, start, end, T, T, HAS_METRIC, RP, KS)
+        partial_gram(
+            out_ptr + WEIGHTED * Q, param, ld, r, param, ld, r, metric, scaling, start, end, T, T, HAS_METRIC, RP, KS
+        )
     if MASK & 4:
         partial_gram(out_ptr + CROSS * Q, param, ld, r, own, own_ld, rm, metric, root, start, end, T, T, False, RP, KS)
     if MASK & 8:
@@ -153,11 +136,65 @@ def stored_grams(
     if MASK & 64:
         partial_gram(out_ptr + SLOPE * Q, param, ld, r, grad, ld, r, metric, clip, start, end, T, T, False, RP, KS)
     if MASK & 128:
-        partial_gram(out_ptr + OWN_START * Q, own, own_ld, rm, param, ld, r, metric, root, start, end, T, T, False, RP, KS)
+        partial_gram(
+            out_ptr + OWN_START * Q, own, own_ld, rm, param, ld, r, metric, root, start, end, T, T, False, RP, KS
+        )
     if MASK & 256:
         partial_gram(
             out_ptr + OWN_SLOPE * Q, own, own_ld, rm, grad, ld, r, metric, clip / root, start, end, T, T, False, RP, KS
         )
+
+
+@triton.jit
+def moved_grams(
+    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out_ptr, problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
+    HAS_METRIC: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """Write the partial Grams of the factors just moved, the kinds in MASK, from the rows and steps workspaces."""
+    r = tl.load(dims_ptr + problem * DIMS + RANK)
+    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
+    slope = tl.load(scale_ptr) / root
+    param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
+    grad = address(addresses_ptr, problem, GRAD + SIDE, GRAD_TYPE, ADDRESSES)
+    own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    metric = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float32, ADDRESSES)
+    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
+    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
+    skip = r * d
+    ld = d if SIDE == 0 else r
+    own_ld = d if SIDE == 0 else rm
+    T: tl.constexpr = SIDE == 1
+    Q: tl.constexpr = RP * RP
+    if MASK & 1:
+        at = out_ptr + WEIGHTED * Q
+        partial_gram(at, rows, d, r, rows, d, r, metric, 1.0, start, end, False, False, HAS_METRIC, RP, KS)
+    if MASK & 2:
+        at = out_ptr + WEIGHTED_STEP * Q
+        partial_gram(at, rows, d, r, steps, d, r, metric, 1.0, start, end, False, False, HAS_METRIC, RP, KS)
+    if MASK & 4:
+        at = out_ptr + CROSS * Q
+        partial_gram(at, rows, d, r, own, own_ld, rm, metric, 1.0, start, end, False, T, False, RP, KS)
+    if MASK & 8:
+        at = out_ptr + OWN * Q
+        partial_gram(at, rows + skip, d, rm, rows + skip, d, rm, metric, 1.0, start, end, False, False, False, RP, KS)
+    if MASK & 16:
+        at = out_ptr + OWN_STEP * Q
+        partial_gram(at, rows + skip, d, rm, steps + skip, d, rm, metric, 1.0, start, end, False, False, False, RP, KS)
+    if MASK & 32:
+        at = out_ptr + START * Q
+        partial_gram(at, rows, d, r, param, ld, r, metric, root, start, end, False, T, False, RP, KS)
+    if MASK & 64:
+        at = out_ptr + SLOPE * Q
+        partial_gram(at, rows, d, r, grad, ld, r, metric, slope, start, end, False, T, False, RP, KS)
+    if MASK & 128:
+        at = out_ptr + OWN_START * Q
+        partial_gram(at, rows + skip, d, rm, param, ld, r, metric, root, start, end, False, T, False, RP, KS)
+    if MASK & 256:
+        at = out_ptr + OWN_SLOPE * Q
+        partial_gram(at, rows + skip, d, rm, grad, ld, r, metric, slope, start, end, False, T, False, RP, KS)
 
 
 @triton.jit
@@ -237,7 +274,9 @@ def _gram_side(
     HAS_METRIC: tl.constexpr, SCALED: tl.constexpr, CORRECTED: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     if HAS_METRIC:
-        _update_metric(addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, problem, start, end, SIDE, SCALED, CORRECTED, BN)
+        _update_metric(
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, problem, start, end, SIDE, SCALED, CORRECTED, BN
+        )
         tl.debug_barrier()  # the Grams read the weights that other threads have written
     if EMIT:
         emit_rows(addresses_ptr, scalars_ptr, dims_ptr, problem, start, end, SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM)
@@ -247,7 +286,7 @@ def _gram_side(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _gram_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, out_ptr,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
@@ -273,16 +312,9 @@ def _gram_kernel(
         )  # fmt: skip
 
 
-#: Columns of a block, columns summed at a time, tiles of Grams added at a time, and warps, by padded rank.
-BLOCKS = {16: (32, 16, 4, 4), 32: (32, 16, 1, 8), 64: (32, 16, 1, 8), 128: (16, 16, 1, 8)}
-
-#: The same for a solve whose coefficients come from a factor launch.
-FACTORED_BLOCKS = {**BLOCKS, 16: (32, 16, 4, 8), 32: (32, 16, 1, 4)}
-#: Registers per thread of the gram and commit kernels. Without a bound ptxas spills for the sake of occupancy.
-STREAM_REGISTERS = 168
-
-
-def gram(addresses, scalars, dims, tiles, scale, out, **constexprs):
+def gram(
+    addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, out: Tensor, **constexprs: Any
+) -> None:
     """Launch `_gram_kernel` on the tiles of both sides; `out` (tiles, kinds, RP, RP) fp32 sets the padded rank."""
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _gram_kernel[(tiles.shape[0],)](
@@ -292,33 +324,7 @@ def gram(addresses, scalars, dims, tiles, scale, out, **constexprs):
     )  # fmt: skip
 
 
-#: Types of the run-time parameters that the kernels of a step share.
-SIGNATURE = {
-    "addresses_ptr": "*i64", "scalars_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",
-    "own_parts_ptr": "*i32", "product_ptr": "*i64", "coefficients_ptr": "*fp32", "scale_ptr": "*fp32",
-    "weight_grams_ptr": "*fp32", "momentum_grams_ptr": "*fp32", "base_grams_ptr": "*fp32", "out_ptr": "*fp32",
-    "flag_ptr": "*i32", "info_ptr": "*i32", "busy_ptr": "*i32", "ok_ptr": "*u8", "problems": "i32", "first_tile": "i32",
-}  # fmt: skip
-
-
-def variant(name: str, kernel: Any, padded: int, warps: int, constexprs: Mapping[str, Any], registers: int) -> CappedVariant:
-    """Return a variant of a kernel of a step, whose whole-tensor arguments are aligned as torch aligns them."""
-    signature = {n: SIGNATURE[n] for n in kernel.arg_names if n in SIGNATURE}
-    whole = {"tiles_ptr", "parts_ptr", "own_parts_ptr", "coefficients_ptr", "scale_ptr", "dims_ptr", "out_ptr"}
-    return CappedVariant(
-        name=f"{name}_r{padded}",
-        kernel=kernel,
-        signature=signature,
-        constexprs={"RP": padded, **constexprs},
-        aligned=tuple(n for n in signature if n in whole or n.endswith("grams_ptr")),
-        num_warps=warps,
-        num_stages=1,
-        max_registers=registers,
-        maxnreg=registers,
-    )
-
-
-def _variants() -> list[CappedVariant]:
+def _variants() -> list[Variant]:
     found = []
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {

@@ -8,7 +8,12 @@ With F the rows being updated (A, or Bᵀ), O the other factor's rows, everythin
 T = OG and T_m = O_mG come from `.grad`, from the products of xv and stz, or from the tangent gradient as P₁·L + P₂·F₁.
 """
 
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
 
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.factor import (
@@ -26,7 +31,8 @@ from psilora.triton_kernels.factor import (
     ridged,
     weight_base,
 )
-from psilora.triton_kernels.gram import (
+from psilora.triton_kernels.gram import moved_grams, summed
+from psilora.triton_kernels.layout import (
     ADDRESSES,
     BLOCKS,
     CROSS,
@@ -39,9 +45,6 @@ from psilora.triton_kernels.gram import (
     MOMENTUM_RANK,
     MU,
     OWN,
-    OWN_SLOPE,
-    OWN_START,
-    OWN_STEP,
     PARAM,
     PROX,
     RANK,
@@ -50,20 +53,17 @@ from psilora.triton_kernels.gram import (
     SCALARS,
     SCALING,
     SIZE,
-    SLOPE,
-    START,
     STEPS,
     TILE,
+    UNALIGNED,
     WEIGHT,
     WEIGHTED,
-    WEIGHTED_STEP,
     address,
     element,
-    partial_gram,
-    summed,
     variant,
 )
-from psilora.triton_kernels.spd import CappedVariant, inverse_factor
+from psilora.triton_kernels.spd import inverse_factor
+from psilora.triton_kernels.variants import Variant
 
 # Where a turn's product with the gradient comes from.
 NONE = tl.constexpr(0)
@@ -86,15 +86,15 @@ def _load_rows(ptr, leading, count, k, n, end, TRANSPOSED: tl.constexpr):
 def _load_product(product_ptr, d, row, count, k, n, end):
     """Return rows row … row + count − 1 of the product, Σ over its splits in order, for columns n of the tile."""
     base = tl.load(product_ptr).to(tl.pointer_type(tl.float32))
-    splits = tl.load(product_ptr + 1)
-    columns = tl.load(product_ptr + 2)
+    splits = tl.load(product_ptr + 1).to(tl.int32)
+    columns = tl.load(product_ptr + 2).to(tl.int32)
     at = base + (n * columns + (k + row))
     inside = (k < count) & (n < end)
-    total = tl.load(at, mask=inside, other=0.0)
+    product = tl.load(at, mask=inside, other=0.0)
     for _ in range(1, splits):
         at += d * columns
-        total += tl.load(at, mask=inside, other=0.0)
-    return total
+        product += tl.load(at, mask=inside, other=0.0)
+    return product
 
 
 @triton.jit
@@ -105,13 +105,21 @@ def _apply(inverse, flipped, rhs):
 
 
 @triton.jit
-def _any_bad(values):
-    return tl.max(tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), axis=1), axis=0)
+def _bad_rows(values):
+    """Return 1 for every row with an infinity or a NaN, else 0."""
+    return tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), axis=1)
 
 
 @triton.jit
-def _any_nonzero(values):
-    return tl.max(tl.max(tl.where(values == 0.0, 0, 1), axis=1), axis=0)
+def _busy_rows(values):
+    """Return 1 for every row with an entry that is not zero, else 0."""
+    return tl.max(tl.where(values == 0.0, 0, 1), axis=1)
+
+
+@triton.jit
+def _mark(flag_ptr, rows, RP: tl.constexpr):
+    """Set the flag if any row is marked."""
+    tl.atomic_or(flag_ptr + tl.zeros((RP,), tl.int32), 1, mask=rows > 0)
 
 
 @triton.jit
@@ -183,15 +191,15 @@ def _weight_columns(
     flipped = inverse
     if not SLICED:
         flipped = tl.trans(inverse)
-    bad = tl.full((), 0, tl.int32)
-    busy = tl.full((), 0, tl.int32)
+    bad = tl.zeros((RP,), tl.int32)
+    busy = tl.zeros((RP,), tl.int32)
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)[None, :]
         inside = (k < r) & (n < end)
         f1 = _load_rows(param, ld, r, k, n, end, T) * root
         if CHECK or SOURCE == KNOWN:
             slope = _load_rows(grad, ld, r, k, n, end, T)
-            bad = tl.maximum(bad, _any_bad(slope))
+            bad = tl.maximum(bad, _bad_rows(slope))
         if SOURCE == KNOWN:
             target = slope * (clip / root)
         elif SOURCE == TANGENT:
@@ -208,17 +216,15 @@ def _weight_columns(
             rhs = rhs / tl.load(metric + n, mask=n < end, other=1.0)
         if HAS_BASE:
             rhs += root * _times(base, coefficient + BASE * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
-        busy = tl.maximum(busy, _any_nonzero(rhs))
+        busy = tl.maximum(busy, _busy_rows(rhs))
         step = _solved(rhs, inverse, flipped, coefficient + INVERSE * Q, steps, d, r, k, n, end, RP, SLICED)
-        bad = tl.maximum(bad, _any_bad(step))
+        bad = tl.maximum(bad, _bad_rows(step))
         at = k * d + n
         tl.store(steps + at, step, mask=inside)
         if EMIT:
             tl.store(rows + at, f1 + step, mask=inside)
-    if bad > 0:
-        tl.atomic_or(flag_ptr + problem, 1)
-    if busy > 0:
-        tl.atomic_or(busy_ptr + problem, 1)
+    _mark(flag_ptr + problem, bad, RP)
+    _mark(busy_ptr + problem, busy, RP)
 
 
 @triton.jit
@@ -228,7 +234,7 @@ def _momentum_columns(
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, SLICED: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
-    """F_ms and F_m = F_m1 + F_ms for the columns start … end − 1; BESIDE: the product's first r rows are the weight's."""
+    """F_ms and F_m = F_m1 + F_ms for the columns; BESIDE: the first r rows of the product are the weight's."""
     r = tl.load(dims_ptr + problem * DIMS + RANK)
     rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
     d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
@@ -249,85 +255,33 @@ def _momentum_columns(
     flipped = inverse
     if not SLICED:
         flipped = tl.trans(inverse)
-    bad = tl.full((), 0, tl.int32)
-    busy = tl.full((), 0, tl.int32)
+    bad = tl.zeros((RP,), tl.int32)
+    busy = tl.zeros((RP,), tl.int32)
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)[None, :]
         inside = (k < rm) & (n < end)
         if SOURCE == TANGENT:
-            target = (clip / root) * _times(inverse, coefficient + OWN_P1 * Q, grad, ld, r, k, n, end, T, RP, SLICED, False)
+            target = (clip / root) * _times(
+                inverse, coefficient + OWN_P1 * Q, grad, ld, r, k, n, end, T, RP, SLICED, False
+            )
             target += root * _times(inverse, coefficient + OWN_P2 * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
         else:
             scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
             target = scale * _load_product(product_ptr, d, r if BESIDE else 0, rm, k, n, end)
         rhs = tl.load(scalars + FRESH) * target
         rhs += _times(base, coefficient + OWN_BASE * Q, own, own_ld, rm, k, n, end, T, RP, SLICED, False)
-        busy = tl.maximum(busy, _any_nonzero(rhs))
+        busy = tl.maximum(busy, _busy_rows(rhs))
         step = _solved(rhs, inverse, flipped, coefficient + OWN_INVERSE * Q, steps, d, rm, k, n, end, RP, SLICED)
         value = _load_rows(own, own_ld, rm, k, n, end, T) + step
-        bad = tl.maximum(bad, _any_bad(value))
+        bad = tl.maximum(bad, _bad_rows(value))
         at = k * d + n
         tl.store(steps + at, step, mask=inside)
         tl.store(rows + at, value, mask=inside)
-    if bad > 0:
-        tl.atomic_or(flag_ptr + problem, 1)
-    if busy > 0:
-        tl.atomic_or(busy_ptr + problem, 1)
+    _mark(flag_ptr + problem, bad, RP)
+    _mark(busy_ptr + problem, busy, RP)
 
 
-@triton.jit
-def _moved_grams(
-    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out_ptr, problem, start, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr,
-    HAS_METRIC: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """Write the partial Grams of the factors just moved, the kinds in MASK, from the rows and steps workspaces."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
-    root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
-    slope = tl.load(scale_ptr) / root
-    param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
-    grad = address(addresses_ptr, problem, GRAD + SIDE, GRAD_TYPE, ADDRESSES)
-    own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
-    metric = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float32, ADDRESSES)
-    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
-    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
-    skip = r * d
-    ld = d if SIDE == 0 else r
-    own_ld = d if SIDE == 0 else rm
-    T: tl.constexpr = SIDE == 1
-    Q: tl.constexpr = RP * RP
-    if MASK & 1:
-        at = out_ptr + WEIGHTED * Q
-        partial_gram(at, rows, d, r, rows, d, r, metric, 1.0, start, end, False, False, HAS_METRIC, RP, KS)
-    if MASK & 2:
-        at = out_ptr + WEIGHTED_STEP * Q
-        partial_gram(at, rows, d, r, steps, d, r, metric, 1.0, start, end, False, False, HAS_METRIC, RP, KS)
-    if MASK & 4:
-        at = out_ptr + CROSS * Q
-        partial_gram(at, rows, d, r, own, own_ld, rm, metric, 1.0, start, end, False, T, False, RP, KS)
-    if MASK & 8:
-        at = out_ptr + OWN * Q
-        partial_gram(at, rows + skip, d, rm, rows + skip, d, rm, metric, 1.0, start, end, False, False, False, RP, KS)
-    if MASK & 16:
-        at = out_ptr + OWN_STEP * Q
-        partial_gram(at, rows + skip, d, rm, steps + skip, d, rm, metric, 1.0, start, end, False, False, False, RP, KS)
-    if MASK & 32:
-        at = out_ptr + START * Q
-        partial_gram(at, rows, d, r, param, ld, r, metric, root, start, end, False, T, False, RP, KS)
-    if MASK & 64:
-        at = out_ptr + SLOPE * Q
-        partial_gram(at, rows, d, r, grad, ld, r, metric, slope, start, end, False, T, False, RP, KS)
-    if MASK & 128:
-        at = out_ptr + OWN_START * Q
-        partial_gram(at, rows + skip, d, rm, param, ld, r, metric, root, start, end, False, T, False, RP, KS)
-    if MASK & 256:
-        at = out_ptr + OWN_SLOPE * Q
-        partial_gram(at, rows + skip, d, rm, grad, ld, r, metric, slope, start, end, False, T, False, RP, KS)
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["problems", "first_tile"], do_not_specialize_on_alignment=UNALIGNED)
 def _solve_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, parts_ptr, product_ptr, coefficients_ptr, scale_ptr,
     weight_grams_ptr, momentum_grams_ptr, out_ptr, flag_ptr, info_ptr, busy_ptr, problems, first_tile,
@@ -394,16 +348,17 @@ def _solve_kernel(
         )  # fmt: skip
     if MASK != 0:
         tl.debug_barrier()  # the Grams read rows that other threads of this program have written
-        _moved_grams(
+        moved_grams(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out_ptr + tile * KINDS * RP * RP, problem, start, end,
             SIDE, RP, KS, PARAM_TYPE, GRAD_TYPE, HAS_METRIC, MASK,
         )  # fmt: skip
 
 
 def solve(
-    addresses, scalars, dims, tiles, parts, product, coefficients, scale, weight_grams, momentum_grams, out,
-    flags, info, busy, *, first_tile, programs, **constexprs,
-):  # fmt: skip
+    addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, product: Tensor,
+    coefficients: Tensor, scale: Tensor, weight_grams: Tensor, momentum_grams: Tensor, out: Tensor, flags: Tensor,
+    info: Tensor, busy: Tensor, *, first_tile: int, programs: int, **constexprs: Any,
+) -> None:  # fmt: skip
     """Launch `_solve_kernel` on the `programs` tiles of a side that begin at `first_tile`."""
     padded = out.shape[-1]
     BN, KS, at_once, warps = (FACTORED_BLOCKS if constexprs["FACTORED"] else BLOCKS)[padded]
@@ -414,7 +369,7 @@ def solve(
     )  # fmt: skip
 
 
-def _variants() -> list[CappedVariant]:
+def _variants() -> list[Variant]:
     """Both sides at every rank: the plain first turn, and one with everything that a rank can have at once."""
     found = []
     for padded in BLOCKS:
@@ -434,7 +389,17 @@ def _variants() -> list[CappedVariant]:
                     "SIDE": side, "BN": BN, "KS": KS, "AT_ONCE": at_once, "PARAM_TYPE": tl.bfloat16,
                     "GRAD_TYPE": tl.float32, "CHECK": True, "EMIT": True, **case,
                 }  # fmt: skip
-                found.append(variant(f"solve_{'ab'[side]}_{name}", _solve_kernel, padded, warps, constexprs, 255))
+                found.append(
+                    variant(
+                        f"solve_{'ab'[side]}_{name}",
+                        _solve_kernel,
+                        padded,
+                        warps,
+                        constexprs,
+                        255,
+                        slow=name != "plain",
+                    )
+                )
     return found
 
 

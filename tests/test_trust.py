@@ -1,0 +1,84 @@
+"""Under backend="auto" the kernels have to prove themselves on a device's first step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+from models import data, factors, mse, plain_mlp, train
+
+from psilora import PSILoRA, engine, triton_backend, trust
+from psilora.engine import backend_unavailable
+
+pytestmark = pytest.mark.skipif(
+    backend_unavailable("triton") is not None, reason=f"no Triton backend: {backend_unavailable('triton')}"
+)
+F32 = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def _auto_takes_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The interpreter's CPU stands for a GPU."""
+    monkeypatch.setattr(engine, "_takes_kernels", lambda backend, device: backend != "reference")
+    trust._verdicts.clear()
+    yield
+    trust._verdicts.clear()
+
+
+def pair_of_models() -> tuple[torch.nn.Module, torch.nn.Module]:
+    ours, theirs = plain_mlp((12, 10, 8, 6), dtype=F32), plain_mlp((12, 10, 8, 6), dtype=F32)
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
+
+
+def test_right_kernels_are_trusted_once_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair_of_models()
+    calls: list[int] = []
+    original = trust.disagreement
+    monkeypatch.setattr(trust, "disagreement", lambda *a: calls.append(1) or original(*a))
+    optimizer = PSILoRA(model, 0.0)
+    train(model, optimizer, [data(9, 12, 6, F32)])  # a warm-up from lr = 0 proves nothing
+    assert trust._verdicts == {}
+    optimizer.param_groups[0]["lr"] = 0.1
+    train(model, optimizer, [data(9, 12, 6, F32)] * 2)
+    assert trust._verdicts == {torch.device("cpu"): True} and len(calls) == 2
+
+
+@pytest.mark.parametrize("fault", ["wrong", "crash"])
+def test_wrong_or_failing_kernels_give_way_to_the_reference_with_one_warning(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = pair_of_models()
+    original = triton_backend.Execution.increments
+
+    def wrong(self: triton_backend.Execution) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(step_B * 1.05, step_A) for step_B, step_A in original(self)]
+
+    def crash(*_: object) -> None:
+        raise NotImplementedError("no code for this device")
+
+    if fault == "wrong":
+        monkeypatch.setattr(triton_backend.Execution, "increments", wrong)
+    else:
+        monkeypatch.setattr(triton_backend, "compute", crash)
+    ours, theirs = PSILoRA(model, 0.1), PSILoRA(other, 0.1, backend="reference")
+    reason = "off by 5.0e-02" if fault == "wrong" else "NotImplementedError: no code for this device"
+    batches = [data(9, 12, 6, F32) for _ in range(2)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, ours, batches)
+    found = [w for w in caught if "the Triton kernels are not used on cpu" in str(w.message)]
+    assert len(found) == 1
+    assert reason in str(found[0].message)
+    train(other, theirs, batches)
+    a, b = factors(model), factors(other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_explicit_backend_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair_of_models()
+    monkeypatch.setattr(trust, "disagreement", lambda *_: pytest.fail("was checked"))
+    train(model, PSILoRA(model, 0.1, backend="triton"), [data(9, 12, 6, F32)])
+    assert mse(model, data(9, 12, 6, F32)).isfinite()
