@@ -385,21 +385,10 @@ def _variants() -> list[Variant]:
         for side in (0, 1):
             for name, case in (("plain", plain), ("exact", exact), ("tangent", tangent)):
                 BN, KS, at_once, warps = (FACTORED_BLOCKS if case["FACTORED"] else BLOCKS)[padded]
-                constexprs = {
-                    "SIDE": side, "BN": BN, "KS": KS, "AT_ONCE": at_once, "PARAM_TYPE": tl.bfloat16,
-                    "GRAD_TYPE": tl.float32, "CHECK": True, "EMIT": True, **case,
-                }  # fmt: skip
-                found.append(
-                    variant(
-                        f"solve_{'ab'[side]}_{name}",
-                        _solve_kernel,
-                        padded,
-                        warps,
-                        constexprs,
-                        255,
-                        slow=name != "plain",
-                    )
-                )
+                blocks = {"SIDE": side, "BN": BN, "KS": KS, "AT_ONCE": at_once, "CHECK": True, "EMIT": True}
+                types = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.float32}
+                title, slow = f"solve_{'ab'[side]}_{name}", name != "plain"
+                found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255, slow))
     return found
 
 
