@@ -104,10 +104,7 @@ def test_a_library_too_small_is_refused(docstrings: ModuleType, tmp_path: Path) 
 
 def reviews(count: int = 40) -> list[dict[str, str]]:
     good, bad = "a fine and useful tool", "a slow and broken toy"
-    return [
-        {"remark": f"{(good, bad)[i % 2]}, said buyer {i}", "stars": ("five", "one")[i % 2]}
-        for i in range(count)
-    ]
+    return [{"remark": f"{(good, bad)[i % 2]}, said buyer {i}", "stars": ("five", "one")[i % 2]} for i in range(count)]
 
 
 def write_csv(path: Path, rows: list[dict[str, str]]) -> str:
@@ -193,9 +190,7 @@ def test_short_form_reports_every_method(short_run: tuple[Path, str], demo: Modu
 
 
 @pytest.mark.slow
-def test_data_of_another_process_are_the_same(
-    short_run: tuple[Path, str], demo: ModuleType, data: Any
-) -> None:
+def test_data_of_another_process_are_the_same(short_run: tuple[Path, str], demo: ModuleType, data: Any) -> None:
     metrics = json.loads((short_run[0] / "metrics.json").read_text())
     assert metrics["data"]["digest"] == short_part(demo, data).digest()
 
@@ -210,18 +205,14 @@ def test_short_form_draws_the_curves(short_run: tuple[Path, str]) -> None:
 
 
 @pytest.mark.slow
-def test_saved_adapter_gives_the_reported_accuracy(
-    short_run: tuple[Path, str], demo: ModuleType, data: Any
-) -> None:
+def test_saved_adapter_gives_the_reported_accuracy(short_run: tuple[Path, str], demo: ModuleType, data: Any) -> None:
     peft = importlib.import_module("peft")
     output, _ = short_run
     metrics = json.loads((output / "metrics.json").read_text())
     args = demo.parse_args(["--short", "--max-length", "32", "--device", "cpu"])
     model_folder = demo.packaged_model()
     tokenizer = demo.load_tokenizer(model_folder)
-    batches = demo.Batches(
-        short_part(demo, data), tokenizer, args.batch_size, args.max_length, torch.device("cpu")
-    )
+    batches = demo.Batches(short_part(demo, data), tokenizer, args.batch_size, args.max_length, torch.device("cpu"))
     model = demo.base_model(model_folder, len(data.label_names), seed=123)
     model = peft.PeftModel.from_pretrained(model, output / "psilora")
     accuracy, loss = demo.evaluate(model, batches)
