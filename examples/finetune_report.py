@@ -131,13 +131,13 @@ def write_metrics(runs: list[Run], data: TextData, settings: dict[str, Any], sec
     on_gpu = torch.device(settings["device"]).type == "cuda"
     metrics = {
         "command": shlex.join(["python", *sys.argv]),
-        "settings": settings,
+        "settings": {**settings, "model": _without_prefix(settings["model"])},
         "versions": {
             "python": platform.python_version(),
             **{name: getattr(importlib.import_module(name), "__version__", "unknown") for name in packages},
         },
         "machine": {
-            "platform": platform.platform(),
+            "platform": f"{platform.system()} {platform.machine()}",
             "device": torch.cuda.get_device_name(settings["device"]) if on_gpu else "cpu",
             "threads": torch.get_num_threads(),
         },
@@ -152,3 +152,8 @@ def write_metrics(runs: list[Run], data: TextData, settings: dict[str, Any], sec
         "runs": [asdict(run) for run in runs],
     }
     path.write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+
+
+def _without_prefix(model: str) -> str:
+    """A checkpoint inside an installed package, named from the package on: the rest is this machine's."""
+    return model.rpartition("site-packages/")[2]
