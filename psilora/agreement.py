@@ -1,6 +1,6 @@
 """Compare what was captured with `.grad`: what was done to the gradient since, and whether the capture is right.
 
-`clip_grad_norm_`, GradScaler and averaging change `.grad` but not X and S (METHOD §10). A few probes keep dB as
+`clip_grad_norm_`, GradScaler and averaging change `.grad` but not X and S. A few probes keep dB as
 backward left it; c = Σ⟨dB now, dB then⟩ / Σ‖dB then‖² is the factor by which it was scaled. The probes rather than
 SᵀXAᵀ, because they need no read of X and S and are exact to the last bit where nothing was done; and not the version
 counters of the gradients, which `.data` and GradScaler do not advance. ‖dB − c·S_Bᵀ(XAᵀ)‖, once per layer, reveals a

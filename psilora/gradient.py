@@ -30,7 +30,7 @@ class Gradient(Protocol):
 
 
 class ActivationGradient:
-    """G_l = c_l · Σ_j S_jᵀX_j over the captured calls j of each layer l: the exact gradient (METHOD: G = SᵀX).
+    """G_l = c_l · Σ_j S_jᵀX_j over the captured calls j of each layer l: the exact gradient, G = SᵀX.
 
     Args:
         chunks: Per layer, the captured (X_j, S_j) of shapes (N_j, d_in) and (N_j, d_out), any floating dtype.
@@ -73,7 +73,7 @@ def _sum(products: object) -> Tensor:
 
 
 class TangentGradient:
-    """The projection of G on the tangent space at (B, A), from the LoRA gradients alone (METHOD §9).
+    """The projection of G on the tangent space at (B, A), from the LoRA gradients alone.
 
     G_T = P_B G + G P_A − P_B G P_A with P_B = B(BᵀB)⁺Bᵀ, P_A = Aᵀ(AAᵀ)⁺A, held as the low-rank sum
 

@@ -1,4 +1,4 @@
-"""Diagonal K-FAC and Shampoo metrics (METHOD §5): running averages of statistics, damped and raised to a power."""
+"""Diagonal K-FAC and Shampoo metrics: running averages of statistics, damped and raised to a power."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The low-rank momentum's starting point (METHOD §4)."""
+"""The low-rank momentum's starting point."""
 
 from __future__ import annotations
 

@@ -161,7 +161,7 @@ class PSILoRA(torch.optim.Optimizer):
             )
         if blind:
             warnings.warn(
-                f"psilora: using the tangent gradient (METHOD: from .grad alone) for {describe(blind)}", stacklevel=4
+                f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4
             )
         seen = [(pair, o) for pair, o in wanted if pair.uncaptured is None]
         return Capture([pair for pair, _ in seen], [o.gradient == "tangent" for _, o in seen])

@@ -16,7 +16,7 @@ BACKENDS = ("auto", "reference", "triton")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of `psilora.PSILoRA`, where they are documented; letters as in METHOD §3 (η, K, μ, τ, ρ, γ, β₂, δ)."""
+    """Settings of `psilora.PSILoRA`, where they are documented; letters as there (η, K, μ, τ, ρ, γ, β₂, δ)."""
 
     lr: float | Tensor
     num_iters: int = 1

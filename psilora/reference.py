@@ -1,4 +1,4 @@
-"""The reference backend: one optimizer step (METHOD §3–6, 8, 9) on stacked layers in plain PyTorch."""
+"""The reference backend: one optimizer step on stacked layers in plain PyTorch."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ def pair(d_out: int, d_in: int, rank: int, *batch: int, dtype: torch.dtype = F64
 
 
 def literal(terms, coefficients, num_iters, prox, metric, first):
-    """METHOD §2 word for word: values, not increments, and explicit inverses."""
+    """LoRSum's definition word for word: values, not increments, and explicit inverses."""
     (B1, A1), rest = terms[0], list(zip(coefficients, terms, strict=True))[1:]
     c1 = coefficients[0]
     M_B = torch.eye(B1.shape[0], dtype=F64) if metric is None else torch.diag(metric[0])

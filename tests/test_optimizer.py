@@ -1,4 +1,4 @@
-"""One step of PSILoRA against METHOD's formulas with a dense G, its invariances, and its exact no-ops."""
+"""One step of PSILoRA against the method's formulas with a dense G, its invariances, and its exact no-ops."""
 
 from __future__ import annotations
 
