@@ -160,9 +160,7 @@ class PSILoRA(torch.optim.Optimizer):
                 "set metric=None for these layers through `groups`"
             )
         if blind:
-            warnings.warn(
-                f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4
-            )
+            warnings.warn(f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4)
         seen = [(pair, o) for pair, o in wanted if pair.uncaptured is None]
         return Capture([pair for pair, _ in seen], [o.gradient == "tangent" for _, o in seen])
 
