@@ -244,11 +244,15 @@ def check_model(model: object) -> nn.Module:
     return model
 
 
-def describe(items: list[LoRAPair] | list[Unsupported], limit: int = 8) -> str:
-    """Return "name (reason), …" for an error or warning, cut after `limit` names."""
-    shown = [f"{i.name} ({i.reason if isinstance(i, Unsupported) else i.uncaptured})" for i in items[:limit]]
-    rest = len(items) - len(shown)
-    return ", ".join(shown) + (f" and {rest} more" if rest > 0 else "")
+def listed(names: list[str], limit: int = 8) -> str:
+    """Return "name, name … and n more" for an error or warning, cut after `limit` names."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def describe(items: list[LoRAPair] | list[Unsupported]) -> str:
+    """Return "name (reason), …" for an error or warning."""
+    return listed([f"{i.name} ({i.reason if isinstance(i, Unsupported) else i.uncaptured})" for i in items])
 
 
 def is_sparse(tensor: Tensor) -> bool:

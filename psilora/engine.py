@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +12,6 @@ from psilora import triton_backend, trust
 from psilora.options import BACKENDS
 from psilora.problem import Problem, Scales, Update
 from psilora.reference import reference_update
-
-UpdateFunction = Callable[[Sequence[Problem], Scales], Update]
 
 
 @dataclass

@@ -6,7 +6,7 @@ is in the weight's own units: G = ∂L/∂W, whatever the LoRA scaling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -63,9 +63,9 @@ class ActivationGradient:
         return torch.stack(products) * self.scale[:, None, None]
 
 
-def _sum(products: object) -> Tensor:
+def _sum(products: Iterable[Tensor]) -> Tensor:
     total: Tensor | None = None
-    for product in products:  # type: ignore[attr-defined]
+    for product in products:
         total = product if total is None else total.add_(product)
     if total is None:
         raise RuntimeError("a layer without captured calls reached the exact gradient")

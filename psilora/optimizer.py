@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from psilora import engine
-from psilora.adapters import LoRAPair, check_model, describe, is_sparse
+from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
 from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.counters import Counters
@@ -251,10 +251,9 @@ class PSILoRA(torch.optim.Optimizer):
                 )
             )
         if newly_blind:
-            shown = ", ".join(newly_blind[:8]) + (f" and {len(newly_blind) - 8} more" if len(newly_blind) > 8 else "")
             warnings.warn(
                 "psilora: gradients without captured activations (a fused or compiled kernel bypasses lora_A and "
-                f"lora_B, or the optimizer was detached); using the tangent gradient for {shown}",
+                f"lora_B, or the optimizer was detached); using the tangent gradient for {listed(newly_blind)}",
                 stacklevel=4,
             )
         return problems
@@ -374,5 +373,4 @@ def _nonfinite_message(buckets: Sequence[engine.Bucket], others: Sequence[Tensor
                 names.append(problem.pair.name)
     if not all(bool(torch.isfinite(grad).all()) for grad in others):
         names.append("parameters outside the LoRA pairs")
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return f"non-finite gradient or update in {shown}; no parameter or state was changed"
+    return f"non-finite gradient or update in {listed(names)}; no parameter or state was changed"
