@@ -14,7 +14,7 @@ VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 TORCH_INDEX ?=
 TRITON ?= triton==3.6.0
-EXTRAS ?= hf,test,demo,dev
+EXTRAS ?= hf,loops,bench,test,demo,experiments,dev
 ARGS ?=
 
 PY := $(VENV)/bin/python
