@@ -41,6 +41,7 @@ class PSILoRA(torch.optim.Optimizer):
     Args:
         model: The model with LoRA adapters; hooks on its inner LoRA layers capture X and S. Not its parameters.
         lr: η ≥ 0, a number or one-element tensor.
+        step: "gradient", the step on the weight along −G as above.
         num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
         momentum: μ in [0, 1).
         dampening: τ in [0, 1]; None means 0 without a metric (heavy ball) and μ with one (an average).
@@ -81,6 +82,7 @@ class PSILoRA(torch.optim.Optimizer):
         model: nn.Module,
         lr: float | Tensor,
         *,
+        step: str = "gradient",
         num_iters: int = 1,
         momentum: float = 0.9,
         dampening: float | None = None,

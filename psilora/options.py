@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+STEPS = ("gradient",)
 METRICS = (None, "kfac", "shampoo")
 GRADIENTS = ("exact", "tangent")
 BACKENDS = ("auto", "reference", "triton")
@@ -19,6 +20,7 @@ class Options:
     """Settings of `psilora.PSILoRA`, where they are documented; letters as there (η, K, μ, τ, ρ, γ, β₂, δ)."""
 
     lr: float | Tensor
+    step: str = "gradient"
     num_iters: int = 1
     momentum: float = 0.9
     dampening: float | None = None
@@ -40,6 +42,7 @@ class Options:
             _at_least("lr", self.lr, 0)
         elif self.lr.numel() != 1:
             raise ValueError(f"Invalid lr of shape {tuple(self.lr.shape)}. Must be a number or a one-element tensor.")
+        _one_of("step", self.step, STEPS)
         _integer("num_iters", self.num_iters, 0)
         _in_range("momentum", self.momentum, 0, 1)
         if self.dampening is not None and not 0 <= self.dampening <= 1:
@@ -74,6 +77,7 @@ class Options:
     def structure(self) -> tuple[object, ...]:
         """What must be equal for two layers to be computed in one batch; the numbers may differ."""
         return (
+            self.step,
             self.num_iters,
             self.first,
             self.momentum > 0,
