@@ -23,11 +23,19 @@ def adamw_group(
 ) -> dict[str, Any]:
     """Return a param group with every key `torch.optim.AdamW` reads; it validates the values.
 
-    Fused where the devices allow it, because the fused kernel takes the decision to skip a step from the device.
+    Fused where the devices allow it, because the fused kernel takes the decision to skip a step from the device; on
+    CUDA also `capturable`, without which torch refuses to capture a step in a graph.
     """
     fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
     optimizer = torch.optim.AdamW(
-        parameters, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, fused=fused or None
+        parameters,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        fused=fused or None,
+        capturable=fused and all(p.device.type == "cuda" for p in parameters),
     )
     return {**optimizer.param_groups[0], "kind": KIND}
 

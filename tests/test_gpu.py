@@ -137,3 +137,37 @@ def test_a_step_does_not_wait_for_the_device() -> None:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_graph_of_a_whole_training_step_replays_as_eager_steps(kind: dict[str, Any]) -> None:
+    """Forward, backward and step in one CUDA graph: new batches and a new lr reach it through their tensors."""
+    model = network("cuda", 8).append(nn.Linear(64, 3, device="cuda"))  # the head is AdamW's
+    twin = copy.deepcopy(model)
+    batches = [torch.randn(96, model[0].base.in_features, device="cuda") for _ in range(6)]
+    rates = [0.0, 0.05, 0.1, 0.1, 0.03, 0.01]
+    lr, other_lr = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
+    optimizer = PSILoRA(model, lr, backend="triton", step="gradient", **kind)
+    other = PSILoRA(twin, other_lr, backend="triton", step="gradient", **kind)
+    x = torch.empty_like(batches[0])
+    warm_up = torch.cuda.Stream()
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):  # compiles, and checks the first captures, which may wait
+        for batch, rate in zip(batches[:3], rates[:3], strict=True):
+            lr.fill_(rate)
+            x.copy_(batch)
+            step(model, optimizer, x)
+    torch.cuda.current_stream().wait_stream(warm_up)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(model, optimizer, x)
+    for batch, rate in zip(batches[3:], rates[3:], strict=True):
+        lr.fill_(rate)
+        x.copy_(batch)
+        graph.replay()
+    for batch, rate in zip(batches, rates, strict=True):
+        other_lr.fill_(rate)
+        step(twin, other, batch)
+    for got, want in zip(factors(model), factors(twin), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
