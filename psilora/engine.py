@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from psilora import triton_backend, trust
+from psilora.distributed import Communicator, lockstep
 from psilora.options import BACKENDS
 from psilora.problem import Problem, Scales, Update
-from psilora.reference import reference_update
+from psilora.reference import reference_steps
 
 
 @dataclass
@@ -36,18 +37,23 @@ def backend_unavailable(backend: str) -> str | None:
     return triton_backend.unavailable_reason() if backend == "triton" else None
 
 
-def compute(problems: Sequence[Problem], scales: Scales, backend: str) -> list[Bucket]:
+def compute(
+    problems: Sequence[Problem], scales: Scales, backend: str, communicator: Communicator | None = None
+) -> list[Bucket]:
     """Compute the updates of all problems without changing any parameter or state.
 
     "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `trust`), and the
     reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
-    (`triton_backend.unsupported`, e.g. fp64) go to the reference.
+    (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do those with captured activations where a
+    communicator of several processes is given: there the products are summed between the turns.
     """
+    shared = communicator is not None and communicator.world_size > 1
     by_device: dict[torch.device, list[Problem]] = {}
     rest: list[Problem] = []
     for problem in problems:
         device = problem.pair.lora_A.device
         takes = _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None
+        takes = takes and not (shared and problem.record is not None)
         (by_device.setdefault(device, []) if takes else rest).append(problem)
     buckets = []
     for group in by_device.values():
@@ -59,7 +65,8 @@ def compute(problems: Sequence[Problem], scales: Scales, backend: str) -> list[B
     groups: dict[tuple[object, ...], list[Problem]] = {}
     for problem in rest:
         groups.setdefault(problem.key, []).append(problem)
-    return buckets + [Bucket(group, reference_update(group, scales)) for group in groups.values()]
+    updates = lockstep([reference_steps(group, scales) for group in groups.values()], communicator)
+    return buckets + [Bucket(group, update) for group, update in zip(groups.values(), updates, strict=True)]
 
 
 def _takes_kernels(backend: str, device: torch.device) -> bool:

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from psilora import metric
+from psilora.distributed import Steps, lockstep
 from psilora.gradient import ActivationGradient, Gradient, TangentGradient
 from psilora.lorsum import Projection, turns
 from psilora.problem import Problem, Scales, Update
 
+# A part of an update that may ask for sums over the processes on its way to a result.
+Summed = Generator[list[Tensor], list[Tensor], Tensor]
+
 
 def reference_update(problems: Sequence[Problem], scales: Scales) -> Update:
-    """Return the update of problems with equal keys, without changing anything.
+    """Return the update of problems with equal keys in one process; see `reference_steps`."""
+    return lockstep([reference_steps(problems, scales)])[0]
+
+
+def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
+    """Compute the update of problems with equal keys, without changing anything.
 
     On B̃ = √s·B and Ã = √s·A, with λ = η·ρ and the metric M updated first::
 
@@ -23,19 +32,22 @@ def reference_update(problems: Sequence[Problem], scales: Scales) -> Update:
         (B_m, A_m) ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)                           Frobenius, old momentum
 
     Both projections take their turns in step, so that their products with X and S share one read; the first turn takes
-    BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`.
+    BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`. What comes from X and S, products and statistics, is yielded to be summed
+    over the processes; `.grad` already is the joint one.
     """
     batch = _Batch(problems, scales)
     options = problems[0].options
-    weights, metric_B, metric_A = batch.metric()
+    weights, metric_B, metric_A = yield from batch.metric()
     weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=weights)
     old = batch.momentum()
     memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge)
     products = _Products(batch, weight, memory)
     if options.num_iters == 0:
-        weight.simultaneous(products.weight_left(), products.weight_right())
+        left = yield from products.weight_left()
+        right = yield from products.weight_right()
+        weight.simultaneous(left, right)
     for turn in turns(max(options.num_iters, 1), options.first):
-        products.take(turn, advance_weight=options.num_iters > 0)
+        yield from products.take(turn, advance_weight=options.num_iters > 0)
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     return Update(
@@ -105,11 +117,13 @@ class _Batch:
             self._stack([p.state_A["momentum"] for p in self.problems]),
         )
 
-    def metric(self) -> tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]:
+    def metric(
+        self,
+    ) -> Generator[list[Tensor], list[Tensor], tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]]:
         """Update the running averages; return ((M_B, M_A), new D_B, new D_A), or Nones without a metric."""
         if self.options.metric is None:
             return None, None, None
-        new_A, new_B = self._statistics(self.options.metric)
+        new_A, new_B = yield from self._statistics(self.options.metric)
         beta = self._column([p.options.metric_beta for p in self.problems])[:, 0]
         D_A = metric.averaged(self._stack([p.state_A["metric"] for p in self.problems]), new_A, beta)
         D_B = metric.averaged(self._stack([p.state_B["metric"] for p in self.problems]), new_B, beta)
@@ -122,16 +136,18 @@ class _Batch:
         M_B, M_A = (metric.raised(D, correction, damping, power) for D in (D_B, D_A))
         return (M_B, M_A), D_B, D_A
 
-    def _statistics(self, kind: str) -> tuple[Tensor, Tensor]:
-        rows = self._column([max(1, p.record.rows if p.record is not None else 1) for p in self.problems])[:, 0]
+    def _statistics(self, kind: str) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
+        rows = self._column([p.record.rows if p.record is not None else 1 for p in self.problems])[:, 0]
         if isinstance(self.gradient, TangentGradient) and kind == "shampoo":
             squares_A, squares_B = self.gradient.squares()
+            (rows,) = yield [rows]
         else:
             squares = [metric.layer_squares(p, self.dtype) for p in self.problems]
             scale = ((self.clip * self.external / self.scaling) ** 2)[:, 0]
             squares_A = torch.stack([a for a, _ in squares]) * (scale if kind == "shampoo" else 1)
             squares_B = torch.stack([b for _, b in squares]) * scale
-        return metric.normalised(kind, squares_A, squares_B, rows, self.options.loss_reduction)
+            squares_A, squares_B, rows = yield [squares_A, squares_B, rows]
+        return metric.normalised(kind, squares_A, squares_B, rows.clamp_min(1), self.options.loss_reduction)
 
 
 @dataclass
@@ -142,19 +158,21 @@ class _Products:
     weight: Projection
     memory: Projection | None
 
-    def weight_left(self) -> Tensor:
+    def weight_left(self) -> Summed:
         """Σ_{i≥2} c_i BᵀT_i of the weight's projection at its current B."""
-        batch = self.batch
-        known = batch.reuse and self.weight.step_B is None
-        return self._weight_target("A", batch.left if known else batch.gradient.left(self.weight.B))
+        if self.batch.reuse and self.weight.step_B is None:
+            return self._weight_target("A", self.batch.left)
+        products = yield from self._ask("A", [self.weight.B])
+        return self._weight_target("A", products[0])
 
-    def weight_right(self) -> Tensor:
+    def weight_right(self) -> Summed:
         """Σ_{i≥2} c_i T_iAᵀ of the weight's projection at its current A."""
-        batch = self.batch
-        known = batch.reuse and self.weight.step_A is None
-        return self._weight_target("B", batch.right if known else batch.gradient.right(self.weight.A))
+        if self.batch.reuse and self.weight.step_A is None:
+            return self._weight_target("B", self.batch.right)
+        products = yield from self._ask("B", [self.weight.A])
+        return self._weight_target("B", products[0])
 
-    def take(self, turn: str, *, advance_weight: bool) -> None:
+    def take(self, turn: str, *, advance_weight: bool) -> Generator[list[Tensor], list[Tensor], None]:
         """Take one turn of the weight's projection (unless it is done) and one of the momentum's."""
         batch, weight, memory = self.batch, self.weight, self.memory
         at_start = (weight.step_B if turn == "A" else weight.step_A) is None
@@ -164,20 +182,22 @@ class _Products:
             asking.append(weight.B if turn == "A" else weight.A)
         if memory is not None:
             asking.append(memory.B if turn == "A" else memory.A)
-        answers = self._ask(turn, asking)
+        answers = yield from self._ask(turn, asking)
         if advance_weight:
             target = self._weight_target(turn, answers.pop(0) if known is None else known)
             (weight.turn_A if turn == "A" else weight.turn_B)(target)
         if memory is not None:
             (memory.turn_A if turn == "A" else memory.turn_B)(batch.fresh * answers.pop())
 
-    def _ask(self, turn: str, factors: list[Tensor]) -> list[Tensor]:
-        """One read of X and S for all the factors: their columns are concatenated."""
+    def _ask(self, turn: str, factors: list[Tensor]) -> Generator[list[Tensor], list[Tensor], list[Tensor]]:
+        """One read of X and S, and one sum over the processes, for all the factors: their columns are concatenated."""
         if not factors:
             return []
         axis = -1 if turn == "A" else -2
         ask: Callable[[Tensor], Tensor] = self.batch.gradient.left if turn == "A" else self.batch.gradient.right
         product = ask(torch.cat(factors, axis) if len(factors) > 1 else factors[0])
+        if self.batch.problems[0].exact:
+            (product,) = yield [product]
         sizes = [factor.shape[axis] for factor in factors]
         return list(product.split(sizes, -2 if turn == "A" else -1))
 
