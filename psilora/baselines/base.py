@@ -1,0 +1,214 @@
+"""What the baselines share: pairs, √s-scaled factors, the full gradient from captures, and a commit at the end."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psilora.adapters import LoRAPair, check_model, describe, is_sparse
+from psilora.capture import Capture
+from psilora.groups import checked_pairs
+from psilora.numerics import compute_dtype, full_precision
+from psilora.others import Others, adamw_group
+
+#: ‖dB − c·s·GAᵀ‖ / ‖dB‖ above which a captured G is refused; the rounding of 16-bit gradients stays below it.
+CAPTURE_TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One pair in one step, in the units of the weight: B̃ = √s·B, Ã = √s·A, G = ∂L/∂W, in the compute dtype.
+
+    Attributes:
+        B, A: B̃ (d_out, r) and Ã (r, d_in).
+        left, right: B̃ᵀG (r, d_in) and GÃᵀ (d_out, r): the LoRA gradients divided by √s.
+        G: The full gradient (d_out, d_in), or None for methods that do not ask for it.
+    """
+
+    B: Tensor
+    A: Tensor
+    left: Tensor
+    right: Tensor
+    G: Tensor | None
+
+    @property
+    def gradient(self) -> Tensor:
+        """G, for methods that asked for it."""
+        if self.G is None:
+            raise RuntimeError("this method was built without captures, so there is no full gradient")
+        return self.G
+
+
+State = dict[str, Tensor]
+Proposal = tuple[Tensor, Tensor, State]
+
+
+class PairOptimizer(torch.optim.Optimizer):
+    """Base of the baselines: one proposal (ΔB̃, ΔÃ, new state) per pair, all computed before any is written.
+
+    Works on √s-scaled factors, so the LoRA scaling does not matter. State is fp32 (fp64 for fp64 parameters) and lies
+    under the `lora_B` weight of a pair; loading it rounds it to the parameter's dtype, as torch's optimizers do. The
+    other trainable parameters go to `torch.optim.AdamW` in the last param group.
+
+    Args:
+        model: The model with LoRA adapters.
+        settings: Defaults of the LoRA param group, with "lr".
+        full_gradient: Whether to capture X and S and form G = SᵀX (d_out, d_in) for every layer.
+        adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
+
+    Raises:
+        ValueError: A setting is out of range, no pair is found, or a layer cannot be captured but has to be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Mapping[str, Any],
+        *,
+        full_gradient: bool,
+        adamw_lr: float = 1e-3,
+        adamw_betas: tuple[float, float] = (0.9, 0.999),
+        adamw_eps: float = 1e-8,
+        adamw_weight_decay: float = 0.0,
+    ) -> None:
+        check_range("lr", settings["lr"], 0, math.inf)
+        pairs = checked_pairs(check_model(model), "raise")
+        blind = [pair for pair in pairs if pair.uncaptured is not None]
+        if full_gradient and blind:
+            raise ValueError(f"{type(self).__name__} needs activations that cannot be captured for {describe(blind)}")
+        groups: list[dict[str, Any]] = [
+            {**settings, "kind": "lora", "params": [p for pair in pairs for p in (pair.lora_A, pair.lora_B)]}
+        ]
+        taken = {id(p) for p in groups[0]["params"]}
+        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        if rest:
+            groups.append(
+                adamw_group(
+                    rest,
+                    lr=adamw_lr,
+                    betas=adamw_betas,
+                    eps=adamw_eps,
+                    weight_decay=adamw_weight_decay,
+                    maximize=False,
+                )
+            )
+        super().__init__(groups, {})
+        self._pairs = pairs
+        self._others = Others(self)
+        self._capture = Capture(pairs, [False] * len(pairs)) if full_gradient else None
+
+    @abstractmethod
+    def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:
+        """Return (ΔB̃, ΔÃ, new state) for one pair; change nothing."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return the closure's loss, if there is one. Pairs without gradients are left alone.
+
+        Raises:
+            RuntimeError: A gradient is sparse, or G is needed and was not captured or does not reproduce `.grad`.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        group = self.param_groups[0]
+        proposals = []
+        for pair in self._pairs:
+            if pair.lora_A.grad is None or pair.lora_B.grad is None:
+                continue
+            with full_precision(pair.lora_A.device.type):
+                proposals.append((pair, self.propose(self._layer(pair), dict(self.state[pair.lora_B]), group)))
+        for pair, (step_B, step_A, state) in proposals:
+            root = math.sqrt(pair.scaling)
+            pair.lora_B.add_((step_B / root).reshape(pair.lora_B.shape))
+            pair.lora_A.add_((step_A / root).reshape(pair.lora_A.shape))
+            self.state[pair.lora_B] = state
+        self._others.step(torch.ones((), dtype=torch.bool, device=self._pairs[0].lora_A.device), None)
+        if self._capture is not None:
+            self._capture.clear()
+        return loss
+
+    def _layer(self, pair: LoRAPair) -> Layer:
+        dA, dB = pair.lora_A.grad, pair.lora_B.grad
+        if dA is None or dB is None or is_sparse(dA) or is_sparse(dB):
+            raise RuntimeError(f"{pair.name}: sparse gradients are not supported; use dense ones")
+        dtype, root = compute_dtype(pair.lora_A.dtype), math.sqrt(pair.scaling)
+        B, A = pair.B.to(dtype) * root, pair.A.to(dtype) * root
+        left, right = dA.flatten(1).to(dtype) / root, dB.flatten(1).to(dtype) / root
+        return Layer(B, A, left, right, self._gradient(pair, A, right))
+
+    def _gradient(self, pair: LoRAPair, A: Tensor, right: Tensor) -> Tensor | None:
+        """G = c·S_BᵀX/s; c = ⟨GÃᵀ from .grad, GÃᵀ⟩/‖GÃᵀ‖² makes up for clipping and the like after backward."""
+        if self._capture is None:
+            return None
+        record = self._capture.record(pair)
+        if record is None or not record.captured:
+            raise RuntimeError(f"{pair.name}: {type(self).__name__} needs activations, but none were captured")
+        G = A.new_zeros(pair.d_out, pair.d_in)
+        for x, s in record.chunks:
+            G += s.to(A.dtype).mT @ x.to(A.dtype)
+        G /= pair.scaling
+        seen = G @ A.mT
+        square = seen.square().sum()
+        if not bool(square > 0):
+            return G
+        c = (right * seen).sum() / square
+        residual = (right - c * seen).norm() / right.norm().clamp_min(torch.finfo(A.dtype).tiny)
+        if bool(residual > CAPTURE_TOLERANCE):
+            raise RuntimeError(f"{pair.name}: the captured activations miss .grad by {float(residual):.2g}")
+        # c differs from 1 by rounding alone when nothing was done to .grad.
+        return G if bool((c - 1).abs() < 1e-4) else c * G
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients and drop what was captured for them."""
+        super().zero_grad(set_to_none)
+        if self._capture is not None:
+            self._capture.clear()
+
+    def detach(self) -> None:
+        """Remove every hook from the model."""
+        if self._capture is not None:
+            self._capture.close()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._others.link(self)
+
+
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise unless low <= value < high."""
+    if not low <= value < high:
+        raise ValueError(f"Invalid {name}={value}. Must be in [{low}, {high}).")
+
+
+def check_betas(betas: tuple[float, float]) -> None:
+    """Raise unless both are in [0, 1)."""
+    for i, beta in enumerate(betas):
+        check_range(f"betas[{i}]", beta, 0, 1)
+
+
+def adam_direction(
+    gradient: Tensor, state: State, name: str, betas: tuple[float, float], eps: float, t: int
+) -> tuple[Tensor, State]:
+    """Return m̂/(√v̂ + ε) and the new moments, with m̂ = m/(1 − β₁ᵗ) and v̂ = v/(1 − β₂ᵗ).
+
+    Args:
+        gradient: Any shape.
+        state: Holds "first_{name}" and "second_{name}" from step 2 on.
+        name: Of the factor, to tell moments apart.
+        betas: β₁ and β₂.
+        eps: ε.
+        t: The number of this step, from 1.
+    """
+    zero = torch.zeros_like(gradient)
+    first = torch.lerp(state.get(f"first_{name}", zero), gradient, 1 - betas[0])
+    second = torch.lerp(state.get(f"second_{name}", zero), gradient.square(), 1 - betas[1])
+    direction = (first / (1 - betas[0] ** t)) / ((second / (1 - betas[1] ** t)).sqrt() + eps)
+    return direction, {f"first_{name}": first, f"second_{name}": second}
