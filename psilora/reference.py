@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from psilora import metric
+from psilora.batch import Batch
 from psilora.distributed import Steps, lockstep
 from psilora.gradient import ActivationGradient, Gradient, TangentGradient
 from psilora.lorsum import Projection, turns
@@ -61,40 +62,16 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     )
 
 
-class _Batch:
-    """The stacked tensors of one update: factors scaled by √s, gradient, and per-layer numbers as (L, 1, 1)."""
+class _Batch(Batch):
+    """The stacked problems with their gradient and metric."""
 
     def __init__(self, problems: Sequence[Problem], scales: Scales) -> None:
-        self.problems = problems
-        self.options = problems[0].options
-        self.dtype = problems[0].dtype
-        self.device = problems[0].pair.lora_A.device
-        self.scaling = self._column([p.pair.scaling for p in problems])
-        self.root = self.scaling.sqrt()
-        self.lr = self._column([p.options.lr for p in problems])
-        self.mu = self._column([p.options.momentum for p in problems])
-        self.fresh = self._column([1 - p.options.tau for p in problems])
-        self.ridge = self.lr * self._column([p.options.prox for p in problems])
-        wd = [p.options.weight_decay for p in problems]
-        self.decay = -self.lr * self._column(wd) if any(wd) else None
-        self.B = self._stack([p.pair.B for p in problems]) * self.root
-        self.A = self._stack([p.pair.A for p in problems]) * self.root
-        sign = -1.0 if self.options.maximize else 1.0
-        self.clip = sign if scales.clip is None else sign * scales.clip.to(self.device, self.dtype)
+        super().__init__(problems, scales)
+        self.mu = self.column([p.options.momentum for p in problems])
+        self.fresh = self.column([1 - p.options.tau for p in problems])
+        self.ridge = self.lr * self.column([p.options.prox for p in problems])
         self.external = 1.0 if scales.external is None else scales.external.to(self.device, self.dtype)
-        self.left = self._stack([p.dA for p in problems]) * (self.clip / self.root)
-        self.right = self._stack([p.dB for p in problems]) * (self.clip / self.root)
         self.gradient = self._gradient()
-
-    def _stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([t.detach().to(self.dtype) for t in tensors])
-
-    def _column(self, values: Sequence[float | Tensor]) -> Tensor:
-        if any(isinstance(v, Tensor) for v in values):
-            tensor = torch.stack([torch.as_tensor(v, dtype=self.dtype).to(self.device).reshape(()) for v in values])
-        else:
-            tensor = torch.tensor(values, dtype=self.dtype).to(self.device, non_blocking=True)
-        return tensor.view(-1, 1, 1)
 
     def _gradient(self) -> Gradient:
         if not self.problems[0].exact:
@@ -108,15 +85,6 @@ class _Batch:
         low = min(self.problems[0].dA.element_size(), self.problems[0].dB.element_size()) < 4
         return not (self.problems[0].exact and low)
 
-    def momentum(self) -> tuple[Tensor, Tensor] | None:
-        """The old (B_m, A_m), or None without momentum."""
-        if not self.options.momentum > 0:
-            return None
-        return (
-            self._stack([p.state_B["momentum"] for p in self.problems]),
-            self._stack([p.state_A["momentum"] for p in self.problems]),
-        )
-
     def metric(
         self,
     ) -> Generator[list[Tensor], list[Tensor], tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]]:
@@ -124,20 +92,20 @@ class _Batch:
         if self.options.metric is None:
             return None, None, None
         new_A, new_B = yield from self._statistics(self.options.metric)
-        beta = self._column([p.options.metric_beta for p in self.problems])[:, 0]
-        D_A = metric.averaged(self._stack([p.state_A["metric"] for p in self.problems]), new_A, beta)
-        D_B = metric.averaged(self._stack([p.state_B["metric"] for p in self.problems]), new_B, beta)
+        beta = self.column([p.options.metric_beta for p in self.problems])[:, 0]
+        D_A = metric.averaged(self.stack([p.state_A["metric"] for p in self.problems]), new_A, beta)
+        D_B = metric.averaged(self.stack([p.state_B["metric"] for p in self.problems]), new_B, beta)
         correction = None
         if self.options.metric_bias_correction:
-            t = self._stack([p.state_A["step"] for p in self.problems])[:, None] + 1
+            t = self.stack([p.state_A["step"] for p in self.problems])[:, None] + 1
             correction = 1 - beta**t
-        damping = self._column([p.options.damping for p in self.problems])[:, 0]
-        power = self._column([p.options.metric_power for p in self.problems])[:, 0]
+        damping = self.column([p.options.damping for p in self.problems])[:, 0]
+        power = self.column([p.options.metric_power for p in self.problems])[:, 0]
         M_B, M_A = (metric.raised(D, correction, damping, power) for D in (D_B, D_A))
         return (M_B, M_A), D_B, D_A
 
     def _statistics(self, kind: str) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
-        rows = self._column([p.record.rows if p.record is not None else 1 for p in self.problems])[:, 0]
+        rows = self.column([p.record.rows if p.record is not None else 1 for p in self.problems])[:, 0]
         if isinstance(self.gradient, TangentGradient) and kind == "shampoo":
             squares_A, squares_B = self.gradient.squares()
             (rows,) = yield [rows]

@@ -1,0 +1,61 @@
+"""The stacked tensors of problems with equal keys: what every reference update starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psilora.problem import Problem, Scales
+
+
+class Batch:
+    """L problems stacked: factors scaled by √s, their gradients, and per-layer numbers as (L, 1, 1).
+
+    Attributes:
+        scaling, root: s and √s.
+        lr: η.
+        decay: −η·wd, or None where no layer has a weight decay.
+        B, A: √s·B (L, d_out, r) and √s·A (L, r, d_in).
+        clip: The factor on `.grad`, with the sign of `maximize`.
+        left, right: BᵀG = dA/√s (L, r, d_in) and GAᵀ = dB/√s (L, d_out, r) for the scaled factors.
+    """
+
+    def __init__(self, problems: Sequence[Problem], scales: Scales) -> None:
+        self.problems = problems
+        self.options = problems[0].options
+        self.dtype = problems[0].dtype
+        self.device = problems[0].pair.lora_A.device
+        self.scaling = self.column([p.pair.scaling for p in problems])
+        self.root = self.scaling.sqrt()
+        self.lr = self.column([p.options.lr for p in problems])
+        wd = [p.options.weight_decay for p in problems]
+        self.decay = -self.lr * self.column(wd) if any(wd) else None
+        self.B = self.stack([p.pair.B for p in problems]) * self.root
+        self.A = self.stack([p.pair.A for p in problems]) * self.root
+        sign = -1.0 if self.options.maximize else 1.0
+        self.clip = sign if scales.clip is None else sign * scales.clip.to(self.device, self.dtype)
+        self.left = self.stack([p.dA for p in problems]) * (self.clip / self.root)
+        self.right = self.stack([p.dB for p in problems]) * (self.clip / self.root)
+
+    def stack(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Stack one tensor per layer in the compute dtype."""
+        return torch.stack([t.detach().to(self.dtype) for t in tensors])
+
+    def column(self, values: Sequence[float | Tensor]) -> Tensor:
+        """Return one number per layer as (L, 1, 1)."""
+        if any(isinstance(v, Tensor) for v in values):
+            tensor = torch.stack([torch.as_tensor(v, dtype=self.dtype).to(self.device).reshape(()) for v in values])
+        else:
+            tensor = torch.tensor(values, dtype=self.dtype).to(self.device, non_blocking=True)
+        return tensor.view(-1, 1, 1)
+
+    def momentum(self) -> tuple[Tensor, Tensor] | None:
+        """Return the old ("momentum" of lora_B, of lora_A), or None without momentum."""
+        if not self.options.momentum > 0:
+            return None
+        return (
+            self.stack([p.state_B["momentum"] for p in self.problems]),
+            self.stack([p.state_A["momentum"] for p in self.problems]),
+        )
