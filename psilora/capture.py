@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from psilora import compiled
 from psilora.adapters import LoRAPair
 from psilora.numerics import compute_dtype
 
@@ -147,9 +148,9 @@ class Capture:
                 owner.superseded = True
                 owner.close()
             _owners[lora_A] = weakref.ref(self)
-            slot = threading.local()
-            self._handles.append(lora_A.register_forward_pre_hook(_BeforeA(record, slot)))
-            self._handles.append(lora_B.register_forward_hook(_AfterB(record, slot)))
+            slot, site = threading.local(), compiled.connect(lora_A, record)
+            self._handles.append(lora_A.register_forward_pre_hook(_BeforeA(record, slot, site)))
+            self._handles.append(lora_B.register_forward_hook(_AfterB(record, slot, site)))
         self._handles.append(pair.lora_A.register_post_accumulate_grad_hook(_AfterAccumulateA(record)))
         self._handles.append(pair.lora_B.register_post_accumulate_grad_hook(_AfterAccumulateB(record)))
 
@@ -176,6 +177,7 @@ def _release(handles: list[RemovableHandle], records: list[Record]) -> None:
     for handle in handles:
         handle.remove()
     handles.clear()
+    compiled.disconnect(records)
     for record in records:
         record.clear()
 
@@ -234,35 +236,33 @@ class _Inert:
 
 
 class _BeforeA(_Hook):
-    def __init__(self, record: Record, slot: threading.local) -> None:
-        self.record, self.slot = record, slot
-        self.open = torch.compiler.disable(self._open)  # a compiled model calls this eagerly
+    def __init__(self, record: Record, slot: threading.local, site: compiled.Site) -> None:
+        self.record, self.slot, self.site = record, slot, site
 
     def __call__(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        opened: tuple[Any, ...] | None = self.open(module, args)
-        return opened
-
-    def _open(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        self.slot.token = None
+        tracing = torch.compiler.is_dynamo_compiling()
+        if not tracing:
+            self.slot.token = None
         if not args or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return None
         x: Tensor = args[0]
         if torch.is_autocast_enabled(x.device.type):  # cast here, so that the tensor saved is the one the linear saves
             x = x.to(torch.get_autocast_dtype(x.device.type))
+        if tracing:
+            self.site.enter(x)
+            return (x, *args[1:])
         self.slot.token = _Token(self.record, paired=True)
         return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])  # type: ignore[no-untyped-call]
 
 
 class _AfterB(_Hook):
-    def __init__(self, record: Record, slot: threading.local) -> None:
-        self.record, self.slot = record, slot
-        self.close = torch.compiler.disable(self._close)
+    def __init__(self, record: Record, slot: threading.local, site: compiled.Site) -> None:
+        self.record, self.slot, self.site = record, slot, site
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        closed: Tensor | None = self.close(output)
-        return closed
-
-    def _close(self, output: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        if torch.compiler.is_dynamo_compiling():
+            traced = torch.is_grad_enabled() and output.requires_grad
+            return self.site.leave(output, module.weight) if traced else None
         token = getattr(self.slot, "token", None)
         self.slot.token = None
         if not torch.is_grad_enabled() or not output.requires_grad:
