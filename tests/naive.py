@@ -23,19 +23,14 @@ class WrapperHooks:
         self.S: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self.handles: list[RemovableHandle] = []
         for name, module in self.layers.items():
-            self.handles.append(module.register_forward_hook(self._forward(name)))
-            self.handles.append(module.register_full_backward_hook(self._backward(name)))
+            self.handles.append(module.register_forward_hook(self._hook(name)))
 
-    def _forward(self, name: str) -> Any:
+    def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             if module.training:
                 self.X[name].append(args[0].detach())
-
-        return hook
-
-    def _backward(self, name: str) -> Any:
-        def hook(module: nn.Module, grad_in: object, grad_out: tuple[Tensor, ...]) -> None:
-            self.S[name].append(grad_out[0].detach())
+            if output.requires_grad:
+                output.register_hook(lambda grad: self.S[name].append(grad.detach()))
 
         return hook
 

@@ -1,0 +1,192 @@
+"""The real Trainer: warm-up, accumulation, clipping and dropout, gradient checkpointing, resuming."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import factors
+from naive import WrapperHooks, jittered_turn
+from tiny import adapted, token_rows
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from psilora import PSILoRA
+from psilora.integrations.hf import PSILoRAFactory, optimizer_cls_and_kwargs
+
+BOTH = pytest.mark.parametrize("gradient", ["exact", "tangent"])
+
+
+def arguments(path: Path, **changes: Any) -> TrainingArguments:
+    settings = {
+        "output_dir": str(path),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 4,
+        "warmup_steps": 2,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**settings, **changes})
+
+
+def captured(optimizer: PSILoRA) -> dict[str, tuple[float, float]]:
+    """Per pair, c and ‖dB − c·S_Bᵀ(XAᵀ)‖ / ‖dB‖ for the best c."""
+    found = {}
+    for pair in optimizer._pairs.values():
+        record, dB = optimizer._capture.record(pair), pair.lora_B.grad
+        assert record is not None and record.captured
+        own = sum(s.mT @ (x @ pair.A.mT) for x, s in record.chunks)
+        scale = float((own * dB).sum() / own.square().sum())
+        found[pair.name] = scale, float((own * scale - dB).norm() / dB.norm())
+    return found
+
+
+class BeforeStep(TrainerCallback):
+    """Looks at the captures after clipping, before every step; keeps the factors after it."""
+
+    def __init__(self, model: nn.Module, naive: WrapperHooks | None = None) -> None:
+        self.model, self.naive = model, naive
+        self.history, self.scales, self.residuals, self.naive_errors = [factors(model)], [], [], []
+        self.calls: set[int] = set()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: object) -> None:
+        optimizer = optimizer.optimizer
+        if self.naive is not None:
+            self.naive_errors.append(self.naive.worst())
+            self.naive_calls = max(len(held) for held in self.naive.X.values())
+            self.naive.clear()
+        if optimizer.param_groups[0]["gradient"] == "exact":
+            found = captured(optimizer).values()
+            self.scales.append([scale for scale, _ in found])
+            self.residuals.append(max(residual for _, residual in found))
+            self.calls |= {record.calls for record in optimizer._capture.records.values()}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+        self.history.append(factors(self.model))
+
+
+@pytest.mark.scenario(
+    1, "transformers", gradient="exact, tangent", tested="warm-up from lr=0, accumulation 4, clip 1.0, dropout 0.1"
+)
+@BOTH
+def test_warm_up_accumulation_clipping_and_dropout(gradient: str, tmp_path: Path) -> None:
+    """Traps: lr = 0 moves a step with a jittered Gram; hooks on the wrapper see X before dropout; clipping misses S."""
+    model = adapted(lora_dropout=0.1, lora_alpha=96, B_zero=True)  # gradients above the clipping norm
+    naive = WrapperHooks(model)
+    optimizer = PSILoRA(model, 0.1, step="gradient", gradient=gradient)
+    watch = BeforeStep(model, naive)
+    trainer = Trainer(
+        model,
+        arguments(tmp_path),
+        train_dataset=token_rows(),
+        optimizers=(optimizer, None),
+        callbacks=[watch],
+    )
+    trainer.train()
+    first, second, last = watch.history[0], watch.history[1], watch.history[-1]
+    assert all(torch.equal(first[name], second[name]) for name in first), "lr = 0 is a bitwise no-op"
+    assert all(not torch.equal(second[name], last[name]) for name in first)
+    A = next(value for name, value in first.items() if "lora_A" in name)
+    moved = jittered_turn(torch.zeros(32, 4), A, 0.0, torch.zeros_like(A))
+    assert float((moved - A).norm()) == pytest.approx(float(A.norm())), "the naive turn destroys A at B = 0"
+    assert min(watch.naive_errors) > 0.1, "hooks on the wrapper are wrong under dropout"
+    if gradient == "exact":
+        assert watch.calls == {4} and max(watch.residuals) < 1e-5
+        clipped = [1 / e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
+        assert len(clipped) == 4 and any(c < 0.95 for c in clipped), "a run without clipping would show nothing"
+        for scales, factor in zip(watch.scales, clipped, strict=True):
+            assert scales == pytest.approx([min(1.0, factor)] * len(scales), rel=1e-4)
+    assert optimizer.stats()["skipped_steps"] == 0 and optimizer.capture_bytes() == 0
+
+
+@pytest.mark.scenario(
+    2, "transformers", gradient="exact", tested="gradient checkpointing of both kinds: X once, not kept alive"
+)
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
+    """Traps: forward hooks fire again in the recomputation, and what they store outlives the forward."""
+    model = adapted(lora_dropout=0.1)
+    naive = WrapperHooks(model)
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.lora_A["default"].register_forward_pre_hook(lambda _m, args: inputs.append(weakref.ref(args[0])))
+
+    class Looking(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            inputs.clear()
+            optimizer_holds = optimizer.capture_bytes()
+            loss = super().compute_loss(*args, **kwargs)
+            gc.collect()
+            alive.append(sum(ref() is not None for ref in inputs))
+            assert len(inputs) == 6 and optimizer.capture_bytes() == optimizer_holds
+            return loss
+
+    watch = BeforeStep(model, naive)
+    checkpointing = {"use_reentrant": use_reentrant}
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": checkpointing, "max_steps": 2}
+    trainer = Looking(
+        model,
+        arguments(tmp_path, gradient_accumulation_steps=2, **options),
+        train_dataset=token_rows(),
+        optimizers=(optimizer, None),
+        callbacks=[watch],
+    )
+    trainer.train()
+    assert watch.calls == {2} and max(watch.residuals) < 1e-5, "each of the two calls once"
+    assert alive == [0] * 4, "no input outlives its checkpointed forward"
+    assert watch.naive_calls == 4 and watch.naive_errors == [float("inf")] * 2, "the naive hooks store X twice"
+
+
+def resumable(path: Path, **changes: Any) -> tuple[Trainer, nn.Module]:
+    model = adapted(lora_dropout=0.1)
+    settings = {"step": "gradient", "metric": "kfac", "momentum": 0.9}
+    trainer = Trainer(
+        model,
+        arguments(path, max_steps=6, save_strategy="steps", save_steps=3, **changes),
+        train_dataset=token_rows(),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(0.1, **settings),
+    )
+    return trainer, model
+
+
+@pytest.mark.scenario(
+    5,
+    "transformers",
+    gradient="exact",
+    tested="resume_from_checkpoint is bit-exact (adapter, optimizer, schedule, dropout)",
+)
+def test_resuming_is_bit_exact_and_needs_the_state(tmp_path: Path) -> None:
+    whole, model = resumable(tmp_path / "whole")
+    whole.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-3"
+    stripped = tmp_path / "whole" / "stripped" / "checkpoint-3"
+    shutil.copytree(checkpoint, stripped)
+    (stripped / "optimizer.pt").unlink()
+    ends = []
+    for source in (checkpoint, stripped):
+        resumed, other = resumable(tmp_path / f"resumed from {source.parent.name}")
+        resumed.train(resume_from_checkpoint=str(source))
+        ends.append(factors(other))
+    expected = factors(model)
+    assert all(torch.equal(expected[name], ends[0][name]) for name in expected)
+    assert not all(torch.equal(expected[name], ends[1][name]) for name in expected), "without the state it would differ"
+
+
+def test_a_trainer_that_hands_over_parameters_is_told_the_other_way(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"set trainer.optimizer = PSILoRA\(trainer.model, lr\)"):
+        PSILoRAFactory([{"params": []}], lr=0.1)
