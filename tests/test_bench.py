@@ -1,57 +1,130 @@
-"""The benches run end to end on small shapes, and refuse to time a wrong result."""
+"""The suites run end to end on tiny shapes, kernels in the interpreter, and never time a wrong result."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
-    )
+@pytest.fixture(autouse=True)
+def _on_path() -> Iterator[None]:
+    """`bench` is a folder of the checkout; off the path afterwards, where other libraries look for triton_kernels."""
+    sys.path.insert(0, str(ROOT))
+    yield
+    sys.path.remove(str(ROOT))
+
+
+def module(name: str) -> ModuleType:
+    return importlib.import_module(f"bench.{name}")
+
+
+def run(*arguments: str) -> int:
+    return module("__main__").main(arguments)
+
+
+def rows_of(folder: Path, suite: str) -> list[dict]:
+    return json.loads((folder / f"{suite}.json").read_text())["rows"]
 
 
 @pytest.mark.slow
-def test_gpu_bench_on_small_shapes(tmp_path: Path) -> None:
-    out = tmp_path / "gpu.json"
-    settings = ("--device", "cpu", "--models", "tiny", "--tokens", "17", "--repeats", "2", "--steps", "exact")
-    run = bench("bench.gpu_bench", *settings, "--out", str(out))
-    assert run.returncode == 0, run.stdout + run.stderr
-    result = json.loads(out.read_text())["models"]["tiny"]
-    assert {row["name"] for row in result["products"]} == {"xv", "stz"}
-    assert all(row["error"] < 1e-6 and row["ms"] > 0 for row in result["products"])
-    backends = {(row["name"], row["backend"]) for row in result["steps"]}
-    assert ("exact", "triton") in backends and ("exact", "reference") in backends
+def test_step(tmp_path: Path) -> None:
+    arguments = ("--tokens", "17", "--repeats", "1", "--small", "--out", str(tmp_path))
+    assert run("step", *arguments) == 0
+    rows = {row["method"]: row for row in rows_of(tmp_path, "step")}
+    for method in ("PSILoRA exact, momentum (reference)", "per-layer loop, exact, momentum", "AdamW, foreach"):
+        assert rows[method]["ms"] > 0 and len(rows[method]["readings"]) == 1
+    assert "LoRA-RITE (pytorch_optimizer)" in rows and "Riemannian AdamW (PEFT)" in rows
+    ours = rows["PSILoRA exact, momentum (reference)"]
+    assert ours["error"] < 1e-3 and ours["planned_launches"] > 4 and ours["operations"] > 10
+    # Twice the factors of six layers of rank 4: B_m and A_m.
+    assert ours["state_bytes"] == 4 * 4 * 2 * (40 + 24 + 24 + 24 + 24 + 40)
+    assert rows["AdamW, foreach"]["state_bytes"] == 2 * ours["state_bytes"]
+    if importlib.import_module("psilora.engine").backend_unavailable("triton") is None:
+        assert rows["PSILoRA exact (triton)"]["ms"] > 0
 
 
-def test_a_wrong_result_is_not_timed() -> None:
-    sys.path.insert(0, str(ROOT))
-    try:
-        import torch
+@pytest.mark.slow
+@pytest.mark.parametrize("suite", ["lorsum", "solve", "scaling", "products"])
+def test_other_suites(suite: str, tmp_path: Path) -> None:
+    assert run(suite, "--repeats", "1", "--small", "--out", str(tmp_path)) == 0
+    record = json.loads((tmp_path / f"{suite}.json").read_text())
+    assert record["command"] == f"python -m bench {suite} --repeats 1 --small --out {tmp_path.name}"
+    assert str(ROOT) not in json.dumps(record) and record["versions"]["torch"] == torch.__version__
+    timed = [row for row in record["rows"] if "exponent" not in row["case"]]
+    assert all(row["ms"] > 0 for row in timed) and (timed or suite == "products")
 
-        from bench.gpu_bench import check
-    finally:
-        sys.path.remove(str(ROOT))
-    assert check("right", torch.ones(3), torch.ones(3).double()) == 0
-    with pytest.raises(SystemExit, match="wrong: relative error .* nothing is timed on a wrong result"):
-        check("wrong", torch.ones(3) * 1.1, torch.ones(3).double())
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*gradient.checkpointing.*:FutureWarning")
+def test_train(tmp_path: Path) -> None:
+    assert run("train", "--repeats", "1", "--small", "--out", str(tmp_path)) == 0
+    rows = rows_of(tmp_path, "train")
+    assert {row["case"].split(",")[0] for row in rows} == {"MiniLM", "tiny Llama-3-8B shape"}
+    by_method = {row["method"]: row for row in rows if row["case"].startswith("MiniLM")}
+    assert by_method["PSILoRA exact"]["capture_bytes"] > 0 == by_method["PSILoRA tangent"]["capture_bytes"]
+    assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 and row["error"] < 1 for row in rows)
+
+
+def test_a_wrong_result_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A per-layer loop that forgets the momentum in the weight's step disagrees with PSILoRA, and both have no time."""
+    loop = module("loop")
+    right = loop.lorsum_loop
+
+    def forgetful(B, A, c1, terms, *rest):
+        return right(B, A, c1, terms[:1], *rest)
+
+    monkeypatch.setattr(loop, "lorsum_loop", forgetful)
+    monkeypatch.setattr(module("suites.step"), "KINDS", {"exact, momentum": {}})
+    monkeypatch.setattr(module("suites.step"), "SMALL", ("exact, momentum",))
+    monkeypatch.setattr(module("suites.step"), "backend_unavailable", lambda name: "not needed here")
+    assert run("step", "--repeats", "1", "--small", "--tokens", "9", "--out", str(tmp_path)) == 1
+    rows = {row["method"]: row for row in rows_of(tmp_path, "step")}
+    ours = rows["PSILoRA exact, momentum (reference)"]
+    assert "ms" not in ours and "readings" not in ours and "relative error" in ours["red"]
+    assert rows["AdamW, fused"]["ms"] > 0  # checked on its own
+
+
+def test_measure_alternates_and_refuses_nan() -> None:
+    measure = module("measure")
+    seen: list[str] = []
+    candidates = [
+        measure.Candidate(name, lambda name=name: seen.append(name), lambda: 0.0, 0.0, count=False) for name in "ab"
+    ]
+    wrong = measure.Candidate("wrong", lambda: seen.append("wrong"), lambda: float("nan"), 1.0)
+    rows = measure.measure("case", [*candidates, wrong], device="cpu", repeats=3, seconds=60)
+    assert seen == ["a", "b", "b", "a"] * 2 + ["a", "b"]
+    assert [len(row["readings"]) for row in rows[:2]] == [3, 3] and "ms" not in rows[2] and rows[2]["error"] == "nan"
+
+
+def test_the_time_limit_ends_the_rounds() -> None:
+    measure = module("measure")
+    candidate = measure.Candidate("a", lambda: None, lambda: 0.0, 0.0, count=False)
+    (row,) = measure.measure("case", [candidate], device="cpu", repeats=10**6, seconds=0.0)
+    assert len(row["readings"]) == measure.FEWEST
+
+
+def test_peak_bytes_and_operations_are_those_of_the_run() -> None:
+    measure = module("measure")
+    x = torch.ones(1000)
+    assert measure.operations(lambda: (x + 1) * 2) == 2
+    assert 8000 <= measure.peak_bytes(lambda: (x + 1) * 2, "cpu") < 9000
 
 
 def test_the_gpu_script_says_so_without_a_device() -> None:
-    import torch
-
     if torch.cuda.is_available():
         pytest.skip("there is a CUDA device")
-    run = subprocess.run(
+    script = subprocess.run(
         ["bash", "bench/gpu.sh"],
         cwd=ROOT,
         env={**os.environ, "PYTHON": sys.executable, "OUT": "/tmp"},
@@ -59,4 +132,4 @@ def test_the_gpu_script_says_so_without_a_device() -> None:
         text=True,
         timeout=120,
     )
-    assert run.returncode == 1 and "no CUDA device" in run.stderr
+    assert script.returncode == 1 and "no CUDA device" in script.stderr

@@ -1,0 +1,86 @@
+"""The command line: `python -m bench SUITE --out DIR`, `report DIR`, `compare A.json B.json`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from bench import results
+from bench.measure import Row
+from bench.shapes import MODELS
+from bench.suites import Settings
+
+SUITES = ("lorsum", "solve", "step", "train", "scaling", "products")
+SELECTIONS = {
+    "cpu": ("step", "lorsum", "solve", "train", "scaling"),
+    "gpu": ("products", "step", "solve", "lorsum", "train", "scaling"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return 1 when a suite failed or a check was red, or a comparison found a change."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(given)
+    return _run(options, _command(given))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in (*SUITES, *SELECTIONS):
+        suite = commands.add_parser(name, help=f"measure, into DIR/{name}.json" if name in SUITES else "a selection")
+        suite.add_argument("--out", type=Path, required=True, metavar="DIR")
+        suite.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if name == "gpu" else "cpu")
+        suite.add_argument("--models", nargs="+", choices=sorted(MODELS), help="of the step and products suites")
+        suite.add_argument("--tokens", type=int, help="rows of X and S in those suites")
+        suite.add_argument("--repeats", type=int, default=15, help="rounds per case (%(default)s)")
+        suite.add_argument("--seconds", type=float, default=20.0, help="time for one case's rounds (%(default)s)")
+        suite.add_argument("--commit", help="what the results say they measured, where there is no checkout")
+        suite.add_argument("--small", action="store_true", help="tiny shapes: proves the code, times nothing")
+    return parser
+
+
+def _command(given: Sequence[str]) -> str:
+    """The command as it can be repeated elsewhere: no absolute path of this machine."""
+    return " ".join(["python -m bench", *(Path(a).name if Path(a).is_absolute() else a for a in given)])
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("no CUDA device; --device cpu runs the same suites", file=sys.stderr)
+        return 1
+    models = None if options.models is None else tuple(options.models)
+    settings = Settings(options.device, models, options.tokens, options.repeats, options.seconds, options.small)
+    failed = False
+    for name in SELECTIONS.get(options.command, (options.command,)):
+        began = time.perf_counter()
+        try:
+            rows = importlib.import_module(f"bench.suites.{name}").run(settings)
+        except Exception:  # the other suites of a selection are worth having
+            traceback.print_exc()
+            failed = True
+            continue
+        seconds = round(time.perf_counter() - began, 1)
+        more = {"commit": options.commit} if options.commit else {}
+        path = results.save(options.out, name, rows, command=command, seconds=seconds, **more)
+        for row in rows:
+            print(_line(row))
+        print(f"== {name}: {len(rows)} rows in {seconds} s: {path}", flush=True)
+        failed |= any("red" in row for row in rows)
+    return int(failed)
+
+
+def _line(row: Row) -> str:
+    figure = f"{row['ms']:10.3f} ms [{row['ms_20']:.3f}, {row['ms_80']:.3f}]" if "ms" in row else row.get("red", "")
+    return f"{row['case']:<40} {row['method']:<45} {figure}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

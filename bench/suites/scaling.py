@@ -1,0 +1,132 @@
+"""The step's cost against layers, tokens, rank and width: fitted exponents, and a model's prediction beside them.
+
+The model has three constants measured in the same run: seconds per dispatched operation, bytes per second of a copy and
+floating-point operations per second of a thin product. Its time is
+
+    t = operations · overhead + max(bytes / bandwidth, flops / rate).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from bench import costs
+from bench.measure import Candidate, Row, bandwidth, measure, operations
+from bench.shapes import Model, uniform
+from bench.suites import Settings, step
+from bench.workload import Workload
+from psilora.engine import backend_unavailable
+
+KINDS = ("exact, momentum", "tangent, momentum")
+BASE = {"layers": 12, "tokens": 512, "rank": 8, "width": 384}
+AXES = {
+    "layers": (1, 3, 10, 30, 100, 300, 1000),
+    "tokens": (64, 256, 1024, 4096, 16384),
+    "rank": (4, 8, 16, 32, 64, 128),
+    "width": (128, 256, 512, 1024, 2048),
+}
+LARGEST = {"cpu": 3e8, "cuda": 3e10}  # bytes of X and S
+SMALL = {"layers": (1, 3), "tokens": (8, 16), "rank": (2, 4), "width": (24, 32)}
+
+
+def run(settings: Settings) -> list[Row]:
+    """Return one row per axis, value and kind, and one with the fit per axis and kind."""
+    constants = machine(settings.device)
+    triton = settings.device == "cuda" and backend_unavailable("triton") is None
+    rows = []
+    for axis, values in (SMALL if settings.small else AXES).items():
+        found = [
+            row
+            for value in values
+            for row in _point(settings, axis, value, "triton" if triton else "reference", constants)
+        ]
+        rows += found + [_fit(axis, kind, [row for row in found if row["kind"] == kind]) for kind in KINDS]
+    return rows
+
+
+def machine(device: str) -> Row:
+    """Measure the model's constants."""
+    one = torch.ones(1, device=device)
+    tall, thin = torch.ones(1024, 768, device=device), torch.ones(768, 16, device=device)
+    few = functools.partial(_best, device)
+    return {
+        "seconds_per_operation": few(lambda: [one.add(1) for _ in range(1000)]) / 1000,
+        "bytes_per_second": bandwidth(device),
+        "flops_per_second": 2 * 1024 * 768 * 16 / few(lambda: tall @ thin),
+    }
+
+
+def _best(device: str, run: Any) -> float:
+    times = []
+    for _ in range(10):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def _point(settings: Settings, axis: str, value: int, backend: str, constants: Row) -> Iterator[Row]:
+    sizes = {**({"layers": 2, "tokens": 8, "rank": 4, "width": 24} if settings.small else BASE), axis: value}
+    model = uniform(sizes["layers"], sizes["width"], sizes["rank"])
+    if 2 * 4 * sizes["layers"] * sizes["tokens"] * sizes["width"] > LARGEST[settings.device]:
+        sizes["tokens"] = max(64, sizes["tokens"] // 8)  # of the layers axis; noted in the row
+    work = Workload(model, sizes["tokens"], settings.device, settings.dtype)
+    candidates = [_candidate(work, kind, backend) for kind in KINDS]
+    for kind, row in zip(
+        KINDS,
+        measure(f"{axis} {value}", candidates, device=settings.device, repeats=7, seconds=settings.seconds / 10),
+        strict=True,
+    ):
+        row.update({"axis": axis, "value": value, "kind": kind, **sizes})
+        if "ms" in row:
+            row["predicted_ms"] = 1e3 * predicted(work, model, kind, row["operations"], constants)
+        yield row
+
+
+def _candidate(work: Workload, kind: str, backend: str) -> Candidate:
+    mine = work.copy()
+    optimizer = step.ours(mine, kind, backend, step.LR)
+    check = functools.partial(step.check_step, work, kind, functools.partial(step._make, kind, backend))
+    prime = functools.partial(mine.prime, optimizer)
+    prime()
+    facts = {"operations": operations(optimizer.step)}
+    return Candidate(
+        f"PSILoRA {kind} ({backend})", optimizer.step, check, step.INCREMENT_TOLERANCE, prime, facts=facts, count=False
+    )
+
+
+def predicted(work: Workload, model: Model, kind: str, dispatched: int, constants: Row) -> float:
+    """Seconds by the model above."""
+    settings = step.settings_of(kind)
+    flops = 0 if "tangent" in kind else costs.step_flops(work, settings)
+    moving = costs.step_bytes(work, settings) / constants["bytes_per_second"]
+    return dispatched * constants["seconds_per_operation"] + max(moving, flops / constants["flops_per_second"])
+
+
+def _fit(axis: str, kind: str, rows: list[Row]) -> Row:
+    """Return the exponents of t ∝ value^p between the ends of the upper half of an axis, measured and predicted."""
+    timed = [row for row in rows if "ms" in row]
+    upper = timed[len(timed) // 2 :] if len(timed) > 3 else timed
+    row: Row = {"case": f"{axis}, exponent", "method": f"PSILoRA {kind}", "axis": axis, "kind": kind}
+    for name in ("ms", "predicted_ms"):
+        row["exponent" if name == "ms" else "predicted_exponent"] = slope([(r["value"], r[name]) for r in upper])
+    return row
+
+
+def slope(points: list[tuple[float, float]]) -> float | None:
+    """Return the least-squares slope of log y over log x, or None for fewer than two points."""
+    if len(points) < 2:
+        return None
+    x, y = ([math.log(p[i]) for p in points] for i in (0, 1))
+    return statistics.linear_regression(x, y).slope
