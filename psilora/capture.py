@@ -245,6 +245,11 @@ class _BeforeA(_Hook):
             self.slot.token = None
         if not args or not torch.is_grad_enabled() or not module.weight.requires_grad:
             return None
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "the model was wrapped in nn.DataParallel, whose replicas' activations cannot be captured; use "
+                "DistributedDataParallel, a single device, or gradient='tangent' and metric=None"
+            )
         x: Tensor = args[0]
         if torch.is_autocast_enabled(x.device.type):  # cast here, so that the tensor saved is the one the linear saves
             x = x.to(torch.get_autocast_dtype(x.device.type))

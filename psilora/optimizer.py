@@ -148,7 +148,13 @@ class PSILoRA(torch.optim.Optimizer):
         for group in self.param_groups:
             if group["kind"] == "lora":
                 options = Options.from_group(group)
-                found += [(self._pairs[id(p)], options) for p in group["params"] if id(p) in self._pairs]
+                pairs = [self._pairs.get(id(p)) for p in group["params"][::2]]
+                if None in pairs or len(group["params"]) != 2 * len(pairs):
+                    raise RuntimeError(
+                        "the LoRA parameters of a group were replaced after construction, as DeepSpeed ZeRO does; "
+                        "use DDP or a single device"
+                    )
+                found += [(pair, options) for pair in pairs if pair is not None]
         return found
 
     def _attach(self) -> Capture:
