@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from psilora.groups import checked_pairs
 from psilora.numerics import compute_dtype, full_precision
 from psilora.others import Others, adamw_group
 
-#: ‖dB − c·s·GAᵀ‖ / ‖dB‖ above which a captured G is refused; the rounding of 16-bit gradients stays below it.
+#: ‖GAᵀ from .grad − GAᵀ‖ / ‖GAᵀ from .grad‖ above which a captured G is refused; 16-bit gradients stay below it.
 CAPTURE_TOLERANCE = 0.1
 
 
@@ -145,7 +146,7 @@ class PairOptimizer(torch.optim.Optimizer):
         return Layer(B, A, left, right, self._gradient(pair, A, right))
 
     def _gradient(self, pair: LoRAPair, A: Tensor, right: Tensor) -> Tensor | None:
-        """G = c·S_BᵀX/s; c = ⟨GÃᵀ from .grad, GÃᵀ⟩/‖GÃᵀ‖² makes up for clipping and the like after backward."""
+        """G = c·S_BᵀX/s, checked against GÃᵀ from `.grad` where that is more than rounding."""
         if self._capture is None:
             return None
         record = self._capture.record(pair)
@@ -154,17 +155,23 @@ class PairOptimizer(torch.optim.Optimizer):
         G = A.new_zeros(pair.d_out, pair.d_in)
         for x, s in record.chunks:
             G += s.to(A.dtype).mT @ x.to(A.dtype)
-        G /= pair.scaling
-        seen = G @ A.mT
-        square = seen.square().sum()
-        if not bool(square > 0):
-            return G
-        c = (right * seen).sum() / square
-        residual = (right - c * seen).norm() / right.norm().clamp_min(torch.finfo(A.dtype).tiny)
-        if bool(residual > CAPTURE_TOLERANCE):
-            raise RuntimeError(f"{pair.name}: the captured activations miss .grad by {float(residual):.2g}")
-        # c differs from 1 by rounding alone when nothing was done to .grad.
-        return G if bool((c - 1).abs() < 1e-4) else c * G
+        G *= self._external_scale(self._capture) / pair.scaling
+        error, rounding = (right - G @ A.mT).norm(), torch.finfo(A.dtype).eps ** 0.5 * G.norm() * A.norm()
+        if bool(error > CAPTURE_TOLERANCE * right.norm() + rounding):
+            raise RuntimeError(f"{pair.name}: the captured activations miss .grad by {float(error / right.norm()):.2g}")
+        return G
+
+    def _external_scale(self, capture: Capture) -> float:
+        """c: the factor of clipping and the like, the median over layers of ⟨dB, dB as backward left it⟩ / ‖…‖²."""
+        ratios = []
+        for pair in self._pairs:
+            record = capture.record(pair)
+            if record is not None and record.left is not None and pair.lora_B.grad is not None:
+                then = record.left.double()
+                square = float(then.square().sum())
+                if square > 0:
+                    ratios.append(float((pair.lora_B.grad.double() * then).sum()) / square)
+        return statistics.median(ratios) if ratios else 1.0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""

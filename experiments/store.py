@@ -1,0 +1,62 @@
+"""Run files: one JSON per run, written whole or not at all, and merged lists of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from experiments.tasks import Scores
+from experiments.training import Key, Result, versions
+
+Record = tuple[Key, Result]
+
+
+def write(folder: Path, key: Key, result: Result, command: str) -> None:
+    """Write the run's file; a reader never sees half of it."""
+    content = {"key": asdict(key), "result": rounded(asdict(result)), "command": command, "versions": versions()}
+    path = folder / key.path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.replace(path)
+
+
+def rounded(value: Any) -> Any:
+    """Nested floats to 6 digits."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {key: rounded(child) for key, child in value.items()}
+    return [rounded(child) for child in value] if isinstance(value, (list, tuple)) else value
+
+
+def contents(folder: Path) -> Iterable[dict[str, Any]]:
+    """Everything stored below `folder`, in path order: run files, and lists made by `merge`."""
+    for path in sorted(folder.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        yield from content if isinstance(content, list) else [content]
+
+
+def load(folder: Path) -> list[Record]:
+    """Every run below `folder`; where a run is there twice, the last one read counts."""
+    found: dict[Key, Result] = {}
+    for content in contents(folder):
+        if "key" in content:
+            result = dict(content["result"])
+            for split in ("validation", "test"):
+                result[split] = None if result[split] is None else Scores(**result[split])
+            result["curve"] = [tuple(point) for point in result["curve"]]
+            found[Key(**content["key"])] = Result(**result)
+    return list(found.items())
+
+
+def merge(folder: Path, target: Path) -> int:
+    """Write all runs below `folder` as one list, a run per line; return how many."""
+    lines = [json.dumps(content, ensure_ascii=False) for content in contents(folder)]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    return len(lines)
