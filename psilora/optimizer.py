@@ -15,6 +15,7 @@ from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
 from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.counters import Counters
+from psilora.diagnostics import Observer
 from psilora.groups import checked_pairs, lora_groups, momentum_rank
 from psilora.metric import initial_metric
 from psilora.momentum import initial_momentum
@@ -137,6 +138,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._constructed = True
         self._others = Others(self)
         self._counters = Counters(pairs[0].lora_A.device)
+        self._observer = Observer()
         self._fell_back: set[int] = set()
         self._capture = self._attach()
 
@@ -214,6 +216,8 @@ class PSILoRA(torch.optim.Optimizer):
         device = self._counters.values.device
         clip = self._clip(problems)
         scales = Scales(clip=clip, external=external_scale(problems, device))
+        wanted = self._observer.wanted
+        seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = engine.compute(problems, scales, self.backend)
         results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
         finite = engine.all_finite(grads + results, device)
@@ -223,6 +227,8 @@ class PSILoRA(torch.optim.Optimizer):
         ok = finite & ~overflow
         engine.commit(buckets, ok)
         self._others.step(ok, clip)
+        if wanted:
+            self._observer.after(seen, scales)
         repaired = [bucket.update.repaired.to(device) for bucket in buckets]
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self._counters.add(~(ok | overflow), torch.stack(repaired).sum() * ok if repaired else zero)
@@ -362,9 +368,16 @@ class PSILoRA(torch.optim.Optimizer):
         """Return the bytes of captured X and S held now; storage shared between layers is counted once."""
         return self._capture.nbytes()
 
-    def stats(self) -> dict[str, int]:
-        """Return the counts of skipped steps and repaired pivots; waits for the device."""
-        return self._counters.read()
+    def observe_next_step(self) -> None:
+        """Have the next step compute the figures of `psilora.diagnostics.Observer`, at about the cost of a step."""
+        self._observer.request()
+
+    def stats(self) -> dict[str, float]:
+        """Return the counts of skipped steps and repaired pivots, and the figures of the last observed step, if any.
+
+        Waits for the device.
+        """
+        return {**self._counters.read(), **self._observer.read()}
 
 
 def create_psilora_optimizer(model: nn.Module, lr: float, **kwargs: Any) -> PSILoRA:

@@ -7,13 +7,17 @@ Three ways in, by who owns the model when:
   `SFTTrainer(…, peft_config=…, optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(lr))`.
 - The trainer adapts it and takes no `optimizer_cls_and_kwargs` (GRPO, DPO): set
   `trainer.optimizer = PSILoRA(trainer.model, lr)` between its construction and `train()`.
+
+`trainer.add_callback(PSILoRACallback(trainer))` sends the optimizer's figures to whatever the trainer reports to.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from psilora.optimizer import PSILoRA
 
@@ -41,3 +45,45 @@ def optimizer_cls_and_kwargs(lr: float, **settings: Any) -> tuple[type[PSILoRAFa
         settings: Other arguments of `PSILoRA`.
     """
     return PSILoRAFactory, {"lr": lr, **settings}
+
+
+class PSILoRACallback(TrainerCallback):
+    """Logs the figures of `PSILoRA.stats` as "psilora/…", through the trainer: TensorBoard, W&B, its own history.
+
+    Args:
+        trainer: The trainer that it is added to.
+        every: Log steps 1, 1 + every, 1 + 2·every, …; the others compute nothing.
+    """
+
+    def __init__(self, trainer: Trainer, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"Invalid every={every}. Must be >= 1.")
+        self.trainer, self.every = trainer, every
+        self._observing = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Ask for the figures of this step, if it is to be logged."""
+        self._observing = state.global_step % self.every == 0
+        if self._observing:
+            _unwrapped(kwargs["optimizer"]).observe_next_step()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Log them."""
+        if self._observing:
+            self._observing = False
+            figures = _unwrapped(kwargs["optimizer"]).stats()
+            self.trainer.log({f"psilora/{name}": value for name, value in figures.items()})
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> PSILoRA:
+    """Return the PSILoRA inside accelerate's wrapper.
+
+    Raises:
+        TypeError: The trainer uses another optimizer.
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(inner, PSILoRA):
+        raise TypeError(f"PSILoRACallback needs a PSILoRA, but the trainer uses {type(inner).__name__}")
+    return inner
