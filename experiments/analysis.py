@@ -38,6 +38,7 @@ class Summary:
         test, score: Over the seeds run at the chosen rate.
         per_seed: {seed: test loss} there.
         finished: Runs at the chosen rate.
+        equal_time: Test loss at the chosen rate with the steps that fit into AdamW's time, where that was run.
     """
 
     method: str
@@ -48,6 +49,7 @@ class Summary:
     score: Estimate | None
     per_seed: Mapping[int, float]
     finished: Sequence[Record]
+    equal_time: Estimate | None
 
     def width(self, tolerance: float) -> float:
         """Highest over lowest rate of the unbroken range around the chosen one with losses within `tolerance`."""
@@ -96,6 +98,7 @@ def summary(records: Sequence[Record], setting: Setting, method: str) -> Summary
     tuning = [seed for seed, lrs in rates.items() if len(lrs) == most]
     losses = mean_losses(own, *setting, method, tuning)
     lr = best_rate(losses)
+    stretched = [r for k, r in records if k.method == method and k.stretch != 1 and k.lr == lr]
     at_best = [(key, result) for key, result in own if key.lr == lr]
     tests = {k.seed: math.inf if r.test is None else r.test.loss for k, r in at_best}
     scores = [r.test.score for _, r in at_best if r.test is not None and r.test.score is not None]
@@ -108,6 +111,7 @@ def summary(records: Sequence[Record], setting: Setting, method: str) -> Summary
         score=estimate(scores),
         per_seed=tests,
         finished=at_best,
+        equal_time=estimate([math.inf if r.test is None else r.test.loss for r in stretched]),
     )
 
 

@@ -105,3 +105,25 @@ def best_rate(losses: Mapping[float, float]) -> float | None:
     """The rate with the lowest finite loss, or None."""
     finite = {lr: loss for lr, loss in losses.items() if math.isfinite(loss)}
     return min(finite, key=lambda lr: finite[lr]) if finite else None
+
+
+def equal_time(task: Task, plan: Plan, done: Done, reference: str = "adamw") -> Iterator[Key]:
+    """The chosen rates again with as many steps as fit into the reference's time, by the medians of a step's time.
+
+    For the methods that need more time per step than the reference, on every seed.
+    """
+    records = [(key, result) for key, result in done() if key.stretch == 1 and key.rank == plan.rank]
+    for condition in plan.conditions:
+        times: dict[str, list[float]] = {}
+        for key, result in records:
+            if key.condition == condition:
+                times.setdefault(key.method, []).append(result.step_ms)
+        for method in plan.methods:
+            losses = mean_losses(records, task.name, condition, plan.rank, method, plan.tune_seeds)
+            best = best_rate(losses)
+            if best is None or reference not in times:
+                continue
+            stretch = round(statistics.median(times[reference]) / statistics.median(times[method]), 2)
+            if 0 < stretch < 1:
+                for seed in plan.seeds:
+                    yield Key(task.name, condition, plan.rank, method, best, seed, stretch)

@@ -46,13 +46,13 @@ def method_table(methods: Sequence[Summary]) -> list[str]:
     reference = next((s for s in methods if s.method == REFERENCE), None)
     lines = [
         "| method | lr | rates tried | validation | test loss | seeds | minus AdamW | score | within 1 % | within 2 % "
-        "| optimizer ms | state kB |",
-        "|" + "---|" * 12,
+        "| optimizer ms | state kB | in AdamW's time |",
+        "|" + "---|" * 13,
     ]
     for s in methods:
         title = METHODS[s.method].title
         if s.lr is None:
-            lines.append(f"| {title} | – | {len(s.losses)} | not finite |" + " |" * 8)
+            lines.append(f"| {title} | – | {len(s.losses)} | not finite |" + " |" * 9)
             continue
         against = None if reference is None or s is reference else difference(s, reference)
         cells = [
@@ -70,6 +70,7 @@ def method_table(methods: Sequence[Summary]) -> list[str]:
             f"{s.width(0.02):g}×",
             f"{median_of(s.finished, 'optimizer_ms'):.2f} of {median_of(s.finished, 'step_ms'):.2f}",
             f"{median_of(s.finished, 'state_bytes') / 1e3:.1f}",
+            "" if s.equal_time is None else s.equal_time.text(),
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
