@@ -51,11 +51,13 @@ class Batch:
             tensor = torch.tensor(values, dtype=self.dtype).to(self.device, non_blocking=True)
         return tensor.view(-1, 1, 1)
 
+    def states(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return the stacked state `name` of lora_B and of lora_A."""
+        return (
+            self.stack([p.state_B[name] for p in self.problems]),
+            self.stack([p.state_A[name] for p in self.problems]),
+        )
+
     def momentum(self) -> tuple[Tensor, Tensor] | None:
         """Return the old ("momentum" of lora_B, of lora_A), or None without momentum."""
-        if not self.options.momentum > 0:
-            return None
-        return (
-            self.stack([p.state_B["momentum"] for p in self.problems]),
-            self.stack([p.state_A["momentum"] for p in self.problems]),
-        )
+        return self.states("momentum") if self.options.momentum > 0 else None

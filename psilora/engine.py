@@ -13,6 +13,7 @@ from psilora.distributed import Communicator, lockstep
 from psilora.options import BACKENDS
 from psilora.problem import Problem, Scales, Update
 from psilora.reference import reference_steps
+from psilora.spectral import spectral_updates
 
 
 @dataclass
@@ -44,8 +45,8 @@ def compute(
 
     "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `trust`), and the
     reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
-    (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do those with captured activations where a
-    communicator of several processes is given: there the products are summed between the turns.
+    (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do spectral steps, and those with captured
+    activations where a communicator of several processes is given: there the products are summed between the turns.
     """
     shared = communicator is not None and communicator.world_size > 1
     by_device: dict[torch.device, list[Problem]] = {}
@@ -53,7 +54,7 @@ def compute(
     for problem in problems:
         device = problem.pair.lora_A.device
         takes = _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None
-        takes = takes and not (shared and problem.record is not None)
+        takes = takes and not (shared and problem.record is not None) and problem.options.step == "gradient"
         (by_device.setdefault(device, []) if takes else rest).append(problem)
     buckets = []
     for group in by_device.values():
@@ -62,11 +63,19 @@ def compute(
             rest += group
         else:
             buckets += [Bucket(execution.problems, execution) for execution in executions]
+    gradient = _grouped([p for p in rest if p.options.step == "gradient"])
+    updates = lockstep([reference_steps(group, scales) for group in gradient], communicator)
+    spectral = _grouped([p for p in rest if p.options.step == "spectral"])
+    updates += spectral_updates(spectral, scales)
+    return buckets + [Bucket(*pair) for pair in zip(gradient + spectral, updates, strict=True)]
+
+
+def _grouped(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """Problems that can be stacked, together."""
     groups: dict[tuple[object, ...], list[Problem]] = {}
-    for problem in rest:
+    for problem in problems:
         groups.setdefault(problem.key, []).append(problem)
-    updates = lockstep([reference_steps(group, scales) for group in groups.values()], communicator)
-    return buckets + [Bucket(group, update) for group, update in zip(groups.values(), updates, strict=True)]
+    return list(groups.values())
 
 
 def _takes_kernels(backend: str, device: torch.device) -> bool:

@@ -217,9 +217,9 @@ class BucketRun:
         for row, p in zip(values, problems, strict=True):
             o, s = p.options, p.pair.scaling
             sign = -1.0 if o.maximize else 1.0
-            row[g.PROX.value], row[g.FRESH.value], row[g.MU.value] = o.prox, sign * (1 - o.tau), o.momentum
+            row[g.PROX.value], row[g.FRESH.value], row[g.MU.value] = o.rho, sign * (1 - o.tau), o.momentum
             row[g.DECAY.value], row[g.SCALING.value], row[g.ROOT.value] = o.weight_decay, s, math.sqrt(s)
-            row[g.BETA.value], row[g.DAMPING.value], row[g.POWER.value] = o.metric_beta, o.damping, o.metric_power
+            row[g.BETA.value], row[g.DAMPING.value], row[g.POWER.value] = o.metric_beta, o.delta, o.gamma
             row[g.LOG_BETA.value] = math.log(o.metric_beta) if o.metric_beta > 0 else -1e30
             row[g.STATISTIC.value : g.STATISTIC.value + 2] = self._statistic_factors(p)
             tensors.append(_device_rate(o.lr, self.workspace.device))

@@ -16,13 +16,12 @@ from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
-from psilora.groups import checked_pairs, lora_groups, momentum_rank
-from psilora.metric import initial_metric
-from psilora.momentum import initial_momentum
+from psilora.groups import checked_pairs, lora_groups
 from psilora.numerics import compute_dtype, full_precision
 from psilora.options import OPTION_NAMES, Options
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
+from psilora.state import init_state
 
 
 class PSILoRA(torch.optim.Optimizer):
@@ -36,24 +35,35 @@ class PSILoRA(torch.optim.Optimizer):
     See `psilora.lorsum` for LoRSum. G is never formed; lr and prox refer to the weight, whatever alpha is. Grams,
     solves and state are fp32 (fp64 for fp64 parameters), also under autocast and for 16-bit parameters.
 
+    `step="spectral"` steps along a polar factor instead, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
+
+        G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
+        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·c·msign(H),   c = √(max(d_out, d_in)/min(d_out, d_in))
+
+    It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
+    Good rates lie between 0.05 and 0.2. Without a gradient only a momentum that is already there moves anything.
+
     The other trainable parameters (heads, `modules_to_save`, norms, biases) are trained by `torch.optim.AdamW` in the
     last param group, under their own rate `adamw_lr`, which follows the same schedule.
 
     Args:
         model: The model with LoRA adapters; hooks on its inner LoRA layers capture X and S. Not its parameters.
         lr: η ≥ 0, a number or one-element tensor.
-        step: "gradient", the step on the weight along −G as above.
+        step: "gradient" or "spectral". None below means a default that depends on it.
         num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
         momentum: μ in [0, 1).
-        dampening: τ in [0, 1]; None means 0 without a metric (heavy ball) and μ with one (an average).
-        momentum_rank: r_m; None means r.
-        prox: ρ ≥ 0, the proximal weight per unit of lr.
+        dampening: τ in [0, 1]; None means 0 (heavy ball) for a gradient step without a metric, and μ (an average) else.
+        momentum_rank: r_m of a gradient step; None means r. A spectral step's momentum has rank 2r.
+        nesterov: Take H as above; False takes H = M. Spectral only.
+        prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
+            of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
-        metric: None (Frobenius), "kfac" or "shampoo" (diagonal): F-LoRSum in the metric M = (D + δ)^γ.
-        metric_power, metric_beta, damping: γ, β₂ and δ of the metric.
-        metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published.
+        metric: None (Frobenius) or a diagonal metric. Gradient: "kfac" or "shampoo", F-LoRSum in M = (D + δ)^γ.
+            Spectral: "lora", from the LoRA gradients' second moments alone, M = (D/mean(D) + δ)^γ.
+        metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 1e-2) of the metric.
+        metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published. Gradient only.
         gradient: "exact" (SᵀX from captured activations) or "tangent" (from `.grad` alone; without a metric, nothing is
-            captured).
+            captured). Gradient step only.
         first: The factor that is updated first, "A" or "B".
         max_grad_norm: Clip the gradient's norm, over all parameters, with LoRA gradients per √s; None for no clipping.
         maximize: Ascend instead.
@@ -68,7 +78,8 @@ class PSILoRA(torch.optim.Optimizer):
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
-    (d_out,) of a `lora_B` weight, "step" of both. It is created by the first step, or by `init_state`.
+    (d_out,) of a `lora_B` weight, "step" of both; the metric "lora" keeps √D. It is created by the first step, or by
+    `init_state`.
 
     Raises:
         ValueError: A setting is out of range, no LoRA pair is found, or the model cannot be optimized here.
@@ -88,13 +99,14 @@ class PSILoRA(torch.optim.Optimizer):
         momentum: float = 0.9,
         dampening: float | None = None,
         momentum_rank: int | None = None,
-        prox: float = 1e-2,
+        nesterov: bool = True,
+        prox: float | None = None,
         weight_decay: float = 0.0,
         metric: str | None = None,
-        metric_power: float = 0.5,
+        metric_power: float | None = None,
         metric_beta: float = 0.99,
         metric_bias_correction: bool = True,
-        damping: float = 1e-5,
+        damping: float | None = None,
         gradient: str = "exact",
         first: str = "A",
         max_grad_norm: float | None = None,
@@ -161,7 +173,7 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _attach(self) -> Capture:
         """Hook the pairs whose settings need activations, and say which cannot give them."""
-        wanted = [(pair, o) for pair, o in self._options() if o.gradient == "exact" or o.metric is not None]
+        wanted = [(pair, o) for pair, o in self._options() if o.captures is not None]
         blind = [pair for pair, _ in wanted if pair.uncaptured is not None]
         metric = [pair for pair, o in wanted if pair.uncaptured is not None and o.metric is not None]
         if metric:
@@ -172,7 +184,7 @@ class PSILoRA(torch.optim.Optimizer):
         if blind:
             warnings.warn(f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4)
         seen = [(pair, o) for pair, o in wanted if pair.uncaptured is None]
-        return Capture([pair for pair, _ in seen], [o.gradient == "tangent" for _, o in seen])
+        return Capture([pair for pair, _ in seen], [o.captures == "statistics" for _, o in seen])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse later groups: pairs and hooks come from the model; build a new optimizer instead."""
@@ -251,7 +263,7 @@ class PSILoRA(torch.optim.Optimizer):
                     self._fell_back.add(id(pair))
                     newly_blind.append(pair.name)
                 record = None
-            self._init_pair(pair, options)
+            init_state(pair, options, self.state[pair.lora_B], self.state[pair.lora_A])
             problems.append(
                 Problem(
                     pair,
@@ -321,21 +333,7 @@ class PSILoRA(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Create the LoRA state that the current settings need, where it does not exist yet."""
         for pair, options in self._options():
-            self._init_pair(pair, options)
-
-    def _init_pair(self, pair: LoRAPair, options: Options) -> None:
-        state_A, state_B = self.state[pair.lora_A], self.state[pair.lora_B]
-        dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
-        for state in (state_A, state_B):
-            if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-        if options.momentum > 0 and "momentum" not in state_A:
-            rank = momentum_rank(pair, options)
-            state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
-        if options.metric is not None and "metric" not in state_A:
-            corrected = options.metric_bias_correction
-            state_A["metric"] = initial_metric(pair.d_in, corrected, dtype=dtype, device=device)
-            state_B["metric"] = initial_metric(pair.d_out, corrected, dtype=dtype, device=device)
+            init_state(pair, options, self.state[pair.lora_B], self.state[pair.lora_A])
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype."""

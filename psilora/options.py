@@ -9,8 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-STEPS = ("gradient",)
-METRICS = (None, "kfac", "shampoo")
+STEPS = ("gradient", "spectral")
+#: The metrics that each kind of step knows.
+METRICS = {"gradient": (None, "kfac", "shampoo"), "spectral": (None, "lora")}
+#: Defaults that differ between the kinds of step: γ, δ, ρ.
+GAMMA = {"gradient": 0.5, "spectral": 1.0}
+DELTA = {"gradient": 1e-5, "spectral": 1e-2}
+RHO = {"gradient": 1e-2, "spectral": 1e-6}
 GRADIENTS = ("exact", "tangent")
 BACKENDS = ("auto", "reference", "triton")
 
@@ -25,13 +30,14 @@ class Options:
     momentum: float = 0.9
     dampening: float | None = None
     momentum_rank: int | None = None
-    prox: float = 1e-2
+    nesterov: bool = True
+    prox: float | None = None
     weight_decay: float = 0.0
     metric: str | None = None
-    metric_power: float = 0.5
+    metric_power: float | None = None
     metric_beta: float = 0.99
     metric_bias_correction: bool = True
-    damping: float = 1e-5
+    damping: float | None = None
     gradient: str = "exact"
     first: str = "A"
     maximize: bool = False
@@ -49,13 +55,17 @@ class Options:
             raise ValueError(f"Invalid dampening={self.dampening}. Must be in [0, 1] or None.")
         if self.momentum_rank is not None:
             _integer("momentum_rank", self.momentum_rank, 1)
-        _at_least("prox", self.prox, 0)
+            if self.step == "spectral":
+                raise ValueError(f"Invalid momentum_rank={self.momentum_rank}. Must be None with step='spectral' (2r).")
+        _at_least("prox", self.rho, 0)
         _at_least("weight_decay", self.weight_decay, 0)
-        _one_of("metric", self.metric, METRICS)
-        if not 0 < self.metric_power <= 1:
+        if self.metric not in METRICS[self.step]:
+            allowed = ", ".join(map(repr, METRICS[self.step]))
+            raise ValueError(f"Invalid metric={self.metric!r}. Must be one of {allowed} with step={self.step!r}.")
+        if not 0 < self.gamma <= 1:
             raise ValueError(f"Invalid metric_power={self.metric_power}. Must be in (0, 1].")
         _in_range("metric_beta", self.metric_beta, 0, 1)
-        if not (math.isfinite(self.damping) and self.damping > 0):
+        if not (math.isfinite(self.delta) and self.delta > 0):
             raise ValueError(f"Invalid damping={self.damping}. Must be finite and > 0.")
         _one_of("gradient", self.gradient, GRADIENTS)
         _one_of("first", self.first, ("A", "B"))
@@ -68,10 +78,34 @@ class Options:
 
     @property
     def tau(self) -> float:
-        """τ: the dampening, by default 0 without a metric (heavy ball) and μ with one (an average)."""
+        """τ: the dampening, by default 0 for a gradient step without a metric (heavy ball), else μ (an average)."""
         if self.dampening is not None:
             return self.dampening
-        return 0.0 if self.metric is None else self.momentum
+        return 0.0 if self.step == "gradient" and self.metric is None else self.momentum
+
+    @property
+    def rho(self) -> float:
+        """ρ: the proximal weight, per unit of lr (gradient) or of the mean of a Gram's diagonal (spectral)."""
+        return RHO[self.step] if self.prox is None else self.prox
+
+    @property
+    def gamma(self) -> float:
+        """γ: the metric's power."""
+        return GAMMA[self.step] if self.metric_power is None else self.metric_power
+
+    @property
+    def delta(self) -> float:
+        """δ: the metric's damping, of D in the gradient step, of D/mean(D) in the spectral."""
+        return DELTA[self.step] if self.damping is None else self.damping
+
+    @property
+    def captures(self) -> str | None:
+        """What the step needs beside `.grad`: "activations", their "statistics", or None."""
+        if self.step != "gradient":
+            return None
+        if self.gradient == "exact":
+            return "activations"
+        return None if self.metric is None else "statistics"
 
     @property
     def structure(self) -> tuple[object, ...]:
@@ -81,6 +115,7 @@ class Options:
             self.num_iters,
             self.first,
             self.momentum > 0,
+            self.nesterov,
             self.metric,
             self.metric_bias_correction,
             self.gradient,

@@ -69,7 +69,7 @@ class _Batch(Batch):
         super().__init__(problems, scales)
         self.mu = self.column([p.options.momentum for p in problems])
         self.fresh = self.column([1 - p.options.tau for p in problems])
-        self.ridge = self.lr * self.column([p.options.prox for p in problems])
+        self.ridge = self.lr * self.column([p.options.rho for p in problems])
         self.external = 1.0 if scales.external is None else scales.external.to(self.device, self.dtype)
         self.gradient = self._gradient()
 
@@ -99,8 +99,8 @@ class _Batch(Batch):
         if self.options.metric_bias_correction:
             t = self.stack([p.state_A["step"] for p in self.problems])[:, None] + 1
             correction = 1 - beta**t
-        damping = self.column([p.options.damping for p in self.problems])[:, 0]
-        power = self.column([p.options.metric_power for p in self.problems])[:, 0]
+        damping = self.column([p.options.delta for p in self.problems])[:, 0]
+        power = self.column([p.options.gamma for p in self.problems])[:, 0]
         M_B, M_A = (metric.raised(D, correction, damping, power) for D in (D_B, D_A))
         return (M_B, M_A), D_B, D_A
 

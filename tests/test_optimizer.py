@@ -113,6 +113,8 @@ def test_two_steps_match_the_formulas(
         assert float(state_A["step"]) == float(state_B["step"]) == t
 
 
+TIGHT = {"rtol": 1e-9, "atol": 1e-11}
+
 KINDS = [
     {},
     {"momentum": 0.0},
@@ -124,6 +126,10 @@ KINDS = [
     {"gradient": "tangent", "metric": "kfac"},
     {"weight_decay": 0.1, "momentum_rank": 2},
     {"prox": 0.0},
+    {"step": "spectral"},
+    {"step": "spectral", "metric": "lora", "weight_decay": 0.1},
+    {"step": "spectral", "metric": "lora", "momentum": 0.0, "num_iters": 0},
+    {"step": "spectral", "num_iters": 2, "first": "B", "nesterov": False},
 ]
 
 
@@ -192,8 +198,9 @@ def test_accumulation_equals_one_large_batch(kind: dict) -> None:
             (mse(parts, (a, b)) * len(a) / 32).backward()
         many.step()
     a, b = factors(whole), factors(parts)
+    spectral = kind.get("step") == "spectral"  # a polar factor knows no size: rounding in small directions is seen
     for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(a[name], b[name], **({"rtol": 0, "atol": 1e-7} if spectral else TIGHT))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

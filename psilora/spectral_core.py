@@ -1,0 +1,227 @@
+"""The spectral step in coefficients: everything that does not depend on the widths of the layers.
+
+The tall matrices of one side are combinations Z·x of few columns Z = [F, M, D] (d, n): the whitened factor F (r), the
+old momentum M (2r, or none) and the LoRA gradient D (r). With the Gram matrix Γ = ZᵀZ, (Z·x)ᵀ(Z·y) = xᵀΓy: a step asks
+of the layers only Γ_B and Γ_A, finds coefficients, and gives back products with Z. The algebra in between is on n×n
+matrices, for all layers of a rank at once, whatever their widths; in float64, because Grams of fp32 data then keep
+their small eigenvalues, nothing under- or overflows between 1e-30 and 1e30, and no factorisation fails.
+
+Matrices of both sides stand upright here: A-side coefficients belong to Z_A (d_in, n), whose first columns are Aᵀ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psilora.lorsum import turns
+from psilora.polar import polar
+
+#: Ridge of the Grams of the momentum's part outside the factors' spans, relative to the mean diagonal of the whole: the
+#: square of what fp32 data resolve.
+RESIDUAL_RIDGE = 1e-12
+#: Rounding of xᵀΓx in units of n·eps·Σᵢ xᵢ²Γᵢᵢ; the worst case is n, the usual one well below 1.
+ROUNDING = 8
+
+
+@dataclass
+class Numbers:
+    """Settings of L layers; tensors are (L, 1, 1) in float64.
+
+    Attributes:
+        rank: r.
+        mu, fresh: μ and 1 − τ.
+        nesterov: Whether h = μ·m + (1 − τ)·g replaces m.
+        rate: η·c.
+        decay: −η·wd, or None.
+        ridge: λ of the factors' Grams, relative to the mean of their diagonals.
+        num_iters, first: Of LoRSum.
+        dtype: Of the polar factor.
+    """
+
+    rank: int
+    mu: Tensor
+    fresh: Tensor
+    nesterov: bool
+    rate: Tensor
+    decay: Tensor | None
+    ridge: Tensor
+    num_iters: int
+    first: str
+    dtype: torch.dtype
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Layers with equal keys can be joined."""
+        return (self.rank, self.nesterov, self.decay is None, self.num_iters, self.first, self.dtype)
+
+
+@dataclass
+class Coefficients:
+    """What a step does, in the span of each side, (L, n, ·) in float64.
+
+    Attributes:
+        step_B, step_A: Increments of the whitened factors (r columns).
+        momentum_B, momentum_A: The new whitened momentum (2r columns).
+        repaired: Per layer, the number of factorisations that failed.
+    """
+
+    step_B: Tensor
+    step_A: Tensor
+    momentum_B: Tensor
+    momentum_A: Tensor
+    repaired: Tensor
+
+
+class Roots:
+    """T with TᵀΓT = I for Γ = ZᵀZ (L, k, k): Z·T is orthonormal, and Z = (Z·T)·Lᵀ with Lᵀ = (Z·T)ᵀZ.
+
+    T is the inverse of the upper Cholesky factor of Γ + λI. Directions that are not in Z, or only by rounding, have a
+    norm below 1 in Z·T and hardly show in L: a ridge in L would mix them into what it is joined with. Γ = 0 gives
+    T = L = 0, and so does a factorisation that fails, which is counted.
+
+    Args:
+        gram: Γ, float64.
+        ridge: λ/scale, a number or (L, 1, 1).
+        scale: (L, 1, 1); by default the mean of Γ's diagonal. Where it is 0, Γ is taken for 0.
+    """
+
+    def __init__(self, gram: Tensor, ridge: float | Tensor, scale: Tensor | None = None) -> None:
+        scale = mean_diagonal(gram) if scale is None else scale
+        alive = scale != 0
+        unit = torch.where(alive, scale, 1.0)
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        factor, info = torch.linalg.cholesky_ex(gram / unit + ridge * eye)
+        failed = alive & (info != 0)[:, None, None]
+        dead = ~alive | failed
+        factor = torch.where(dead, eye, factor)
+        inverse = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+        self.T = (inverse.mT / unit.sqrt()).masked_fill(dead, 0.0)
+        self.L = gram @ self.T
+        self.failed = failed.flatten().long()
+
+
+def mean_diagonal(gram: Tensor) -> Tensor:
+    """Return the mean of the diagonals, (L, 1, 1)."""
+    return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
+
+
+class Side:
+    """One side's span: Γ, the factor's roots, its orthonormal basis Q_F = Z·q, and where the columns of Z lie."""
+
+    def __init__(self, gram: Tensor, rank: int, ridge: Tensor) -> None:
+        self.gram, self.rank, self.ridge = gram, rank, ridge
+        self.size = gram.shape[-1]
+        self.diagonal = gram.diagonal(dim1=-2, dim2=-1)[:, :, None]
+        self.failed = torch.zeros((), dtype=torch.int64, device=gram.device)
+        eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+        self.base = self.place(eye.expand(len(gram), rank, rank), 0)
+        self.roots = self.roots_of(self.base, ridge)
+        self.q = self.place(self.roots.T, 0)
+
+    def place(self, block: Tensor, start: int) -> Tensor:
+        """Return the coefficients (L, n, k) that are `block` from row `start` on and 0 elsewhere."""
+        return torch.nn.functional.pad(block, (0, 0, start, self.size - start - block.shape[-2]))
+
+    def fresh(self, block: Tensor) -> Tensor:
+        """Return the coefficients of D·block."""
+        return self.place(block, self.size - self.rank)
+
+    def old(self, block: Tensor) -> Tensor:
+        """Return the coefficients of M·block."""
+        return self.place(block, self.rank)
+
+    def old_times(self, x: Tensor) -> Tensor:
+        """Return Mᵀ(Z·x), (L, 2r, k)."""
+        return self.gram[:, self.rank : self.size - self.rank] @ x
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return (Z·x)ᵀ(Z·y)."""
+        return x.mT @ (self.gram @ y)
+
+    def outside(self, x: Tensor) -> Tensor:
+        """Return x less its part in the span of the factor."""
+        return x - self.q @ self.inner(self.q, x)
+
+    def roots_of(self, x: Tensor, ridge: float | Tensor, whole: Tensor | None = None) -> Roots:
+        """Return the roots of the Gram of Z·x; λ is `ridge` times the mean of its diagonal, or of that of Z·`whole`.
+
+        To λ is added what rounding can take from xᵀΓx when the coefficients are large and cancel.
+        """
+        gram = self.inner(x, x)
+        scale = mean_diagonal(gram if whole is None else self.inner(whole, whole)).clamp_min(0)
+        terms = (x.square() * self.diagonal).sum((-2, -1))[:, None, None] / x.shape[-1]
+        noise = ROUNDING * self.size * torch.finfo(gram.dtype).eps * terms / torch.where(scale == 0, 1.0, scale)
+        roots = Roots(gram, ridge + noise, scale)
+        self.failed = self.failed + roots.failed
+        return roots
+
+
+def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficients:
+    """Return the spectral step of L layers from their Grams (L, n, n), n = 4r, or 2r without momentum.
+
+    With orthonormal Q_B = B·T_B, Q_A = A·T_A (as columns), the tangent gradient has the parts g_B = D_B·T_A = G·Q_A and
+    g_A = D_A·T_B = GᵀQ_B, and the momentum M_B·M_Aᵀ is transported into the same space::
+
+        m_B = μ·M_B(M_AᵀQ_A) + (1−τ)·g_B,   m_A = μ·M_A(M_BᵀQ_B) + (1−τ)·g_A,   h = μ·m + (1−τ)·g
+        new momentum = [Q_B, m_B⊥]·[m_A, Q_A]ᵀ,   m_B⊥ = m_B − Q_B Q_Bᵀ m_B
+
+    T = [Q_B, h_B⊥]·[h_A, Q_A]ᵀ = [Q_B, U_B]·K·[Q_A, U_A]ᵀ with h_B⊥ = U_B L_Bᵀ, h_A = Q_A Hᵀ + U_A L_Aᵀ and
+    K = [[H, L_A], [L_Bᵀ, 0]]: all bases are orthonormal, so msign(T) = [Q_B, U_B]·msign(K)·[Q_A, U_A]ᵀ = O. At B = 0
+    Q_B, H and L_A vanish and O = polar(h_B)·Q_Aᵀ without a branch. Then LoRSum of (1 − η·wd)·(B, A) − η·c·O.
+    """
+    n = numbers
+    B, A = Side(gram_B, n.rank, n.ridge), Side(gram_A, n.rank, n.ridge)
+    g_B, g_A = B.fresh(A.roots.T), A.fresh(B.roots.T)
+    m_B, m_A = n.fresh * g_B, n.fresh * g_A
+    if B.size > 2 * n.rank:
+        m_B = m_B + n.mu * B.old(A.old_times(A.q))
+        m_A = m_A + n.mu * A.old(B.old_times(B.q))
+    h_B, h_A = (n.mu * m_B + n.fresh * g_B, n.mu * m_A + n.fresh * g_A) if n.nesterov else (m_B, m_A)
+    o_B, o_A = _msign(B, A, h_B, h_A, n.dtype)
+    step_B, step_A = _lorsum(B, A, -n.rate * o_B, o_A, n)
+    return Coefficients(
+        step_B=step_B,
+        step_A=step_A,
+        momentum_B=torch.cat([B.q, B.outside(m_B)], -1),
+        momentum_A=torch.cat([m_A, A.q], -1),
+        repaired=B.failed + A.failed,
+    )
+
+
+def _msign(B: Side, A: Side, h_B: Tensor, h_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the coefficients (o_B, o_A) of O = msign of the tangent [Q_B, h_B⊥]·[h_A, Q_A]ᵀ."""
+    H = A.inner(h_A, A.q)
+    outside_B, outside_A = B.outside(h_B), h_A - A.q @ H.mT
+    roots_B, roots_A = B.roots_of(outside_B, RESIDUAL_RIDGE, h_B), A.roots_of(outside_A, RESIDUAL_RIDGE, h_A)
+    top, bottom = torch.cat([H, roots_A.L], -1), torch.cat([roots_B.L.mT, torch.zeros_like(H)], -1)
+    K = torch.cat([top, bottom], -2)
+    largest = K.abs().amax((-2, -1), keepdim=True)
+    sign = polar((K / torch.where(largest == 0, 1.0, largest)).to(dtype)).to(K.dtype)
+    o_B = torch.cat([B.q, outside_B @ roots_B.T], -1) @ sign
+    return o_B, torch.cat([A.q, outside_A @ roots_A.T], -1)
+
+
+def _lorsum(B: Side, A: Side, t_B: Tensor, t_A: Tensor, n: Numbers) -> tuple[Tensor, Tensor]:
+    """Return the increments of LoRSum of (1 + decay)·(B, A) + (t_B, t_A), in increment form (see `psilora.lorsum`)."""
+    sides = {"B": (B, t_B), "A": (A, t_A)}
+    steps = {"B": torch.zeros_like(B.base), "A": torch.zeros_like(A.base)}
+
+    def turn(name: str, other: str, at: Tensor) -> Tensor:
+        (side, target), (across, target_across) = sides[name], sides[other]
+        current = across.base + at
+        change = -at if n.decay is None else n.decay * across.base - at
+        weighted = across.gram @ current
+        rhs = side.base @ (change.mT @ weighted) + target @ (target_across.mT @ weighted)
+        T = across.roots_of(current, n.ridge).T
+        step: Tensor = (rhs @ T) @ T.mT
+        return step
+
+    if n.num_iters == 0:
+        steps = {"A": turn("A", "B", steps["B"]), "B": turn("B", "A", steps["A"])}
+    for name in turns(n.num_iters, n.first):
+        other = "A" if name == "B" else "B"
+        steps[name] = turn(name, other, steps[other])
+    return steps["B"], steps["A"]

@@ -1,0 +1,38 @@
+"""What the optimizer remembers of a LoRA pair, where it begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from psilora.adapters import LoRAPair
+from psilora.groups import momentum_rank
+from psilora.metric import initial_metric
+from psilora.momentum import initial_momentum
+from psilora.numerics import compute_dtype
+from psilora.options import Options
+
+
+def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
+    """Create the state of a pair that its settings need, where it does not exist yet.
+
+    fp32 (fp64 for fp64 parameters): "step" 0-d; "momentum" (d_out, r_m) and (r_m, d_in), r_m = 2r and zero in a
+    spectral step; "metric" (d_out,) and (d_in,).
+    """
+    dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
+    for state in (state_A, state_B):
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    spectral = options.step == "spectral"
+    if options.momentum > 0 and "momentum" not in state_A:
+        if spectral:
+            state_B["momentum"] = torch.zeros(pair.d_out, 2 * pair.rank, dtype=dtype, device=device)
+            state_A["momentum"] = torch.zeros(2 * pair.rank, pair.d_in, dtype=dtype, device=device)
+        else:
+            rank = momentum_rank(pair, options)
+            state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
+    if options.metric is not None and "metric" not in state_A:
+        from_zero = spectral or options.metric_bias_correction
+        state_A["metric"] = initial_metric(pair.d_in, from_zero, dtype=dtype, device=device)
+        state_B["metric"] = initial_metric(pair.d_out, from_zero, dtype=dtype, device=device)
