@@ -1,0 +1,187 @@
+"""Checkpoints of a training loop that survive a kill at any moment: written aside, flushed to disk, then renamed.
+
+A checkpoint is one file, `step-00000012.pt`, with the trainable parameters, the state of whatever else is given
+(optimizer, scheduler, GradScaler, …), the random number generators and the step. It holds tensors, numbers and strings
+only and loads with weights_only=True. While it is written it is called `….incomplete`.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+_SUFFIX = ".incomplete"
+
+
+class Stateful(Protocol):
+    """An optimizer, scheduler, scaler or anything else that can tell and take its state."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state."""
+        ...
+
+    def load_state_dict(self, state_dict: Any) -> Any:
+        """Take the state."""
+        ...
+
+
+class IncompleteCheckpointError(RuntimeError):
+    """A file that is cut off or damaged."""
+
+
+def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: int = 2, **parts: Stateful) -> Path:
+    """Save atomically and return the file; older checkpoints than the last `keep` are deleted afterwards.
+
+    At every moment the folder holds the previous checkpoint or the new one, whole. Of several processes, let one save.
+
+    Args:
+        folder: Created if it is missing.
+        step: Number of completed optimizer steps.
+        model: Its trainable parameters are saved: adapters, heads. The frozen base is not.
+        keep: At least 1.
+        parts: What else has a state, e.g. optimizer=…, scheduler=…, scaler=….
+
+    Raises:
+        ValueError: `step` or `keep` is out of range.
+    """
+    if step < 0:
+        raise ValueError(f"Invalid step={step}. Must be >= 0.")
+    if keep < 1:
+        raise ValueError(f"Invalid keep={keep}. Must be >= 1.")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{step:08d}.pt"
+    content = {
+        "format": FORMAT,
+        "step": step,
+        "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "generators": _generators(),
+    }
+    aside = path.with_name(path.name + _SUFFIX)
+    with aside.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+    _flush_folder(folder)
+    for old in _files(folder)[:-keep]:
+        old.unlink()
+    return path
+
+
+def latest_checkpoint(folder: str | Path) -> Path | None:
+    """Return the newest complete checkpoint in `folder`, or None; files that are cut off are passed over."""
+    return next((path for path in reversed(_files(Path(folder))) if zipfile.is_zipfile(path)), None)
+
+
+def load_checkpoint(path: str | Path, model: nn.Module, **parts: Stateful) -> int:
+    """Load what `save_checkpoint` saved, the random number generators included, and return the step.
+
+    The file is read and names and shapes are compared before anything is changed.
+
+    Args:
+        path: The file; tensors go to the devices of the model's parameters.
+        model: With the same trainable parameters as when it was saved.
+        parts: The same names as when it was saved.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        IncompleteCheckpointError: The file is cut off or damaged.
+        ValueError: Names, shapes or the format do not match; says which.
+    """
+    content = _read(Path(path))
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    _same_names("trainable parameters", trainable, content["model"])
+    _same_names("parts", parts, content["parts"])
+    for name, parameter in trainable.items():
+        saved = content["model"][name]
+        if saved.shape != parameter.shape:
+            raise ValueError(f"{name} has shape {tuple(parameter.shape)}, but {tuple(saved.shape)} was saved")
+    for name, part in parts.items():
+        part.load_state_dict(content["parts"][name])
+    with torch.no_grad():
+        for name, parameter in trainable.items():
+            parameter.copy_(content["model"][name])
+    _set_generators(content["generators"])
+    return int(content["step"])
+
+
+def _files(folder: Path) -> list[Path]:
+    """The checkpoints by name, oldest first, without those still aside."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    path.stat()  # a missing file is not a damaged one
+    if not zipfile.is_zipfile(path):  # its table of contents comes last
+        raise IncompleteCheckpointError(f"{path} is cut off: it has no table of contents")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch itself does not compare the checksums of tensors
+            if (record := archive.testzip()) is not None:
+                raise IncompleteCheckpointError(f"{path} is damaged: the checksum of {record} is wrong")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise IncompleteCheckpointError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of format {FORMAT}")
+    return content
+
+
+def _same_names(what: str, ours: Mapping[str, object], saved: Mapping[str, object]) -> None:
+    missing, extra = sorted(set(saved) - set(ours)), sorted(set(ours) - set(saved))
+    if missing or extra:
+        raise ValueError(f"the {what} differ: only in the checkpoint {missing}, only here {extra}")
+
+
+def _flush_folder(folder: Path) -> None:
+    """Make the renaming itself survive a power cut, where folders can be flushed."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _generators() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    numpy = _numpy()
+    if numpy is not None:
+        kind, keys, *rest = numpy.random.get_state()
+        states["numpy"] = [kind, torch.from_numpy(keys.astype("int64")), *rest]
+    return states
+
+
+def _set_generators(states: Mapping[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    version, keys, gauss = states["python"]
+    random.setstate((version, tuple(keys), gauss))
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])
+    numpy = _numpy()
+    if "numpy" in states and numpy is not None:
+        kind, numpy_keys, *rest = states["numpy"]
+        found: Tensor = numpy_keys
+        numpy.random.set_state((kind, found.numpy().astype("uint32"), *rest))
+
+
+def _numpy() -> Any:
+    """numpy, where torch itself could import it."""
+    try:
+        import numpy
+    except ImportError:
+        return None
+    return numpy
