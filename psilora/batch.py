@@ -15,7 +15,7 @@ class Batch:
 
     Attributes:
         scaling, root: s and √s.
-        lr: η.
+        lr: η, times a controller's factor.
         decay: −η·wd, or None where no layer has a weight decay.
         B, A: √s·B (L, d_out, r) and √s·A (L, r, d_in).
         clip: The factor on `.grad`, with the sign of `maximize`.
@@ -30,6 +30,8 @@ class Batch:
         self.scaling = self.column([p.pair.scaling for p in problems])
         self.root = self.scaling.sqrt()
         self.lr = self.column([p.options.lr for p in problems])
+        if scales.rate is not None:
+            self.lr = self.lr * scales.rate.to(self.device, self.dtype)
         wd = [p.options.weight_decay for p in problems]
         self.decay = -self.lr * self.column(wd) if any(wd) else None
         self.B = self.stack([p.pair.B for p in problems]) * self.root

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ class Bucket:
 
     problems: list[Problem]
     update: Update | triton_backend.Execution
+
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
+        return self.update.increments()
 
 
 def check_backend(backend: str) -> None:
@@ -58,7 +62,8 @@ def compute(
         (by_device.setdefault(device, []) if takes else rest).append(problem)
     buckets = []
     for group in by_device.values():
-        executions = (trust if backend == "auto" else triton_backend).compute(group, scales)
+        taken = trust if backend == "auto" else triton_backend
+        executions = taken.compute(*_at_rate(group, scales))
         if executions is None:
             rest += group
         else:
@@ -68,6 +73,14 @@ def compute(
     spectral = _grouped([p for p in rest if p.options.step == "spectral"])
     updates += spectral_updates(spectral, scales)
     return buckets + [Bucket(*pair) for pair in zip(gradient + spectral, updates, strict=True)]
+
+
+def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem], Scales]:
+    """The problems with a controller's factor inside their own lr, which the kernels read from the device."""
+    if scales.rate is None:
+        return list(problems), scales
+    rated = [replace(p, options=replace(p.options, lr=p.options.lr * scales.rate)) for p in problems]
+    return rated, replace(scales, rate=None)
 
 
 def _grouped(problems: Sequence[Problem]) -> list[list[Problem]]:

@@ -14,6 +14,7 @@ from psilora import engine
 from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
 from psilora.agreement import external_scale
 from psilora.capture import Capture
+from psilora.controller import CONTROLLERS, SlopeController
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.groups import checked_pairs, lora_groups
@@ -21,7 +22,7 @@ from psilora.numerics import compute_dtype, full_precision
 from psilora.options import OPTION_NAMES, Options
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
-from psilora.state import init_state
+from psilora.state import init_state, state_dtype
 
 
 class PSILoRA(torch.optim.Optimizer):
@@ -67,6 +68,8 @@ class PSILoRA(torch.optim.Optimizer):
         first: The factor that is updated first, "A" or "B".
         max_grad_norm: Clip the gradient's norm, over all parameters, with LoRA gradients per √s; None for no clipping.
         maximize: Ascend instead.
+        controller: "slope" multiplies every η by one factor that it finds (see `psilora.controller`), from the last
+            increment of every parameter, which it keeps. None: 1.
         backend: "auto" or "reference" (plain PyTorch).
         loss_reduction: "mean" or "sum" over the N rows; used by the metric only.
         nonfinite: "skip" makes a step with a non-finite gradient or update a no-op, decided on the device, counted, and
@@ -74,12 +77,12 @@ class PSILoRA(torch.optim.Optimizer):
         unsupported: "raise" on adapters that are not one product s·B·A, or train them with "adamw".
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
             names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
-            to `loss_reduction`, without max_grad_norm and backend.
+            to `loss_reduction`, without max_grad_norm, controller and backend.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
-    (d_out,) of a `lora_B` weight, "step" of both; the metric "lora" keeps √D. It is created by the first step, or by
-    `init_state`.
+    (d_out,) of a `lora_B` weight, "step" of both; the metric "lora" keeps √D; and that of the controller. It is created
+    by the first step, or by `init_state`.
 
     Raises:
         ValueError: A setting is out of range, no LoRA pair is found, or the model cannot be optimized here.
@@ -111,6 +114,7 @@ class PSILoRA(torch.optim.Optimizer):
         first: str = "A",
         max_grad_norm: float | None = None,
         maximize: bool = False,
+        controller: str | None = None,
         backend: str = "auto",
         loss_reduction: str = "mean",
         nonfinite: str = "skip",
@@ -129,6 +133,7 @@ class PSILoRA(torch.optim.Optimizer):
         for name, value, allowed in (
             ("nonfinite", nonfinite, ("skip", "raise")),
             ("unsupported", unsupported, ("raise", "adamw")),
+            ("controller", controller, CONTROLLERS),
         ):
             if value not in allowed:
                 raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")
@@ -148,6 +153,7 @@ class PSILoRA(torch.optim.Optimizer):
                 for name in set(OPTION_NAMES) - {"lr", "weight_decay", "maximize"}:
                     group.pop(name, None)
         self._constructed = True
+        self._controller = SlopeController(pairs) if controller == "slope" else None
         self._others = Others(self)
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
@@ -227,7 +233,9 @@ class PSILoRA(torch.optim.Optimizer):
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
         clip = self._clip(problems)
-        scales = Scales(clip=clip, external=external_scale(problems, device))
+        controller = self._controller
+        rate = None if controller is None else controller.begin(problems, clip, self.state)
+        scales = Scales(clip=clip, external=external_scale(problems, device), rate=rate)
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = engine.compute(problems, scales, self.backend)
@@ -237,6 +245,8 @@ class PSILoRA(torch.optim.Optimizer):
         if self.nonfinite == "raise" and not bool(finite | overflow):
             raise RuntimeError(_nonfinite_message(buckets, self._others.gradients))
         ok = finite & ~overflow
+        if controller is not None:
+            controller.end(buckets, clip, ok, self.state)
         engine.commit(buckets, ok)
         self._others.step(ok, clip)
         if wanted:
@@ -334,6 +344,8 @@ class PSILoRA(torch.optim.Optimizer):
         """Create the LoRA state that the current settings need, where it does not exist yet."""
         for pair, options in self._options():
             init_state(pair, options, self.state[pair.lora_B], self.state[pair.lora_A])
+        if self._controller is not None:
+            self._controller.init_state(self.state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype."""
@@ -345,7 +357,7 @@ class PSILoRA(torch.optim.Optimizer):
                 if not isinstance(value, Tensor):
                     continue
                 if kind == "lora":
-                    dtype = torch.float32 if key == "step" else compute_dtype(parameter.dtype)
+                    dtype = state_dtype(key, parameter)
                     self.state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
                 else:  # torch keeps the loaded tensor itself, which the source would go on changing
                     self.state[parameter][key] = self.state[parameter][key].clone()

@@ -60,15 +60,17 @@ class Problem:
 
 @dataclass
 class Scales:
-    """Factors on the gradient of every pair of a step; None means 1.
+    """Factors on the gradient and the rate of every pair of a step; None means 1.
 
     Attributes:
         clip: From `max_grad_norm` and a loss scale: multiplies `.grad`, X and S alike; a 0-d tensor.
         external: c, what happened to `.grad` after backward (clipping, unscaling): multiplies SᵀX only.
+        rate: s, a controller's factor on every η; a 0-d tensor.
     """
 
     clip: Tensor | None = None
     external: Tensor | None = None
+    rate: Tensor | None = None
 
 
 @dataclass
@@ -88,6 +90,10 @@ class Update:
     metric_B: Tensor | None
     metric_A: Tensor | None
     repaired: Tensor
+
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
+        return list(zip(self.step_B, self.step_A, strict=True))
 
     def tensors(self) -> list[Tensor]:
         """The floating tensors that will be written."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from psilora.adapters import LoRAPair
 from psilora.groups import momentum_rank
@@ -12,6 +13,13 @@ from psilora.metric import initial_metric
 from psilora.momentum import initial_momentum
 from psilora.numerics import compute_dtype
 from psilora.options import Options
+
+
+def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
+    """Return the dtype of the state `name` of a LoRA parameter: fp32 or better, whatever the parameter's."""
+    if name == "controller":
+        return torch.float64
+    return torch.float32 if name == "step" else compute_dtype(parameter.dtype)
 
 
 def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
