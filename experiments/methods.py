@@ -131,4 +131,6 @@ METHODS = {
     "oplora": Method("PSILoRA as OPLoRA", pair_rule(PSILoRA, step="gradient", metric=None), 0.1),
     "psilora-exact": Method("PSILoRA gradient, exact", pair_rule(PSILoRA, gradient="exact", **GRADIENT), 0.1),
     "psilora-tangent": Method("PSILoRA gradient, tangent", pair_rule(PSILoRA, gradient="tangent", **GRADIENT), 0.1),
+    "spectral": Method("PSILoRA spectral", pair_rule(PSILoRA, step="spectral", metric="lora"), 0.1),
+    "spectral-plain": Method("PSILoRA spectral, no metric", pair_rule(PSILoRA, step="spectral", metric=None), 0.1),
 }
