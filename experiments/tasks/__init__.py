@@ -69,7 +69,16 @@ class Task:
     local_data: bool = False
 
 
-MODULES = {"digits": "digits", "minilm": "minilm", "bytelm": "bytelm"}
+MODULES = {
+    "digits": "digits",
+    "minilm": "minilm",
+    "bytelm": "bytelm",
+    "mnist": "vision",
+    "cifar100": "vision",
+    "glue": "language",
+    "squad": "language",
+    "wikitext": "language",
+}
 
 
 def get_task(name: str) -> Task:

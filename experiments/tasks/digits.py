@@ -8,21 +8,18 @@ test, the same for all seeds; a seed sets the adapters and the order of the batc
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks import Scores, Task
+from experiments.tasks import Task
+from experiments.tasks.images import BATCH, Images, ImageSession
 from experiments.training import adapt
 
-BATCH = 64
 STEPS = 200
 PRETRAINING_STEPS = 400
 PRETRAINING_LR = 3e-3
-Images = tuple[Tensor, Tensor]
 
 
 class LeNet5(nn.Module):
@@ -103,48 +100,14 @@ def pretrained(shift: str, model: str) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
 
 
-class DigitsSession:
-    """A pretrained network with fresh adapters on its linear layers, and the shifted images."""
-
-    head_lr = 0.0
-
-    def __init__(self, condition: str, rank: int, seed: int) -> None:
-        shift, model = condition.split("-")
-        self.data = shifted(shift)[1]
-        weights = pretrained(shift, model)
-        torch.manual_seed(seed)
-        network = MODELS[model]()
-        network.load_state_dict(weights)
-        torch.manual_seed(seed)
-        self.model = adapt(network, rank)
-        self.seed, self.steps = seed, STEPS
-        self.digest = hashlib.sha256(self.data["train"][0].numpy().tobytes()).hexdigest()[:16]
-
-    def batches(self) -> Iterator[Images]:
-        """Shuffled epochs, the last short batch of each left out."""
-        x, y = self.data["train"]
-        generator = torch.Generator().manual_seed(self.seed)
-        per_epoch = len(y) // BATCH
-        for step in range(self.steps):
-            if step % per_epoch == 0:
-                order = torch.randperm(len(y), generator=generator)
-            chosen = order[step % per_epoch * BATCH :][:BATCH]
-            yield x[chosen], y[chosen]
-
-    def loss(self, batch: Images) -> Tensor:
-        """Cross-entropy."""
-        return nn.functional.cross_entropy(self.model(batch[0]), batch[1])
-
-    def evaluate(self, split: str) -> Scores:
-        """Cross-entropy and accuracy."""
-        x, y = self.data[split]
-        logits = self.model(x)
-        return Scores(float(nn.functional.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean()))
-
-
-def make(condition: str, rank: int, seed: int, folder: Path) -> DigitsSession:
-    """A session; nothing is read from or written to `folder`."""
-    return DigitsSession(condition, rank, seed)
+def make(condition: str, rank: int, seed: int, folder: Path) -> ImageSession:
+    """A pretrained network with fresh adapters on its linear layers, and the shifted images; `folder` is not used."""
+    shift, name = condition.split("-")
+    weights = pretrained(shift, name)
+    network = MODELS[name]()
+    network.load_state_dict(weights)
+    torch.manual_seed(seed)
+    return ImageSession(adapt(network, rank), shifted(shift)[1], STEPS, seed)
 
 
 CONDITIONS = tuple(f"{shift}-{model}" for shift in ("classes", "rotation") for model in MODELS)
