@@ -34,7 +34,8 @@ class Record:
         chunks: (X, S_B) of each call, as matrices (N_j, d_in) and (N_j, d_out), in backward order.
         calls, rows: number of calls and N = Σ N_j.
         sum_x2, sum_s2: Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,), kept instead of chunks in statistics mode.
-        missed: Number of backward calls that went through only one of the two nodes.
+        missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
+            reached lora_A through neither.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
     """
@@ -88,8 +89,15 @@ class Record:
     def confirm(self) -> None:
         """Take the calls of this backward pass: lora_A's gradient, which waits for all of them, has accumulated."""
         with self._lock:
-            for x, s in self._pending.pop(torch._C._current_graph_task_id(), ()):
+            calls = self._pending.pop(torch._C._current_graph_task_id(), [])
+            self.missed += not calls  # something that bypasses the modules made this gradient
+            for x, s in calls:
                 self._take(x, s)
+
+    def stand_in(self) -> None:
+        """Hold no rows, for a pair that other processes captured in this step and this one did not run."""
+        weight = self.pair.lora_A
+        self._take(weight.new_zeros(0, self.pair.d_in), weight.new_zeros(0, self.pair.d_out))
 
     def _take(self, x: Tensor, s: Tensor | None) -> None:
         if s is None:

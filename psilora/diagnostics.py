@@ -34,10 +34,12 @@ class Observer:
     Figures, each over all pairs, in the units of the weight (G = ∂L/∂W, ΔW = s·B·A):
 
     - projection_residual: ‖G − G_T‖ / ‖G‖, the part of the gradient outside the tangent space of the rank-r matrices at
-      (B, A), which the step reaches through curvature only; 0 by definition where only `.grad` is known.
+      (B, A), which the step reaches through curvature only; 0 by definition where only `.grad` is known, and with
+      several processes, of which each knows a part of G.
     - factor_conditioning: the smallest σ_min / σ_max of any factor after the step; 0 for one of deficient rank.
     - update_ratio: ‖ΔW after − ΔW before‖ / ‖ΔW after‖.
-    - momentum_kept: ‖M_t‖² / ‖μ·M_{t−1} + (1−τ)·G‖², the energy that the low-rank momentum keeps; absent without one.
+    - momentum_kept: ‖M_t‖² / ‖μ·M_{t−1} + (1−τ)·G‖², the energy that the low-rank momentum keeps; absent without one,
+      and where G is not known.
     - clip_factor: what the gradient was multiplied by since backward, outside and by `max_grad_norm`.
     - capture_bytes: bytes of X and S that were held.
     """
@@ -81,12 +83,13 @@ def _before(problem: Problem, scales: Scales) -> _Before:
     squared_tangent = tangent.squares()[0].sum()
     gradient: Gradient = tangent
     squared_gradient = squared_tangent
-    if problem.exact and problem.record is not None and problem.record.chunks:
+    shared = scales.share < 1 and problem.exact
+    if problem.exact and not shared and problem.record is not None and problem.record.chunks:
         external: Tensor | float = 1.0 if scales.external is None else scales.external.to(pair.lora_A.device, dtype)
         scale = torch.as_tensor(clip * external / pair.scaling, dtype=dtype, device=pair.lora_A.device)
         gradient = ActivationGradient([problem.record.chunks], scale.reshape(1))
         squared_gradient = activation_squares(problem.record.chunks, dtype)[0].sum() * scale**2
-    target = _squared_target(problem, gradient, squared_gradient)
+    target = None if shared else _squared_target(problem, gradient, squared_gradient)
     return _Before(problem, B, A, squared_gradient, squared_tangent, target)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,20 @@ from psilora import engine
 from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
 from psilora.agreement import external_scale
 from psilora.capture import Capture
+from psilora.consensus import Joint, consensus, refuse_unshared
 from psilora.controller import CONTROLLERS, SlopeController
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
+from psilora.distributed import Communicator
 from psilora.groups import checked_pairs, lora_groups
 from psilora.numerics import compute_dtype, full_precision
 from psilora.options import OPTION_NAMES, Options
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.state import init_state, state_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PSILoRA(torch.optim.Optimizer):
@@ -78,11 +83,16 @@ class PSILoRA(torch.optim.Optimizer):
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
             names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
             to `loss_reduction`, without max_grad_norm, controller and backend.
+        process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
+            is summed over them by small all-reduces in `step`, which they must therefore call together.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
     (d_out,) of a `lora_B` weight, "step" of both; the metric "lora" keeps √D; and that of the controller. It is created
     by the first step, or by `init_state`.
+
+    Attributes:
+        communicator: Counts the bytes and rounds that captures cost over several processes.
 
     Raises:
         ValueError: A setting is out of range, no LoRA pair is found, or the model cannot be optimized here.
@@ -120,6 +130,7 @@ class PSILoRA(torch.optim.Optimizer):
         nonfinite: str = "skip",
         unsupported: str = "raise",
         groups: Sequence[Mapping[str, Any]] = (),
+        process_group: ProcessGroup | None = None,
         adamw_lr: float = 1e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
@@ -158,6 +169,8 @@ class PSILoRA(torch.optim.Optimizer):
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
         self._fell_back: set[int] = set()
+        self.communicator = Communicator(process_group)
+        refuse_unshared(self._options(), self.communicator.world_size)
         self._capture = self._attach()
 
     # ---- construction -------------------------------------------------------------------------------------------
@@ -216,7 +229,7 @@ class PSILoRA(torch.optim.Optimizer):
                 loss = closure()
         if self._capture.superseded:
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
-        problems = self._problems()
+        problems = self._problems(self._consensus())
         grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
         if not grads:
             self._capture.clear()
@@ -233,15 +246,19 @@ class PSILoRA(torch.optim.Optimizer):
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
         clip = self._clip(problems)
-        controller = self._controller
+        communicator, controller = self._shared, self._controller
         rate = None if controller is None else controller.begin(problems, clip, self.state)
-        scales = Scales(clip=clip, external=external_scale(problems, device), rate=rate)
+        share = 1.0 if communicator is None else 1 / communicator.world_size
+        scales = Scales(clip, external_scale(problems, device, communicator), rate, share)
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
-        buckets = engine.compute(problems, scales, self.backend)
+        buckets = engine.compute(problems, scales, self.backend, communicator)
         results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
         finite = engine.all_finite(grads + results, device)
         overflow = self._overflow(device)
+        if communicator is not None:
+            wrong, found = communicator.sums([(~finite).float(), overflow.float()])
+            finite, overflow = wrong == 0, found > 0
         if self.nonfinite == "raise" and not bool(finite | overflow):
             raise RuntimeError(_nonfinite_message(buckets, self._others.gradients))
         ok = finite & ~overflow
@@ -255,16 +272,30 @@ class PSILoRA(torch.optim.Optimizer):
         zero = torch.zeros((), dtype=torch.int64, device=device)
         self._counters.add(~(ok | overflow), torch.stack(repaired).sum() * ok if repaired else zero)
 
-    def _problems(self) -> list[Problem]:
+    @property
+    def _shared(self) -> Communicator | None:
+        """What sums captures over several processes; None where `.grad`, averaged by whoever runs them, is enough."""
+        return self.communicator if self._capture.records and self.communicator.world_size > 1 else None
+
+    def _consensus(self) -> dict[int, Joint]:
+        """What all processes know of each pair, by its id."""
+        pairs, shared = list(self._pairs.values()), self._shared
+        if shared is not None:
+            refuse_unshared(self._options(), shared.world_size)
+        return {id(pair): joint for pair, joint in zip(pairs, consensus(pairs, self._capture, shared), strict=True)}
+
+    def _problems(self, joints: Mapping[int, Joint]) -> list[Problem]:
         """The pairs that have gradients, each with the best representation of G that is at hand."""
         problems = []
         newly_blind = []
         for pair, options in self._options():
-            dA, dB = pair.lora_A.grad, pair.lora_B.grad
+            dA, dB, joint = pair.lora_A.grad, pair.lora_B.grad, joints[id(pair)]
             if dA is None or dB is None:
                 continue
             record = self._capture.record(pair)
-            if record is not None and not record.captured:
+            if record is not None and joint.captured and not record.captured:
+                record.stand_in()
+            if record is not None and not joint.captured:
                 if options.metric is not None:
                     raise RuntimeError(
                         f"{pair.name}: the metric needs activations, but none were captured in this step"
@@ -284,6 +315,7 @@ class PSILoRA(torch.optim.Optimizer):
                     exact=options.gradient == "exact" and record is not None,
                     state_A=self.state[pair.lora_A],
                     state_B=self.state[pair.lora_B],
+                    joint=joint,
                 )
             )
         if newly_blind:
@@ -300,12 +332,6 @@ class PSILoRA(torch.optim.Optimizer):
                 raise RuntimeError(f"{problem.pair.name}: sparse gradients are not supported; use dense ones")
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if distributed and torch.distributed.get_world_size() > 1 and any(p.record is not None for p in problems):
-            raise RuntimeError(
-                "captured activations are not yet averaged over processes; with several processes use "
-                "gradient='tangent' and metric=None"
-            )
 
     def _overflow(self, device: torch.device) -> Tensor:
         """Whether a GradScaler, which tells through `found_inf`, wants this step skipped; a 0-d bool."""

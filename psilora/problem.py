@@ -10,6 +10,7 @@ from torch import Tensor
 
 from psilora.adapters import LoRAPair
 from psilora.capture import Record
+from psilora.consensus import Joint
 from psilora.numerics import compute_dtype
 from psilora.options import Options
 
@@ -23,6 +24,7 @@ class Problem:
         record: The captured X and S_B (exact) or their sums (tangent with K-FAC); None when only `.grad` is used.
         exact: Whether G = SᵀX is taken from the captured activations; else the tangent projection from dA and dB.
         state_A, state_B: Optimizer state of lora_A and lora_B.
+        joint: What all processes know of the pair, where the step asked them.
     """
 
     pair: LoRAPair
@@ -33,6 +35,7 @@ class Problem:
     exact: bool
     state_A: dict[str, Any]
     state_B: dict[str, Any]
+    joint: Joint | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -66,11 +69,13 @@ class Scales:
         clip: From `max_grad_norm` and a loss scale: multiplies `.grad`, X and S alike; a 0-d tensor.
         external: c, what happened to `.grad` after backward (clipping, unscaling): multiplies SᵀX only.
         rate: s, a controller's factor on every η; a 0-d tensor.
+        share: 1/W with W processes, whose SᵀX are summed: multiplies SᵀX only.
     """
 
     clip: Tensor | None = None
     external: Tensor | None = None
     rate: Tensor | None = None
+    share: float = 1.0
 
 
 @dataclass

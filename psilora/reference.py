@@ -70,7 +70,7 @@ class _Batch(Batch):
         self.mu = self.column([p.options.momentum for p in problems])
         self.fresh = self.column([1 - p.options.tau for p in problems])
         self.ridge = self.lr * self.column([p.options.rho for p in problems])
-        self.external = 1.0 if scales.external is None else scales.external.to(self.device, self.dtype)
+        self.external = scales.share * (1.0 if scales.external is None else scales.external.to(self.device, self.dtype))
         self.gradient = self._gradient()
 
     def _gradient(self) -> Gradient:

@@ -1,4 +1,4 @@
-"""Training loops around the optimizer: GradScaler, torch.compile, autocast, several processes."""
+"""Training loops around the optimizer: GradScaler, torch.compile, autocast."""
 
 from __future__ import annotations
 
@@ -54,19 +54,3 @@ def test_a_compiled_model_trains_the_same(backend: str) -> None:
     a, b = factors(eager), factors(other)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-10, atol=1e-12)
-
-
-def test_several_processes_need_the_tangent_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Captured activations are local to a rank, `.grad` is averaged: a rank-local step would make ranks drift apart."""
-    model = plain_mlp()
-    exact = PSILoRA(model, 0.1)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    before = factors(model)
-    mse(model, data()).backward()
-    with pytest.raises(RuntimeError, match="use gradient='tangent' and metric=None"):
-        exact.step()
-    assert all(torch.equal(before[name], value) for name, value in factors(model).items())
-    exact.detach()
-    PSILoRA(model, 0.1, gradient="tangent").step()
-    assert all(not torch.equal(before[name], value) for name, value in factors(model).items())

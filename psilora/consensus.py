@@ -1,0 +1,99 @@
+"""What all processes know of a pair before a step, so that each takes the same decision about it.
+
+A process may have no rows for a layer, or run it through a fused kernel, while others capture it. The counts that
+decide are summed over the processes once per step; with one process they are its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from psilora.adapters import LoRAPair, is_sparse, listed
+from psilora.capture import Capture, Record
+from psilora.distributed import Communicator
+from psilora.options import Options
+
+
+@dataclass
+class Joint:
+    """Sums over the processes, for one pair.
+
+    Attributes:
+        gradients: Processes in which both factors have a gradient.
+        calls, missed: Captured backward calls, and calls of which only a part was seen.
+        probed: Processes whose dB was kept as backward left it, or that ran no backward for the pair.
+        overlap: (Σ⟨dB now, dB left⟩, Σ‖dB left‖²), (2,) float64, where dB left is dB as backward left it in a process;
+            None with one process, which compares the two itself.
+    """
+
+    gradients: int
+    calls: int
+    missed: int
+    probed: int
+    overlap: Tensor | None = None
+
+    @property
+    def captured(self) -> bool:
+        """Whether every call of every process brought its X and S."""
+        return self.calls > 0 and self.missed == 0
+
+
+def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communicator | None) -> list[Joint]:
+    """Return the sums for each pair, the same in all processes; they must call this together, with the same pairs.
+
+    This is one all-reduce of six numbers per pair, and the only time a step waits for the device, because what to
+    compute depends on it. Without a communicator the process decides alone.
+
+    Raises:
+        RuntimeError: A pair has gradients in some processes but not in all.
+    """
+    local = [_local(pair, capture.record(pair)) for pair in pairs]
+    if communicator is None:
+        return [Joint(*counts) for counts in local]
+    world = communicator.world_size
+    device = pairs[0].lora_A.device
+    counts = torch.tensor(local, dtype=torch.float64).to(device)
+    overlaps = torch.stack([_overlap(pair, capture.record(pair)).to(device) for pair in pairs])
+    counts, overlaps = communicator.sums([counts, overlaps])
+    joints = []
+    for (gradients, calls, missed, probed), overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
+        joints.append(Joint(gradients, calls, missed, probed, overlap))
+    partial = [pair.name for pair, joint in zip(pairs, joints, strict=True) if 0 < joint.gradients < world]
+    if partial:
+        raise RuntimeError(
+            f"some of the {world} processes have no gradient for {listed(partial)}; average gradients over all of them "
+            "(DDP with find_unused_parameters=True does), filling in zeros"
+        )
+    return joints
+
+
+def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int]:
+    """Return this process's counts, in the order of `Joint`."""
+    gradients = int(pair.lora_A.grad is not None and pair.lora_B.grad is not None)
+    if record is None:
+        return gradients, 0, 0, 0
+    idle = record.calls == 0 and record.missed == 0
+    return gradients, record.calls, record.missed, int(idle or record.left is not None)
+
+
+def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:
+    """Return ⟨dB now, dB left⟩ and ‖dB left‖² in this process, (2,) float64; 0 where there is none."""
+    now = pair.lora_B.grad
+    if now is None or record is None or record.left is None or is_sparse(now):
+        return torch.zeros(2, dtype=torch.float64)
+    left = record.left.double()
+    return torch.stack([(now.detach().double() * left).sum(), left.square().sum()])
+
+
+def refuse_unshared(settings: Iterable[tuple[LoRAPair, Options]], world: int) -> None:
+    """Raise ValueError, by layer, for settings that cannot be computed from thin sums over `world` processes."""
+    shampoo = [pair.name for pair, o in settings if world > 1 and o.metric == "shampoo" and o.gradient != "tangent"]
+    if shampoo:
+        raise ValueError(
+            f"metric='shampoo' needs diag(GᵀG) of the gradient averaged over the {world} processes, which no thin sum "
+            f"gives, for {listed(shampoo)}; use metric='kfac', or gradient='tangent'"
+        )
