@@ -151,4 +151,9 @@ METHODS = {
     "psilora-wikitext": Method("PSILoRA as published, K = 2", pair_rule(PSILoRA, num_iters=2, **PAPER), 0.2),
     "spectral": Method("PSILoRA spectral", pair_rule(PSILoRA, step="spectral", metric="lora"), 0.1),
     "spectral-plain": Method("PSILoRA spectral, no metric", pair_rule(PSILoRA, step="spectral", metric=None), 0.1),
+    "spectral-slope": Method(
+        "PSILoRA spectral, slope",
+        pair_rule(PSILoRA, step="spectral", metric="lora", controller="slope"),
+        0.1,
+    ),
 }

@@ -158,7 +158,7 @@ def save_model(folder: Path, kind: str) -> None:
             max_position_embeddings=200,
             pad_token_id=0,
         )
-        model = transformers.RobertaForSequenceClassification(config)
+        model = transformers.RobertaModel(config)
     elif kind == "t5":
         config = transformers.T5Config(
             vocab_size=size, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
