@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import randomise_B
+from models import data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
 from test_lorsum import literal as lorsum_literal
 from torch import Tensor, nn
 
 from psilora import LoRALinear, PSILoRA
+from psilora.options import Options
 
 F64 = torch.float64
 
@@ -127,3 +130,323 @@ def test_three_steps_match_the_formulas(
         B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s  # each step on its own
         assert float(state_A["step"]) == float(state_B["step"]) == t
     assert optimizer.stats() == {"skipped_steps": 0, "repaired_pivots": 0}
+
+
+# ---- invariances -----------------------------------------------------------------------------------------------------
+
+SETTINGS: list[dict[str, Any]] = [{}, {"metric": "lora", "weight_decay": 0.1}, {"controller": "slope", "num_iters": 2}]
+
+
+def gauge(rank: int, kind: str) -> Tensor:
+    """An invertible T: orthogonal, or with singular values from 1/3 to 3."""
+    U, V = (torch.linalg.qr(torch.randn(rank, rank, dtype=F64))[0] for _ in range(2))
+    return U if kind == "orthogonal" else (U * torch.logspace(-0.5, 0.5, rank, dtype=F64)) @ V.T
+
+
+@pytest.mark.parametrize("kind", SETTINGS, ids=str)
+@pytest.mark.parametrize("T", ["orthogonal", "well-conditioned"])
+@pytest.mark.parametrize("B_zero", [False, True])
+def test_the_weight_does_not_depend_on_how_it_is_factored(kind: dict, T: str, B_zero: bool) -> None:
+    """(B·T, T⁻¹·A) follows the same B·A; under a T that is not orthogonal up to the ridge, which is then made small."""
+    model, other = plain_mlp((24, 20, 16, 10)), plain_mlp((24, 20, 16, 10))
+    if B_zero:
+        randomise_B(model, 0.0)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for layer in (other.l1, other.l2, other.l3):
+            change = gauge(4, T)
+            layer.lora_B.weight.copy_(layer.lora_B.weight @ change)
+            layer.lora_A.weight.copy_(torch.linalg.inv(change) @ layer.lora_A.weight)
+    start = products(model)
+    batches = [data(d_out=10) for _ in range(6)]
+    prox = None if T == "orthogonal" else 1e-11
+    train(model, PSILoRA(model, 0.1, step="spectral", prox=prox, **kind), batches)
+    train(other, PSILoRA(other, 0.1, step="spectral", prox=prox, **kind), batches)
+    for name, W in products(model).items():
+        error = (products(other)[name] - W).norm() / (W - start[name]).norm()
+        assert error < 1e-7, (name, float(error))
+
+
+def test_a_plain_gradient_step_on_the_factors_does_depend_on_it() -> None:
+    """The guard above is not vacuous: AdamW moves the weight differently."""
+    model, other = plain_mlp(), plain_mlp()
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        other.l2.lora_B.weight.mul_(3.0)
+        other.l2.lora_A.weight.div_(3.0)
+    batch, start = data(), products(model)["l2"]
+    for each in (model, other):
+        train(each, torch.optim.AdamW(each.parameters(), 0.01, weight_decay=0.0), [batch])
+    a, b = products(model)["l2"], products(other)["l2"]
+    assert (a - b).norm() > 0.1 * (a - start).norm()
+
+
+def products(model: nn.Module) -> dict[str, Tensor]:
+    """B·A of every layer."""
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
+    return {name: (m.lora_B.weight @ m.lora_A.weight).detach() for name, m in layers.items()}
+
+
+@pytest.mark.parametrize("metric", [None, "lora"])
+@pytest.mark.parametrize("factor", [2.0**-100, 2.0**100, -1.0])
+def test_the_size_of_the_gradient_does_not_matter(metric: str | None, factor: float) -> None:
+    """From 1e-30 to 1e30 in fp32, bit for bit, whatever scales `.grad`; its sign is that of `maximize`."""
+    model, other = (peft_mlp(dtype=torch.float32) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    plain = PSILoRA(model, 0.1, step="spectral", metric=metric)
+    scaled = PSILoRA(other, 0.1, step="spectral", metric=metric, maximize=factor < 0)
+    for _ in range(4):
+        batch = data(dtype=torch.float32)
+        train(model, plain, [batch])
+        scaled.zero_grad()
+        mse(other, batch).backward()
+        for p in other.parameters():
+            if p.grad is not None:
+                p.grad.mul_(factor)
+        scaled.step()
+    a, b = factors(model), factors(other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 1e-3])
+def test_own_clipping_equals_clipping_outside_in_the_momentum_too(max_grad_norm: float | None) -> None:
+    """Without momentum msign ignores a clip; with it, every step weighs by its own factor."""
+    model, other = (plain_mlp() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    kind = {"step": "spectral", "controller": "slope"}
+    a, b = PSILoRA(model, 0.3, max_grad_norm=max_grad_norm, **kind), PSILoRA(other, 0.3, **kind)
+    for size in (1.0, 30.0, 0.1):
+        batch = data()
+        train(model, a, [batch], lambda m, b, size=size: size * mse(m, b))
+        b.zero_grad()
+        (size * mse(other, batch)).backward()
+        grads = [p.grad for p in other.parameters() if p.grad is not None]
+        norm = torch.stack([g.norm() for g in grads]).norm() / 2**0.5  # s = 2
+        if max_grad_norm is not None:
+            torch._foreach_mul_(grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1))
+        b.step()
+    for name, value in factors(model).items():
+        torch.testing.assert_close(value, factors(other)[name], rtol=1e-8, atol=1e-8)
+
+
+def test_weight_decay_shrinks_the_weight_itself() -> None:
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.2, step="spectral", weight_decay=0.5)
+    before = products(model)
+    (model(data()[0]) * 0.0).sum().backward()
+    optimizer.step()
+    for name, W in products(model).items():
+        torch.testing.assert_close(W, 0.9 * before[name], rtol=1e-5, atol=1e-8)
+
+
+# ---- many layers at once ---------------------------------------------------------------------------------------------
+
+
+class Mixed(nn.Module):
+    """Layers of several widths, ranks, scalings and dtypes, every one fed alone."""
+
+    SHAPES = [(12, 9, 3, torch.float32), (9, 12, 3, torch.float32), (12, 9, 5, torch.float32),
+              (12, 9, 3, torch.float64), (12, 9, 3, torch.bfloat16), (30, 7, 3, torch.float32)]  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList()
+        for i, (d_out, d_in, rank, dtype) in enumerate(self.SHAPES):
+            layer = LoRALinear(nn.Linear(d_in, d_out), rank, alpha=float(i + 1)).to(dtype)
+            randomise_B(layer, 0.0 if i == 1 else 0.2)
+            self.layers.append(layer)
+
+    def loss(self, inputs: list[tuple[Tensor, Tensor]]) -> Tensor:
+        return sum((layer(x) - y).double().square().mean() for layer, (x, y) in zip(self.layers, inputs, strict=True))
+
+
+@pytest.mark.parametrize("metric", [None, "lora"])
+def test_layers_of_any_shape_rank_and_dtype_step_together_as_alone(metric: str | None) -> None:
+    together, alone = Mixed(), Mixed()
+    alone.load_state_dict(together.state_dict())
+    kind = {"step": "spectral", "metric": metric}
+    one = PSILoRA(together, 0.1, **kind)
+    many = [PSILoRA(layer, 0.1, **kind) for layer in alone.layers]
+    for _ in range(3):
+        inputs = [(torch.randn(8, i, dtype=t), torch.randn(8, o, dtype=t)) for o, i, _, t in Mixed.SHAPES]
+        for model, optimizers in ((together, [one]), (alone, many)):
+            model.zero_grad()
+            model.loss(inputs).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    for (name, a), b in zip(together.named_parameters(), alone.parameters(), strict=True):
+        tolerance = {"rtol": 1e-2, "atol": 1e-3} if a.dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(a, b, msg=name, **tolerance)
+    for state in one.state.values():
+        assert all(value.dtype in (torch.float32, F64) for value in state.values())
+
+
+def test_groups_have_their_own_numbers_and_their_own_kind_of_step() -> None:
+    model, other = (peft_mlp((8, 8, 8, 8)) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    groups = [
+        {"layers": "l1", "lr": 0.02, "momentum": 0.5, "prox": 1e-4},
+        {"layers": "l2", "step": "gradient", "gradient": "tangent", "metric": None},
+    ]
+    batch = data(16, 8, 8)
+    start = factors(model)
+    optimizer = PSILoRA(model, 0.1, step="spectral", groups=groups)
+    train(model, optimizer, [batch])
+    for layer, kind in (
+        ("l1", {"lr": 0.02, "step": "spectral", "momentum": 0.5, "prox": 1e-4}),
+        ("l2", {"lr": 0.1, "step": "gradient", "gradient": "tangent"}),
+        ("l3", {"lr": 0.1, "step": "spectral"}),
+    ):
+        other.load_state_dict(start, strict=False)
+        for name, parameter in other.named_parameters():
+            parameter.requires_grad_("lora_" in name and layer in name)
+        train(other, PSILoRA(other, **kind), [batch])
+        for name, value in factors(other).items():
+            torch.testing.assert_close(factors(model)[name], value, rtol=1e-8, atol=1e-9)
+
+
+# ---- no captures, and where Grams are singular -----------------------------------------------------------------------
+
+
+def test_nothing_is_attached_and_several_processes_just_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.1, step="spectral", metric="lora", controller="slope")
+    for module in model.modules():
+        assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
+    for parameter in model.parameters():
+        assert not getattr(parameter, "_post_accumulate_grad_hooks", None) and not parameter._backward_hooks
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    before = factors(model)
+    mse(model, data()).backward()
+    assert optimizer.capture_bytes() == 0
+    optimizer.step()
+    assert all(not torch.equal(before[name], value) for name, value in factors(model).items())
+
+
+def test_any_source_of_gradients_will_do() -> None:
+    """Gradients put into `.grad` by hand, with no backward pass of this process behind them."""
+    model, other = (plain_mlp() for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    batch = data()
+    train(model, PSILoRA(model, 0.1, step="spectral"), [batch])
+    optimizer = PSILoRA(other, 0.1, step="spectral")
+    wanted = [p for p in other.parameters() if p.requires_grad]
+    for p, grad in zip(wanted, torch.autograd.grad(mse(other, batch), wanted), strict=True):
+        p.grad = grad
+    optimizer.step()
+    assert all(torch.equal(value, factors(other)[name]) for name, value in factors(model).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("rank", [4, 48])
+@pytest.mark.parametrize("metric", [None, "lora"])
+def test_long_runs_from_zero_stay_finite_and_bounded(
+    dtype: torch.dtype, rows: int, rank: int, metric: str | None
+) -> None:
+    """B starts at 0 and one row gives gradients of rank 1, so most Grams stay singular for many steps."""
+    model = plain_mlp((64, 56, 64, 50), rank=rank, alpha=rank, dtype=dtype)
+    randomise_B(model, 0.0)
+    optimizer = PSILoRA(model, 0.05, step="spectral", metric=metric)
+    previous = products(model.double())
+    model.to(dtype)
+    for _ in range(12):
+        train(model, optimizer, [data(rows, 64, 50, dtype)])
+        for name, W in (now := {n: p.double() for n, p in products(model).items()}).items():
+            assert torch.isfinite(W).all()
+            step = torch.linalg.matrix_norm(W - previous[name].double(), 2)
+            if metric is None:  # in exact arithmetic A's turn and B's turn each reach at most η·c
+                assert step < 4 * 0.05 * (64 / 50) ** 0.5, (name, float(step))
+        previous = now
+    assert optimizer.stats() == {"skipped_steps": 0, "repaired_pivots": 0}
+
+
+def test_a_plain_cholesky_does_not_survive_the_same_start() -> None:
+    """Why Grams are formed in float64, with a ridge: in fp32 the first B of a batch of one row has none."""
+    model = plain_mlp((64, 56, 64, 50), rank=16, dtype=torch.float32)
+    randomise_B(model, 0.0)
+    optimizer = PSILoRA(model, 0.05, step="spectral")
+    train(model, optimizer, [data(1, 64, 50, torch.float32)] * 2)
+    B = model.l2.lora_B.weight.detach()
+    assert int(torch.linalg.cholesky_ex(B.T @ B)[1]) > 0
+    assert int(torch.linalg.cholesky_ex(B.T @ B + 1e-8 * (B.T @ B).diagonal().mean() * torch.eye(16))[1]) > 0
+
+
+@pytest.mark.parametrize("dead", ["rows", "repeated", "zero"])
+@pytest.mark.parametrize("metric", [None, "lora"])
+def test_a_rank_deficient_A_is_survived(dead: str, metric: str | None) -> None:
+    model = plain_mlp(dtype=torch.float32)
+    with torch.no_grad():
+        for layer in (model.l1, model.l2, model.l3):
+            A = layer.lora_A.weight
+            if dead == "rows":
+                A[1:3] = 0
+            elif dead == "repeated":
+                A[1:] = A[:1]
+            else:
+                A.zero_()
+    optimizer = PSILoRA(model, 0.1, step="spectral", metric=metric)
+    train(model, optimizer, [data(dtype=torch.float32)] * 5)
+    assert all(torch.isfinite(value).all() for value in factors(model).values())
+    assert optimizer.stats()["skipped_steps"] == 0
+
+
+def test_rank_128() -> None:
+    layer = LoRALinear(nn.Linear(160, 144), 128)
+    optimizer = PSILoRA(layer, 0.05, step="spectral", metric="lora")
+    for _ in range(3):
+        train(layer, optimizer, [data(64, 160, 144, torch.float32)])
+    assert torch.isfinite(products(nn.ModuleDict({"layer": layer}))["layer"]).all()
+    assert optimizer.stats() == {"skipped_steps": 0, "repaired_pivots": 0}
+
+
+def test_zero_gradients_leave_zero_state_and_later_the_momentum_goes_on() -> None:
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.1, step="spectral", metric="lora")
+    (model(data()[0]) * 0.0).sum().backward()
+    optimizer.step()
+    for layer in (model.l1, model.l2, model.l3):
+        state_B, state_A = optimizer.state[layer.lora_B.weight], optimizer.state[layer.lora_A.weight]
+        assert not (state_B["momentum"] @ state_A["momentum"]).any() and not state_A["metric"].any()
+    train(model, optimizer, [data()])
+    before = factors(model)
+    optimizer.zero_grad()
+    (model(data()[0]) * 0.0).sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(before[name], value) for name, value in factors(model).items())
+
+
+@pytest.mark.parametrize(
+    ("settings_", "message"),
+    [
+        ({"step": "newton"}, r"Invalid step='newton'. Must be one of 'gradient', 'spectral'."),
+        ({"metric": "kfac"}, r"Invalid metric='kfac'. Must be one of None, 'lora' with step='spectral'."),
+        (
+            {"step": "gradient", "metric": "lora"},
+            r"Invalid metric='lora'. Must be one of None, 'kfac', 'shampoo' with step='gradient'.",
+        ),
+        ({"momentum_rank": 3}, r"Invalid momentum_rank=3. Must be None with step='spectral' \(2r\)."),
+    ],
+)
+def test_settings_of_the_other_kind_are_refused(settings_: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PSILoRA(plain_mlp(), 0.1, **{"step": "spectral", **settings_})
+
+
+def test_defaults_follow_the_kind_of_step() -> None:
+    gradient, spectral = Options(0.1, step="gradient"), Options(0.1, step="spectral")
+    assert (gradient.gamma, gradient.delta, gradient.rho, gradient.tau) == (0.5, 1e-5, 1e-2, 0.0)
+    assert (spectral.gamma, spectral.delta, spectral.rho, spectral.tau) == (1.0, 1e-2, 1e-6, 0.9)
+    assert (gradient.captures, spectral.captures) == ("activations", None)
+
+
+def test_an_observed_step_has_its_figures() -> None:
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.1, step="spectral", metric="lora")
+    train(model, optimizer, [data()])
+    optimizer.observe_next_step()
+    train(model, optimizer, [data()])
+    figures = optimizer.stats()
+    assert figures["projection_residual"] == 0 and 0 < figures["update_ratio"] < 10 and figures["capture_bytes"] == 0
+    assert "momentum_kept" not in figures  # it is carried whole
