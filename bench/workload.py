@@ -96,6 +96,7 @@ class Workload:
         records = optimizer._capture.records.values()
         for record, x, s in zip(records, self.X, self.S, strict=False):  # a tangent gradient has no records
             record.calls, record.rows, record.verified = 1, self.tokens, True
+            record.accumulated()  # a copy of dB of a few layers, which the step compares with `.grad`
             if record.statistics:
                 record.sum_x2, record.sum_s2 = x.float().square().sum(0), s.float().square().sum(0)
             else:

@@ -34,15 +34,15 @@ class Batch:
             self.lr = self.lr * scales.rate.to(self.device, self.dtype)
         wd = [p.options.weight_decay for p in problems]
         self.decay = -self.lr * self.column(wd) if any(wd) else None
-        self.B = self.stack([p.pair.B for p in problems]) * self.root
-        self.A = self.stack([p.pair.A for p in problems]) * self.root
+        self.B = self.stack([p.pair.B for p in problems]).mul_(self.root)
+        self.A = self.stack([p.pair.A for p in problems]).mul_(self.root)
         sign = -1.0 if self.options.maximize else 1.0
         self.clip = sign if scales.clip is None else sign * scales.clip.to(self.device, self.dtype)
-        self.left = self.stack([p.dA for p in problems]) * (self.clip / self.root)
-        self.right = self.stack([p.dB for p in problems]) * (self.clip / self.root)
+        self.left = self.stack([p.dA for p in problems]).mul_(self.clip / self.root)
+        self.right = self.stack([p.dB for p in problems]).mul_(self.clip / self.root)
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Stack one tensor per layer in the compute dtype."""
+        """Stack one tensor per layer in the compute dtype; always a copy, which may be changed in place."""
         return torch.stack([t.detach().to(self.dtype) for t in tensors])
 
     def column(self, values: Sequence[float | Tensor]) -> Tensor:

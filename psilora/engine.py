@@ -103,11 +103,15 @@ def all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     for tensor in tensors:
         if tensor.numel():
             by_device.setdefault(tensor.device, []).append(tensor)
-    flags = [
-        torch.isfinite(torch.stack([n.float() for n in torch._foreach_norm(group, float("inf"))])).all().to(device)
-        for group in by_device.values()
-    ]
+    flags = [torch.isfinite(_extremes(group)).all().to(device) for group in by_device.values()]
     return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+
+
+def _extremes(tensors: list[Tensor]) -> Tensor:
+    """Return numbers that are finite where all entries are, in one pass: the CPU's ‖·‖_∞ is five times slower."""
+    if tensors[0].device.type == "cpu":
+        return torch.stack([bound for tensor in tensors for bound in tensor.aminmax()])
+    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])
 
 
 def commit(buckets: Sequence[Bucket], ok: Tensor) -> None:
@@ -127,10 +131,9 @@ def _commit_stacked(problems: Sequence[Problem], update: Update, ok: Tensor) -> 
         (update.step_A, [p.pair.lora_A for p in problems]),
         (update.step_B, [p.pair.lora_B for p in problems]),
     ):
-        old = torch.stack([p.detach() for p in parameters])
-        step = step.view(old.shape)
-        new = torch.where(here & (step != 0), (old.to(step.dtype) + step).to(old.dtype), old)
-        torch._foreach_copy_([p.detach() for p in parameters], list(new.unbind(0)))
+        # x + (−0) is x bitwise for every x: an increment of zero leaves −0 as it is.
+        step = torch.where(here & (step != 0), step, -0.0).view(len(parameters), *parameters[0].shape)
+        torch._foreach_add_([p.detach() for p in parameters], list(step.unbind(0)))
     for name, new_B, new_A in (
         ("momentum", update.momentum_B, update.momentum_A),
         ("metric", update.metric_B, update.metric_A),

@@ -6,13 +6,15 @@ is in the weight's own units: G = ∂L/∂W, whatever the LoRA scaling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from psilora.numerics import relative_ridge, spd_solve
+from psilora.numerics import relative_ridge
+from psilora.solver import spd_solve
 
 Chunks = Sequence[tuple[Tensor, Tensor]]
 
@@ -44,32 +46,55 @@ class ActivationGradient:
         self.chunks = chunks
         self.scale = scale
         self.reads = 0
+        self._groups = _sharing(chunks)
 
     def left(self, B: Tensor) -> Tensor:
         """Return BᵀG by one read of S and X."""
         self.reads += 1
-        products = [
-            _sum((s.to(B.dtype) @ B[i]).mT @ x.to(B.dtype) for x, s in chunks) for i, chunks in enumerate(self.chunks)
-        ]
-        return torch.stack(products) * self.scale[:, None, None]
+        return self._scaled(B, self._left_parts)
 
     def right(self, A: Tensor) -> Tensor:
         """Return GAᵀ by one read of X and S."""
         self.reads += 1
-        products = [
-            _sum(s.to(A.dtype).mT @ (x.to(A.dtype) @ A[i].mT) for x, s in chunks)
-            for i, chunks in enumerate(self.chunks)
+        return self._scaled(A, self._right_parts).mT
+
+    def _scaled(self, factors: Tensor, parts: Callable[[list[int], int, Tensor], list[Tensor]]) -> Tensor:
+        """Sum the calls of each group of layers and return c_l times the products, (L, k, d) with d the long side."""
+        products: list[Tensor | None] = [None] * len(self.chunks)
+        for members in self._groups:
+            for call in range(len(self.chunks[members[0]])):
+                for i, part in zip(members, parts(members, call, factors), strict=True):
+                    known = products[i]
+                    products[i] = part if known is None else known.add_(part)
+        done = [product for product in products if product is not None]
+        if len(done) < len(products):
+            raise RuntimeError("a layer without captured calls reached the exact gradient")
+        return torch.stack(done).mul_(self.scale[:, None, None])
+
+    def _left_parts(self, members: list[int], call: int, B: Tensor) -> list[Tensor]:
+        """(S_l B_l)ᵀX of layers that read the same X, as one product with X."""
+        narrow = [self.chunks[i][call][1].to(B.dtype) @ B[i] for i in members]
+        x = self.chunks[members[0]][call][0].to(B.dtype)
+        product = (torch.cat(narrow, 1) if len(narrow) > 1 else narrow[0]).mT @ x
+        return list(product.split(B.shape[-1]))
+
+    def _right_parts(self, members: list[int], call: int, A: Tensor) -> list[Tensor]:
+        """(X A_lᵀ)ᵀS_l of layers that read the same X: S as the right operand is what BLAS runs fastest."""
+        rows = A[members].flatten(0, 1) if len(members) > 1 else A[members[0]]
+        narrow = self.chunks[members[0]][call][0].to(A.dtype) @ rows.mT
+        return [
+            P.mT @ self.chunks[i][call][1].to(A.dtype)
+            for i, P in zip(members, narrow.split(A.shape[-2], 1), strict=True)
         ]
-        return torch.stack(products) * self.scale[:, None, None]
 
 
-def _sum(products: Iterable[Tensor]) -> Tensor:
-    total: Tensor | None = None
-    for product in products:
-        total = product if total is None else total.add_(product)
-    if total is None:
-        raise RuntimeError("a layer without captured calls reached the exact gradient")
-    return total
+def _sharing(chunks: Sequence[Chunks]) -> list[list[int]]:
+    """Group layers, q and v for one, whose calls captured the very same X."""
+    groups: dict[object, list[int]] = {}
+    for i, calls in enumerate(chunks):
+        key = tuple((x.data_ptr(), x.shape, x.stride(), x.dtype) for x, _ in calls)
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
 
 
 class TangentGradient:
@@ -87,16 +112,16 @@ class TangentGradient:
     def __init__(self, B: Tensor, A: Tensor, left: Tensor, right: Tensor) -> None:
         self.B = B
         self.Z = spd_solve(relative_ridge(B.mT @ B), left)[0]
-        self.H = right - B @ (self.Z @ A.mT)
+        self.H = torch.baddbmm(right, B, self.Z @ A.mT, alpha=-1)
         self.R = spd_solve(relative_ridge(A @ A.mT), A)[0]
 
     def left(self, B: Tensor) -> Tensor:
         """Return BᵀG_T."""
-        return (B.mT @ self.B) @ self.Z + (B.mT @ self.H) @ self.R
+        return ((B.mT @ self.B) @ self.Z).baddbmm_(B.mT @ self.H, self.R)
 
     def right(self, A: Tensor) -> Tensor:
         """Return G_TAᵀ."""
-        return self.B @ (self.Z @ A.mT) + self.H @ (self.R @ A.mT)
+        return (self.B @ (self.Z @ A.mT)).baddbmm_(self.H, self.R @ A.mT)
 
     def squares(self) -> tuple[Tensor, Tensor]:
         """Return diag(G_TᵀG_T) (L, d_in) and diag(G_TG_Tᵀ) (L, d_out)."""
@@ -115,7 +140,8 @@ def activation_squares(chunks: Chunks, dtype: torch.dtype, block: int = 1024) ->
     columns = chunks[0][0].new_zeros(d_in, dtype=dtype)
     rows = []
     for start in range(0, d_out, block):
-        part = _sum(s[:, start : start + block].to(dtype).mT @ x.to(dtype) for x, s in chunks).square_()
+        products = [s[:, start : start + block].to(dtype).mT @ x.to(dtype) for x, s in chunks]
+        part = functools.reduce(Tensor.add_, products).square_()
         columns += part.sum(0)
         rows.append(part.sum(1))
     return columns, torch.cat(rows)

@@ -5,7 +5,7 @@ The mathematics is that of PSI-LoRA (arXiv 2602.16456) and OPLoRA (arXiv 2509.19
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -98,69 +98,78 @@ class Projection:
 
     The caller supplies the thin products of the terms i ≥ 2 with the current factors, so that an optimizer can obtain
     them from activations and share one read of them among several projections. All tensors are in one compute dtype,
-    with equal batch dimensions; `decay` = c₁ − 1 and `prox` = λ broadcast against (…, 1, 1).
+    with equal batch dimensions; `decay` = c₁ − 1 and `prox` = λ broadcast against (…, 1, 1). `solve` solves the r×r
+    systems as `psilora.numerics.spd_solve` does.
 
     Attributes:
+        B, A: The current Bᵏ and Aᵏ.
         step_B, step_A: Bᵏ − B₁ and Aᵏ − A₁; None until the factor's first turn.
         repaired: number of solves in which a failed pivot had to be repaired, a 0-d int64 tensor.
     """
 
-    def __init__(self, B: Tensor, A: Tensor, *, decay: Tensor | None, prox: Tensor, metric: Pair | None = None) -> None:
+    def __init__(
+        self,
+        B: Tensor,
+        A: Tensor,
+        *,
+        decay: Tensor | None,
+        prox: Tensor,
+        metric: Pair | None = None,
+        solve: Callable[[Tensor, Tensor], Pair] = spd_solve,
+    ) -> None:
         self.base_B, self.base_A = B, A
+        self.B, self.A = B, A
         self.decay, self.prox = decay, prox
         self.metric_B: Tensor | None = None if metric is None else metric[0]
         self.metric_A: Tensor | None = None if metric is None else metric[1]
         self.step_B: Tensor | None = None
         self.step_A: Tensor | None = None
         self.repaired = torch.zeros((), dtype=torch.int64, device=A.device)
-
-    @property
-    def B(self) -> Tensor:
-        """The current Bᵏ."""
-        return self.base_B if self.step_B is None else self.base_B + self.step_B
-
-    @property
-    def A(self) -> Tensor:
-        """The current Aᵏ."""
-        return self.base_A if self.step_A is None else self.base_A + self.step_A
+        self._solve = solve
 
     def turn_A(self, left: Tensor) -> None:
         """Update A from `left` = Σ_{i≥2} c_i (BᵏᵀB_i) A_i, shape (…, r, d_in)."""
-        self.step_A = self._solve_A(self.B, self._change(self.base_B, self.step_B), left)
+        self.step_A = self._solve_A(left)
+        self.A = self.base_A + self.step_A
 
     def turn_B(self, right: Tensor) -> None:
         """Update B from `right` = Σ_{i≥2} c_i B_i (A_iAᵏᵀ), shape (…, d_out, r)."""
-        self.step_B = self._solve_B(self.A, self._change(self.base_A, self.step_A), right)
+        self.step_B = self._solve_B(right)
+        self.B = self.base_B + self.step_B
 
     def simultaneous(self, left: Tensor, right: Tensor) -> None:
         """Update both factors from (B₁, A₁): K = 0."""
-        step_A = self._solve_A(self.base_B, self._change(self.base_B, None), left)
-        self.step_B = self._solve_B(self.base_A, self._change(self.base_A, None), right)
-        self.step_A = step_A
+        step_A = self._solve_A(left)
+        self.turn_B(right)
+        self.step_A, self.A = step_A, self.base_A + step_A
 
-    def _change(self, base: Tensor, step: Tensor | None) -> Tensor | None:
-        """Return c₁·F₁ − Fᵏ = decay·F₁ − step, or None where it is known to be zero."""
-        if self.decay is None:
-            return None if step is None else -step
-        return self.decay * base if step is None else self.decay * base - step
-
-    def _solve_A(self, B: Tensor, change: Tensor | None, left: Tensor) -> Tensor:
-        weighted = apply_metric(self.metric_B, B)
+    def _solve_A(self, left: Tensor) -> Tensor:
+        weighted = apply_metric(self.metric_B, self.B)
         rhs = unapply_metric(self.metric_A, left.mT).mT
+        change = self._change(weighted, self.base_B, self.step_B)
         if change is not None:
-            rhs = rhs + (weighted.mT @ change) @ self.base_A
-        return self._spd_solve(weighted.mT @ B, rhs)
+            rhs = rhs + change @ self.base_A
+        return self._spd_solve(weighted.mT @ self.B, rhs)
 
-    def _solve_B(self, A: Tensor, change: Tensor | None, right: Tensor) -> Tensor:
-        weighted = apply_metric(self.metric_A, A.mT)
+    def _solve_B(self, right: Tensor) -> Tensor:
+        weighted = apply_metric(self.metric_A, self.A.mT)
         rhs = unapply_metric(self.metric_B, right)
+        change = self._change(weighted, self.base_A.mT, None if self.step_A is None else self.step_A.mT)
         if change is not None:
-            rhs = rhs + self.base_B @ (change @ weighted)
-        return self._spd_solve(A @ weighted, rhs.mT).mT
+            rhs = rhs + self.base_B @ change.mT
+        return self._spd_solve(self.A @ weighted, rhs.mT).mT
+
+    def _change(self, weighted: Tensor, base: Tensor, step: Tensor | None) -> Tensor | None:
+        """Return (MFᵏ)ᵀ(c₁F₁ − Fᵏ) = decay·(MFᵏ)ᵀF₁ − (MFᵏ)ᵀ·step (…, r, r), or None where it is known to be zero."""
+        change = None if step is None else -(weighted.mT @ step)
+        if self.decay is None:
+            return change
+        kept = self.decay * (weighted.mT @ base)
+        return kept if change is None else kept + change
 
     def _spd_solve(self, gram: Tensor, rhs: Tensor) -> Tensor:
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        solution, info = spd_solve(gram + self.prox * eye, rhs)
+        solution, info = self._solve(gram + self.prox * eye, rhs)
         self.repaired = self.repaired + (info > 0).sum()
         return solution
 

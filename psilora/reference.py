@@ -14,6 +14,7 @@ from psilora.distributed import Steps, lockstep
 from psilora.gradient import ActivationGradient, Gradient, TangentGradient
 from psilora.lorsum import Projection, turns
 from psilora.problem import Problem, Scales, Update
+from psilora.solver import spd_solve
 
 # A part of an update that may ask for sums over the processes on its way to a result.
 Summed = Generator[list[Tensor], list[Tensor], Tensor]
@@ -39,9 +40,9 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     batch = _Batch(problems, scales)
     options = problems[0].options
     weights, metric_B, metric_A = yield from batch.metric()
-    weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=weights)
+    weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=weights, solve=spd_solve)
     old = batch.momentum()
-    memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge)
+    memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge, solve=spd_solve)
     products = _Products(batch, weight, memory)
     if options.num_iters == 0:
         left = yield from products.weight_left()
@@ -52,8 +53,8 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     return Update(
-        step_B=weight.step_B / batch.root,
-        step_A=weight.step_A / batch.root,
+        step_B=weight.step_B.div_(batch.root),
+        step_A=weight.step_A.div_(batch.root),
         momentum_B=None if memory is None else memory.B,
         momentum_A=None if memory is None else memory.A,
         metric_B=metric_B,
@@ -175,6 +176,9 @@ class _Products:
         target = -batch.lr * batch.fresh * product
         if self.memory is not None:
             B_m, A_m = self.memory.base_B, self.memory.base_A
-            old = (weight.B.mT @ B_m) @ A_m if turn == "A" else B_m @ (A_m @ weight.A.mT)
-            target = target - batch.lr * batch.mu * old
+            scale = -batch.lr * batch.mu
+            if turn == "A":
+                target.baddbmm_(scale * (weight.B.mT @ B_m), A_m)
+            else:
+                target.baddbmm_(B_m, scale * (A_m @ weight.A.mT))
         return target
