@@ -2,8 +2,8 @@
 
 from psilora.lora import LoRALinear
 from psilora.lorsum import lorsum
-from psilora.optimizer import PSILoRA, create_psilora_optimizer
+from psilora.optimizer import OPLoRA, PSILoRA, create_psilora_optimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRALinear", "PSILoRA", "__version__", "create_psilora_optimizer", "lorsum"]
+__all__ = ["LoRALinear", "OPLoRA", "PSILoRA", "__version__", "create_psilora_optimizer", "lorsum"]

@@ -114,6 +114,17 @@ def _extremes(tensors: list[Tensor]) -> Tensor:
     return torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])
 
 
+def nonfinite(buckets: Sequence[Bucket]) -> list[str]:
+    """Return the names of the layers whose gradient or update is not finite; waits for the device."""
+    names = []
+    for bucket in buckets:
+        results = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in bucket.update.tensors()]).all(0)
+        for problem, finite in zip(bucket.problems, results.tolist(), strict=True):
+            if not (finite and bool(torch.isfinite(problem.dA).all()) and bool(torch.isfinite(problem.dB).all())):
+                names.append(problem.pair.name)
+    return names
+
+
 def commit(buckets: Sequence[Bucket], ok: Tensor) -> None:
     """Write every update where `ok`, a 0-d bool, holds; change nothing at all, bitwise, where it does not."""
     if ok.device.type == "cpu" and not bool(ok):

@@ -14,14 +14,15 @@ from psilora import engine
 from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
 from psilora.agreement import external_scale
 from psilora.capture import Capture
+from psilora.clipping import gradient_factor
 from psilora.consensus import Joint, consensus, refuse_unshared
 from psilora.controller import CONTROLLERS, SlopeController
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
 from psilora.groups import checked_pairs, lora_groups
-from psilora.numerics import compute_dtype, full_precision
-from psilora.options import OPTION_NAMES, Options
+from psilora.numerics import full_precision
+from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.state import init_state, state_dtype
@@ -173,6 +174,15 @@ class PSILoRA(torch.optim.Optimizer):
         refuse_unshared(self._options(), self.communicator.world_size)
         self._capture = self._attach()
 
+    @classmethod
+    def paper(cls, model: nn.Module, lr: float | Tensor, **overrides: Any) -> PSILoRA:
+        """Return a `PSILoRA` with the settings of the paper (`psilora.options.PAPER`), to compare with it.
+
+        Its metric starts at 1, so early steps are far too small where the true statistics are: good rates lie elsewhere
+        than for the defaults. With the LoRA scaling s = 1 (alpha = r) the rate is the paper's own.
+        """
+        return cls(model, lr, **{**PAPER, **overrides})
+
     # ---- construction -------------------------------------------------------------------------------------------
 
     def _options(self) -> list[tuple[LoRAPair, Options]]:
@@ -245,7 +255,8 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
-        clip = self._clip(problems)
+        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
+        clip = gradient_factor(problems, self._others.gradients, self.max_grad_norm, loss_scale, device)
         communicator, controller = self._shared, self._controller
         rate = None if controller is None else controller.begin(problems, clip, self.state)
         share = 1.0 if communicator is None else 1 / communicator.world_size
@@ -260,7 +271,10 @@ class PSILoRA(torch.optim.Optimizer):
             wrong, found = communicator.sums([(~finite).float(), overflow.float()])
             finite, overflow = wrong == 0, found > 0
         if self.nonfinite == "raise" and not bool(finite | overflow):
-            raise RuntimeError(_nonfinite_message(buckets, self._others.gradients))
+            names = engine.nonfinite(buckets)
+            if not bool(engine.all_finite(self._others.gradients, device)):
+                names.append("parameters outside the LoRA pairs")
+            raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
         ok = finite & ~overflow
         if controller is not None:
             controller.end(buckets, clip, ok, self.state)
@@ -338,26 +352,6 @@ class PSILoRA(torch.optim.Optimizer):
         found: Tensor | None = getattr(self, "found_inf", None)
         return torch.zeros((), dtype=torch.bool, device=device) if found is None else found.to(device).sum() > 0
 
-    def _clip(self, problems: Sequence[Problem]) -> Tensor | None:
-        """The factor on every gradient (0-d), or None: 1 / GradScaler's scale, times min(1, max_grad_norm / norm)."""
-        device = self._counters.values.device
-        loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        unscale = None if loss_scale is None else 1 / loss_scale.to(device).double()
-        if self.max_grad_norm is None:
-            return unscale
-        norms = [
-            torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5
-            for p in problems
-            for grad in (p.dA, p.dB)
-        ]
-        norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in self._others.gradients]
-        total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
-        if unscale is not None:
-            total = unscale * total
-        clip: Tensor = self.max_grad_norm / (total + 1e-6)
-        clip = clip.clamp(max=1.0)
-        return clip if unscale is None else unscale * clip
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""
         super().zero_grad(set_to_none)
@@ -416,18 +410,18 @@ class PSILoRA(torch.optim.Optimizer):
         return {**self._counters.read(), **self._observer.read()}
 
 
+class OPLoRA(PSILoRA):
+    """OPLoRA (arXiv 2509.19977): `PSILoRA` along the exact gradient, without a metric, with heavy-ball momentum.
+
+    Args:
+        model, lr: As for `PSILoRA`.
+        settings: Others of `PSILoRA`; they take precedence.
+    """
+
+    def __init__(self, model: nn.Module, lr: float | Tensor, **settings: Any) -> None:
+        super().__init__(model, lr, **{**OPLORA, **settings})
+
+
 def create_psilora_optimizer(model: nn.Module, lr: float, **kwargs: Any) -> PSILoRA:
     """Create a `PSILoRA` in the style of PEFT's `create_*_optimizer` functions; arguments as for `PSILoRA`."""
     return PSILoRA(model, lr, **kwargs)
-
-
-def _nonfinite_message(buckets: Sequence[engine.Bucket], others: Sequence[Tensor]) -> str:
-    names = []
-    for bucket in buckets:
-        results = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in bucket.update.tensors()]).all(0)
-        for problem, finite in zip(bucket.problems, results.tolist(), strict=True):
-            if not (finite and bool(torch.isfinite(problem.dA).all()) and bool(torch.isfinite(problem.dB).all())):
-                names.append(problem.pair.name)
-    if not all(bool(torch.isfinite(grad).all()) for grad in others):
-        names.append("parameters outside the LoRA pairs")
-    return f"non-finite gradient or update in {listed(names)}; no parameter or state was changed"

@@ -13,8 +13,9 @@ from peft import LoraConfig, get_peft_model
 from test_lorsum import literal
 from torch import Tensor, nn
 
-from psilora import LoRALinear, PSILoRA, create_psilora_optimizer
+from psilora import LoRALinear, OPLoRA, PSILoRA, create_psilora_optimizer
 from psilora.gradient import ActivationGradient
+from psilora.options import Options
 
 F64 = torch.float64
 
@@ -538,6 +539,32 @@ def test_pairs_without_gradients_are_left_alone() -> None:
     assert optimizer.state[model.used.lora_A.weight]
     optimizer.zero_grad()
     assert optimizer.step() is None
+
+
+def test_presets_are_the_settings_they_name() -> None:
+    batches = [data() for _ in range(3)]
+    start = peft_mlp().state_dict()
+    paper = {"metric": "kfac", "metric_bias_correction": False, "prox": 1e-3, "metric_power": 0.5, "damping": 1e-5}
+    for preset, settings_ in (
+        (PSILoRA.paper, paper),
+        (OPLoRA, {"prox": 1e-3}),
+        (
+            lambda model, lr: PSILoRA.paper(model, lr, num_iters=2, momentum=0.0),
+            {**paper, "num_iters": 2, "momentum": 0},
+        ),
+    ):
+        runs = []
+        for build in (
+            preset,
+            lambda model, lr, s=settings_: PSILoRA(model, lr, step="gradient", gradient="exact", **s),
+        ):
+            model = peft_mlp()
+            model.load_state_dict(start)
+            train(model, build(model, 0.1), batches)
+            runs.append(factors(model))
+        assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
+    options = [Options.from_group(p(peft_mlp(), 0.1).param_groups[0]) for p in (PSILoRA.paper, OPLoRA)]
+    assert [o.tau for o in options] == [0.9, 0.0]
 
 
 def test_lr_may_be_a_tensor() -> None:
