@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from bench import results
+from bench import compare, report, results
 from bench.measure import Row
 from bench.shapes import MODELS
 from bench.suites import Settings
@@ -28,6 +28,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return 1 when a suite failed or a check was red, or a comparison found a change."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(given)
+    if options.command == "report":
+        return _report(options)
+    if options.command == "compare":
+        return _compare(options)
     return _run(options, _command(given))
 
 
@@ -44,7 +48,39 @@ def _parser() -> argparse.ArgumentParser:
         suite.add_argument("--seconds", type=float, default=20.0, help="time for one case's rounds (%(default)s)")
         suite.add_argument("--commit", help="what the results say they measured, where there is no checkout")
         suite.add_argument("--small", action="store_true", help="tiny shapes: proves the code, times nothing")
+    page = commands.add_parser("report", help="write DIR/report.html, and the tables of a README")
+    page.add_argument("folder", type=Path, metavar="DIR")
+    page.add_argument("--readme", type=Path, help="replace what stands between its bench:begin and bench:end markers")
+    pair = commands.add_parser("compare", help="what changed beyond noise; exit code 1 if something got worse")
+    pair.add_argument("before", type=Path, metavar="A.json")
+    pair.add_argument("after", type=Path, metavar="B.json")
+    pair.add_argument("--threshold", type=float, default=0.1, help="share of the median to ignore (%(default)s)")
     return parser
+
+
+def _report(options: argparse.Namespace) -> int:
+    try:
+        print(report.write(options.folder))
+        if options.readme is not None:
+            report.embed(options.folder, options.readme)
+            print(options.readme)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        changes = compare.compare(options.before, options.after, options.threshold)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    for change in changes:
+        print(change)
+    worse = sum(change.worse for change in changes)
+    print(f"{worse} worse, {len(changes) - worse} better")
+    return int(worse > 0)
 
 
 def _command(given: Sequence[str]) -> str:

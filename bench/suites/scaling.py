@@ -40,7 +40,7 @@ def run(settings: Settings) -> list[Row]:
     """Return one row per axis, value and kind, and one with the fit per axis and kind."""
     constants = machine(settings.device)
     triton = settings.device == "cuda" and backend_unavailable("triton") is None
-    rows = []
+    rows: list[Row] = [{"case": "machine", "method": "constants of the model", **constants}]
     for axis, values in (SMALL if settings.small else AXES).items():
         found = [
             row

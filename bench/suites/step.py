@@ -103,6 +103,7 @@ def _ours(work: Workload, rate: float, kinds: Sequence[str], settings: Settings)
                 "kind": kind,
                 "backend": backend,
                 **_floor(costs.step_bytes(work, settings_of(kind)), rate),
+                "flops": 0 if "tangent" in kind else costs.step_flops(work, settings_of(kind)),
                 "planned_launches": costs.planned_launches(work, settings_of(kind)),
                 "capture_bytes": 0 if "tangent" in kind else work.activation_bytes(),
                 "state_bytes": state_bytes_after_step(mine, optimizer),
