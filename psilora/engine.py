@@ -49,8 +49,8 @@ def compute(
 
     "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `trust`), and the
     reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
-    (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do spectral steps, and those with captured
-    activations where a communicator of several processes is given: there the products are summed between the turns.
+    (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do those with captured activations where a
+    communicator of several processes is given: there the products are summed between the turns.
     """
     shared = communicator is not None and communicator.world_size > 1
     by_device: dict[torch.device, list[Problem]] = {}
@@ -58,7 +58,7 @@ def compute(
     for problem in problems:
         device = problem.pair.lora_A.device
         takes = _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None
-        takes = takes and not (shared and problem.record is not None) and problem.options.step == "gradient"
+        takes = takes and not (shared and problem.record is not None)
         (by_device.setdefault(device, []) if takes else rest).append(problem)
     buckets = []
     for group in by_device.values():

@@ -134,6 +134,11 @@ class Run:
         bucket = self.buckets[index]
         return ((bucket.info > 0) & (bucket.busy > 0)).sum()
 
+    def increments(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """√s times the increments of A, and those of B as rows, with the momentum's below."""
+        steps_A, steps_B = self.buckets[index].workspace.steps
+        return steps_A, steps_B
+
     def commit(self, index: int, ok: Tensor) -> None:
         """Launch the commit of a bucket."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():

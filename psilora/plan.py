@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 
@@ -29,6 +30,10 @@ LASTING = WEIGHTED | CROSS | OWN | START | OWN_START
 
 # Where a turn's product with the gradient comes from, as in triton_kernels/solve.py.
 NONE, KNOWN, PRODUCT, TANGENT = range(4)
+
+
+Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...]
+Parts: TypeAlias = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -197,8 +202,8 @@ class BucketPlan:
     layers: tuple[Layer, ...]
     padded: int
     course: Course
-    tiles: tuple[tuple[int, int, int, int], ...]
-    parts: tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int], ...]]
+    tiles: Tiles
+    parts: tuple[Parts, Parts]
 
     @property
     def structure(self) -> Structure:
@@ -279,20 +284,23 @@ def _bucket(members: Sequence[int], layers: Sequence[Layer]) -> BucketPlan:
     padded = layers[0].padded
     if padded is None:
         raise ValueError(f"rank {layers[0].rank} is above {PADDED_RANKS[-1]}, the largest that the kernels take")
+    tiles, parts = tile_map([[layer.d_in for layer in layers], [layer.d_out for layer in layers]], padded)
+    return BucketPlan(tuple(members), tuple(layers), padded, course(layers[0].structure, padded), tiles, parts)
+
+
+def tile_map(sizes: Sequence[Sequence[int]], padded: int) -> tuple[Tiles, tuple[Parts, Parts]]:
+    """Cut the columns of layers with d_in = sizes[0] and d_out = sizes[1] into tiles; see `BucketPlan`."""
     tiles: list[tuple[int, int, int, int]] = []
-    parts: list[tuple[tuple[int, int], ...]] = []
+    parts: list[Parts] = []
     for side in (0, 1):
-        sizes = [layer.d_out if side else layer.d_in for layer in layers]
-        span = _span(sum(sizes), BLOCK_COLUMNS[padded])
+        span = _span(sum(sizes[side]), BLOCK_COLUMNS[padded])
         ranges = []
-        for i, size in enumerate(sizes):
+        for i, size in enumerate(sizes[side]):
             cut = list(_cut(size, span))
             ranges.append((len(tiles), len(cut)))
             tiles += [(side, i, start, end) for start, end in cut]
         parts.append(tuple(ranges))
-    return BucketPlan(
-        tuple(members), tuple(layers), padded, course(layers[0].structure, padded), tuple(tiles), (parts[0], parts[1])
-    )
+    return tuple(tiles), (parts[0], parts[1])
 
 
 def _span(total: int, block: int) -> int:

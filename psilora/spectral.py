@@ -120,22 +120,32 @@ class Span:
         )
 
 
+def width_factor(d_out: int, d_in: int) -> float:
+    """Return c = √(max(d_out, d_in) / min(d_out, d_in))."""
+    return float((max(d_out, d_in) / min(d_out, d_in)) ** 0.5)
+
+
+def factor_ridge(problem: Problem) -> float:
+    """Return the relative ridge of the factors' Grams: ρ, unless the gradient's rounding asks for more.
+
+    A 16-bit gradient is known to u = ε/2 of its size, and a root amplifies by up to 1/√λ: no noise may outgrow it.
+    """
+    low = [dtype for dtype in (problem.dA.dtype, problem.dB.dtype) if dtype.itemsize < 4]
+    return max(LEAST_RIDGE, problem.options.rho, *((torch.finfo(dtype).eps / 2) ** 2 for dtype in low))
+
+
 def _numbers(batch: Batch) -> Numbers:
-    """The settings of a batch; the rate includes c = √(max(d_out, d_in) / min(d_out, d_in))."""
+    """The settings of a batch; the rate includes c."""
     problems, options = batch.problems, batch.options
-    d_out, rank = batch.B.shape[1:]
-    d_in = batch.A.shape[2]
-    # A 16-bit gradient is known to u = ε/2 of its size, and a root amplifies by up to 1/√λ: no noise may outgrow it.
-    low = [dtype for dtype in (problems[0].dA.dtype, problems[0].dB.dtype) if dtype.itemsize < 4]
-    noise = max([LEAST_RIDGE, *((torch.finfo(dtype).eps / 2) ** 2 for dtype in low)])
+    d_out, d_in = batch.B.shape[1], batch.A.shape[2]
     return Numbers(
-        rank=rank,
+        rank=batch.B.shape[2],
         mu=batch.column([p.options.momentum for p in problems]).double(),
         fresh=batch.column([1 - p.options.tau for p in problems]).double(),
         nesterov=options.nesterov and options.momentum > 0,
-        rate=batch.lr.double() * (max(d_out, d_in) / min(d_out, d_in)) ** 0.5,
+        rate=batch.lr.double() * width_factor(d_out, d_in),
         decay=None if batch.decay is None else batch.decay.double(),
-        ridge=batch.column([max(noise, p.options.rho) for p in problems]).double(),
+        ridge=batch.column([factor_ridge(p) for p in problems]).double(),
         num_iters=options.num_iters,
         first=options.first,
         dtype=batch.dtype,

@@ -22,6 +22,7 @@ from psilora.problem import Problem, Scales
 
 if TYPE_CHECKING:
     from psilora.execution import Run, Workspace
+    from psilora.spectral_backend import SpectralRun
 
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16
@@ -70,6 +71,9 @@ def _interpreted() -> bool:
 
 
 def _momentum_rank(problem: Problem) -> int:
+    """The rank of a gradient step's momentum; a spectral step's follows from the pair's."""
+    if problem.options.step == "spectral":
+        return 0
     return problem.state_A["momentum"].shape[0] if problem.options.momentum > 0 else 0
 
 
@@ -111,7 +115,7 @@ class Execution:
         problems: The bucket's problems, in order.
     """
 
-    def __init__(self, run: Run, index: int, problems: list[Problem]) -> None:
+    def __init__(self, run: Run | SpectralRun, index: int, problems: list[Problem]) -> None:
         self.problems = problems
         self._run, self._index = run, index
 
@@ -121,7 +125,7 @@ class Execution:
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
-        steps_A, steps_B = self._run.buckets[self._index].workspace.steps
+        steps_A, steps_B = self._run.increments(self._index)
         found = []
         for problem, step_A, step_B in zip(self.problems, steps_A, steps_B, strict=True):
             rank, root = problem.pair.rank, problem.pair.scaling**0.5
@@ -153,10 +157,39 @@ class Backend:
     def __init__(self) -> None:
         self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
         self._workspaces: dict[object, list[Workspace]] = {}
-        self._captured: list[Run] = []  # a CUDA graph replays with their memory
+        self._spectral: dict[object, tuple[object, SpectralRun]] = {}
+        self._captured: list[Run | SpectralRun] = []  # a CUDA graph replays with their memory
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
         """See the function `compute`."""
+        gradient = [p for p in problems if p.options.step == "gradient"]
+        spectral = [p for p in problems if p.options.step == "spectral"]
+        executions = self._gradient_steps(gradient, scales) if gradient else []
+        return executions + self._spectral_steps(spectral, scales)
+
+    def _spectral_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+        groups: dict[object, list[Problem]] = {}
+        for problem in problems:
+            groups.setdefault(_spectral_key(problem), []).append(problem)
+        executions = []
+        for key, members in groups.items():
+            shapes = tuple((p.pair.d_out, p.pair.d_in) for p in members)
+            kept, run = self._spectral.get(key, (None, None))
+            if run is None or kept != shapes:  # one run per key: its workspaces are as large as the state
+                from psilora.spectral_backend import SpectralRun
+
+                run = SpectralRun(members)
+                self._spectral[key] = (shapes, run)
+            self._start(run, members, scales)
+            executions.append(Execution(run, 0, members))
+        return executions
+
+    def _start(self, run: Run | SpectralRun, problems: Sequence[Problem], scales: Scales) -> None:
+        if run.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._captured.append(run)
+        run.start(problems, scales)
+
+    def _gradient_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
         from psilora.execution import Run, Workspace
 
         layers = [layer_of(p) for p in problems]
@@ -171,10 +204,14 @@ class Backend:
             while len(self._runs) > KEPT_RUNS:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)
-        if layers[0].device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._captured.append(run)
-        run.start(problems, scales)
+        self._start(run, problems, scales)
         return [Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)]
+
+
+def _spectral_key(problem: Problem) -> tuple[object, ...]:
+    """What spectral steps that share their launches have in common."""
+    pair = problem.pair
+    return (pair.rank, pair.lora_A.dtype, pair.lora_B.dtype, problem.options.structure)
 
 
 def _captured(problem: Problem) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from psilora import triton_backend
 from psilora.problem import Problem, Scales
 from psilora.reference import reference_update
+from psilora.spectral import spectral_updates
 
 #: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ over all layers of a step, for A and for B. Two fp32 computations of an ill-conditioned
 #: increment may differ by 1e-3; a wrong index or a lost term is off by far more.
@@ -55,7 +56,9 @@ def disagreement(executions: Sequence[triton_backend.Execution], scales: Scales)
         for problem, steps in zip(execution.problems, execution.increments(), strict=True):
             groups.setdefault(problem.key, []).append((problem, steps))
     for group in groups.values():
-        update = reference_update([problem for problem, _ in group], scales)
+        problems = [problem for problem, _ in group]
+        spectral = problems[0].options.step == "spectral"
+        update = spectral_updates([problems], scales)[0] if spectral else reference_update(problems, scales)
         for i, (_, (step_B, step_A)) in enumerate(group):
             for side, (got, want) in enumerate(((step_A, update.step_A[i]), (step_B, update.step_B[i]))):
                 sums[side, 0] += float((got.double() - want.double()).square().sum())

@@ -23,6 +23,8 @@ KINDS: list[dict[str, Any]] = [
     {"metric": "kfac"},
     {"metric": "shampoo", "momentum": 0.0},
     {"gradient": "tangent"},
+    {"step": "spectral"},
+    {"step": "spectral", "metric": "lora"},
 ]
 
 
@@ -148,8 +150,8 @@ def test_a_graph_of_a_whole_training_step_replays_as_eager_steps(kind: dict[str,
     batches = [torch.randn(96, model[0].base.in_features, device="cuda") for _ in range(6)]
     rates = [0.0, 0.05, 0.1, 0.1, 0.03, 0.01]
     lr, other_lr = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
-    optimizer = PSILoRA(model, lr, backend="triton", step="gradient", **kind)
-    other = PSILoRA(twin, other_lr, backend="triton", step="gradient", **kind)
+    optimizer = PSILoRA(model, lr, backend="triton", **kind)
+    other = PSILoRA(twin, other_lr, backend="triton", **kind)
     x = torch.empty_like(batches[0])
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())

@@ -54,7 +54,7 @@ def rounded(value, DTYPE: tl.constexpr):
 def _commit_side(
     addresses_ptr, scalars_ptr, dims_ptr, problem, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """F ← F + F_s/√s where F_s ≠ 0, F_m and D ← their workspaces, step ← step + 1, for the columns of a tile."""
     r = tl.load(dims_ptr + problem * DIMS + RANK)
@@ -75,9 +75,11 @@ def _commit_side(
         new = rounded(old.to(tl.float32) + tl.div_rn(step, root), PARAM_TYPE)
         tl.store(at, new, mask=inside & (step != 0.0))
         if HAS_MOMENTUM:
-            inside = (n < end) & (k < rm)
-            new = tl.load(rows + (k + r) * d + n, mask=inside, other=0.0)
-            tl.store(own + element(k, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
+            for block in tl.static_range(OWN):
+                j = k + block * RP
+                inside = (n < end) & (j < rm)
+                new = tl.load(rows + (j + r) * d + n, mask=inside, other=0.0)
+                tl.store(own + element(j, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
         if HAS_METRIC:
             column = first + tl.arange(0, BN)
             new = tl.load(
@@ -95,12 +97,12 @@ def _commit_side(
 def _commit_tile(
     addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out_ptr, problem, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     if ok:
         _commit_side(
             addresses_ptr, scalars_ptr, dims_ptr, problem, start, end,
-            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, HAS_METRIC,
+            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, HAS_METRIC, OWN,
         )  # fmt: skip
         tl.debug_barrier()  # the Grams read what other threads have written
     if EMIT:
@@ -116,7 +118,7 @@ def _commit_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, ok_ptr, out_ptr,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
-    EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
+    OWN: tl.constexpr, EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
 ):  # fmt: skip
     """Commit one tile of columns of one factor and its state where ok (uint8) holds, bitwise nothing elsewhere."""
     tile = tl.program_id(0).to(tl.int64)
@@ -128,24 +130,27 @@ def _commit_kernel(
     if tl.load(tiles_ptr + tile * TILE) == 0:
         _commit_tile(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out, problem, start, end, 0, RP, BN, KS,
-            A_TYPE, HAS_MOMENTUM, HAS_METRIC, EMIT_A, MASK_A,
+            A_TYPE, HAS_MOMENTUM, HAS_METRIC, OWN, EMIT_A, MASK_A,
         )  # fmt: skip
     else:
         _commit_tile(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out, problem, start, end, 1, RP, BN, KS,
-            B_TYPE, HAS_MOMENTUM, HAS_METRIC, EMIT_B, MASK_B,
+            B_TYPE, HAS_MOMENTUM, HAS_METRIC, OWN, EMIT_B, MASK_B,
         )  # fmt: skip
 
 
 def commit(
     addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, ok: Tensor, out: Tensor,
-    **constexprs: Any,
+    *, OWN: int = 1, **constexprs: Any,
 ) -> None:  # fmt: skip
-    """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`."""
+    """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`.
+
+    A momentum has up to OWN times as many rows as the padded rank.
+    """
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _commit_kernel[(tiles.shape[0],)](
         addresses, scalars, dims, tiles, scale, ok, out,
-        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], **constexprs, num_warps=warps, num_stages=1,
+        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, **constexprs, num_warps=warps, num_stages=1,
         maxnreg=STREAM_REGISTERS,
     )  # fmt: skip
 
@@ -155,9 +160,11 @@ def _variants() -> list[Variant]:
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {
             "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
-            "HAS_METRIC": True, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
+            "HAS_METRIC": True, "OWN": 1, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
+        spectral = {**constexprs, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0}
+        found.append(variant("commit_spectral", _commit_kernel, padded, warps, spectral, STREAM_REGISTERS))
     return found
 
 

@@ -15,10 +15,11 @@ GRAD = tl.constexpr(2)
 MOMENTUM = tl.constexpr(4)  # A_m (r_m, d_in) and B_m (d_out, r_m), fp32
 METRIC = tl.constexpr(6)  # the running average D, fp32
 SQUARES = tl.constexpr(8)  # the sums behind the new statistics, fp32
+FACTOR = tl.constexpr(8)  # of a spectral step, which has no squares: A and B as fp32, or fp32 copies of them
 ROWS = tl.constexpr(10)  # workspace: new rows [F; F_m] (r + r_m, d), fp32
 STEPS = tl.constexpr(12)  # workspace: their increments, fp32
 AVERAGE = tl.constexpr(14)  # workspace: the new D (d,), fp32
-WEIGHT = tl.constexpr(16)  # workspace: M = (D + δ)^γ (d,), fp32
+WEIGHT = tl.constexpr(16)  # workspace: M = (D + δ)^γ (d,), fp32; of a spectral step v and 1/v (2, d), fp64
 COUNT = tl.constexpr(18)  # the state's "step", fp32
 LR = tl.constexpr(20)  # η, fp32: the layer's scalar RATE, or the caller's own device tensor
 ADDRESSES = tl.constexpr(22)

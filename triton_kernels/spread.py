@@ -1,0 +1,168 @@
+"""What a spectral step makes of the columns [F, M, D] of a side: the increment of F and the new momentum.
+
+With coefficients C over the whitened blocks (see `span`), v the squared weights of the columns and u = 1/v,
+
+    ΔF = C_F F + (C_M M + C_D D) diag(u),     M⁺ = C_F F diag(v) + C_M M + C_D D,
+
+in fp32, into workspaces: the commit launch writes parameters and state. Scalar factors are in C already.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from psilora.triton_kernels._compat import tl, triton
+from psilora.triton_kernels.layout import (
+    ADDRESSES,
+    DIMS,
+    FACTOR,
+    GRAD,
+    MOMENTUM,
+    RANK,
+    ROWS,
+    SIZE,
+    STEPS,
+    TILE,
+    UNALIGNED,
+    WEIGHT,
+    address,
+    element,
+)
+from psilora.triton_kernels.variants import Variant
+
+#: Columns of a block and warps, by padded rank.
+BLOCKS = {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 4)}
+REGISTERS = 208
+
+
+@triton.jit
+def _product(
+    c_ptr, n, z_ptr, z_leading, row, columns, rank, end,
+    T: tl.constexpr, RP: tl.constexpr, KS: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """Return C·Z for the rows `row` of C (·, rank) with leading dimension n, and columns of Z (rank, d)."""
+    total = tl.zeros((CHUNK, BN), tl.float32)
+    for first in range(0, RP, KS):
+        k = first + tl.arange(0, KS)
+        c = tl.load(c_ptr + row[:, None] * n + k[None, :], mask=(row[:, None] < rank) & (k[None, :] < rank), other=0.0)
+        at = element(k[:, None], columns[None, :], z_leading, T)
+        z = tl.load(z_ptr + at, mask=(k[:, None] < rank) & (columns[None, :] < end), other=0.0)
+        total = tl.dot(c, z, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _spread_side(
+    addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+):  # fmt: skip
+    r = tl.load(dims_ptr + problem * DIMS + RANK)
+    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    f = address(addresses_ptr, problem, FACTOR + SIDE, tl.float32, ADDRESSES)
+    g = address(addresses_ptr, problem, GRAD + SIDE, tl.float32, ADDRESSES)
+    m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    weight = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
+    steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
+    rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
+    ld = d if SIDE == 0 else r
+    own = d if SIDE == 0 else 2 * r
+    half = r * d if SIDE == 0 else r
+    T: tl.constexpr = SIDE == 1
+    OUTPUTS: tl.constexpr = 3 if HAS_MOMENTUM else 1
+    CHUNK: tl.constexpr = min(RP, 32)
+    n = 4 * r if HAS_MOMENTUM else 2 * r
+    c = c_ptr + (SIDE * layers + problem) * (OUTPUTS * r * n)
+    for first in range(start, end, BN):
+        columns = first + tl.arange(0, BN)
+        for output in range(OUTPUTS):
+            for top in range(0, RP, CHUNK):
+                row = top + tl.arange(0, CHUNK)
+                at = c + output * r * n
+                plain = _product(at, n, f, ld, row, columns, r, end, T, RP, KS, CHUNK, BN)
+                rest = _product(at + n - r, n, g, ld, row, columns, r, end, T, RP, KS, CHUNK, BN)
+                if HAS_MOMENTUM:
+                    # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103
+                    own_1 = _product(at + r, n, m, own, row, columns, r, end, T, RP, KS, CHUNK, BN)
+                    own_2 = _product(at + 2 * r, n, m + half, own, row, columns, r, end, T, RP, KS, CHUNK, BN)
+                    rest = tl.fma(own_1, 1.0, tl.fma(own_2, 1.0, rest))
+                if HAS_METRIC:
+                    v = tl.load(weight + columns, mask=columns < end, other=0.0).to(tl.float32)
+                    u = tl.load(weight + d + columns, mask=columns < end, other=0.0).to(tl.float32)
+                    plain = plain * tl.where(output == 0, 1.0, v)[None, :]
+                    rest = rest * tl.where(output == 0, u, 1.0)[None, :]
+                inside = (row[:, None] < r) & (columns[None, :] < end)
+                # rows holds [F; M₁; M₂]; the increment of F goes to steps instead of its first r rows
+                out = tl.where(output == 0, steps, rows + output * r * d)
+                tl.store(out + row[:, None] * d + columns[None, :], tl.fma(plain, 1.0, rest), mask=inside)
+
+
+@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+def _spread_kernel(
+    addresses_ptr, dims_ptr, tiles_ptr, c_ptr, layers,
+    RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+):  # fmt: skip
+    """ΔF into STEPS and M⁺ into ROWS from row r on, for one tile of columns of one side."""
+    tile = tl.program_id(0).to(tl.int64)
+    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
+    start = tl.load(tiles_ptr + tile * TILE + 2)
+    end = tl.load(tiles_ptr + tile * TILE + 3)
+    if tl.load(tiles_ptr + tile * TILE) == 0:
+        _spread_side(
+            addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 0, RP, BN, KS, HAS_MOMENTUM, HAS_METRIC
+        )
+    else:
+        _spread_side(
+            addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 1, RP, BN, KS, HAS_MOMENTUM, HAS_METRIC
+        )
+
+
+def spread(
+    addresses: Tensor, dims: Tensor, tiles: Tensor, coefficients: Tensor, *, momentum: bool, metric: bool
+) -> None:
+    """Launch `_spread_kernel`.
+
+    Args:
+        addresses: Of the step, as for `span`; the workspaces STEPS (r, d) and ROWS (3r, d) are written.
+        dims: As for `span`.
+        tiles: As for `span`.
+        coefficients: C (2, L, 3r, 4r) fp32 of sides A and B, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D; without a
+            momentum (2, L, r, 2r).
+        momentum: Whether there is one.
+        metric: Whether to read the weights that `span` has left.
+    """
+    padded = max(16, 1 << (coefficients.shape[2] // (3 if momentum else 1) - 1).bit_length())
+    BN, warps = BLOCKS[padded]
+    _spread_kernel[(tiles.shape[0],)](
+        addresses, dims, tiles, coefficients, coefficients.shape[1],
+        RP=padded, BN=BN, KS=16, HAS_MOMENTUM=momentum, HAS_METRIC=metric, num_warps=warps, num_stages=1,
+        maxnreg=REGISTERS,
+    )  # fmt: skip
+
+
+def _variants() -> list[Variant]:
+    found = []
+    signature: dict[str, Any] = {
+        "addresses_ptr": "*i64", "dims_ptr": "*i32", "tiles_ptr": "*i32", "c_ptr": "*fp32", "layers": "i32",
+    }  # fmt: skip
+    for padded, (BN, warps) in BLOCKS.items():
+        found.append(
+            Variant(
+                name=f"spread_r{padded}",
+                kernel=_spread_kernel,
+                signature=signature,
+                constexprs={"RP": padded, "BN": BN, "KS": 16, "HAS_MOMENTUM": True, "HAS_METRIC": True},
+                aligned=("dims_ptr", "tiles_ptr", "c_ptr"),
+                num_warps=warps,
+                num_stages=1,
+                max_registers=REGISTERS,
+                maxnreg=REGISTERS,
+            )
+        )
+    return found
+
+
+VARIANTS = _variants()
