@@ -79,7 +79,14 @@ def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem]
     """The problems with a controller's factor inside their own lr, which the kernels read from the device."""
     if scales.rate is None:
         return list(problems), scales
-    rated = [replace(p, options=replace(p.options, lr=p.options.lr * scales.rate)) for p in problems]
+    products: dict[object, Tensor] = {}  # layers of one lr share one tensor: a launch for each would add up
+    rated = []
+    for p in problems:
+        lr = p.options.lr
+        name = id(lr) if isinstance(lr, Tensor) else lr
+        if name not in products:
+            products[name] = lr * scales.rate
+        rated.append(replace(p, options=replace(p.options, lr=products[name])))
     return rated, replace(scales, rate=None)
 
 

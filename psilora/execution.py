@@ -218,7 +218,7 @@ class BucketRun:
         g = layout
         width = int(g.SCALARS.value)
         values = np.zeros((self.count, width), dtype=np.float32)
-        tensors: list[Tensor | None] = []
+        rates = device_rates([p.options.lr for p in problems], self.workspace.device)
         for row, p in zip(values, problems, strict=True):
             o, s = p.options, p.pair.scaling
             sign = -1.0 if o.maximize else 1.0
@@ -227,15 +227,14 @@ class BucketRun:
             row[g.BETA.value], row[g.DAMPING.value], row[g.POWER.value] = o.metric_beta, o.delta, o.gamma
             row[g.LOG_BETA.value] = math.log(o.metric_beta) if o.metric_beta > 0 else -1e30
             row[g.STATISTIC.value : g.STATISTIC.value + 2] = self._statistic_factors(p)
-            tensors.append(_device_rate(o.lr, self.workspace.device))
             row[g.RATE.value] = 0.0 if isinstance(o.lr, Tensor) else o.lr
         staged = self.table.staged(self.scalars.offset, self.scalars.rows, self.scalars.columns)
         staged[:] = values.view(np.int64)
-        self.kept.append(tensors)
+        self.kept.append(rates)
         base = self.scalars.device.data_ptr() + 4 * g.RATE.value
         addresses = self.table.staged(self.addresses.offset, self.addresses.rows, self.addresses.columns)
-        for i, tensor in enumerate(tensors):
-            addresses[i, g.LR.value] = base + 4 * width * i if tensor is None else tensor.data_ptr()
+        for i, rate in enumerate(rates):
+            addresses[i, g.LR.value] = base + 4 * width * i if rate is None else rate.data_ptr()
 
     def _statistic_factors(self, p: Problem) -> tuple[float, float]:
         """What the sums of squares of (A's, B's) side are multiplied with, apart from clip and external scale."""
@@ -342,9 +341,16 @@ class BucketRun:
             work.fresh = signature(self.problems)
 
 
-def _device_rate(lr: float | Tensor, device: torch.device) -> Tensor | None:
-    """Return a learning rate held in a tensor as fp32 on the device; a kernel reads it there."""
-    return lr.detach().to(device, torch.float32) if isinstance(lr, Tensor) else None
+def device_rates(rates: Sequence[float | Tensor], device: torch.device) -> list[Tensor | None]:
+    """Return learning rates held in tensors as fp32 on the device, where kernels read them; None for numbers.
+
+    A tensor that many layers share is converted once.
+    """
+    found: dict[int, Tensor] = {}
+    for rate in rates:
+        if isinstance(rate, Tensor) and id(rate) not in found:
+            found[id(rate)] = rate.detach().to(device, torch.float32).reshape(())
+    return [found.get(id(rate)) for rate in rates]
 
 
 def _squares(problem: Problem, scales: Scales) -> tuple[Tensor, Tensor]:

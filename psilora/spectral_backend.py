@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from psilora.execution import device_rates
 from psilora.plan import tile_map
 from psilora.problem import Problem, Scales
 from psilora.spectral import factor_ridge, width_factor
@@ -149,10 +150,10 @@ class SpectralRun:
         options = self.problems[0].options
         columns = numbers[:, :, None, None].unbind(1)
         lr = columns[RATE]
-        if any(isinstance(p.options.lr, Tensor) for p in self.problems):
-            held = [p.options.lr for p in self.problems]
-            rates = [t if isinstance(t, Tensor) else lr[i] for i, t in enumerate(held)]
-            lr = torch.stack([t.detach().to(self.device, torch.float64).reshape(()) for t in rates])[:, None, None]
+        rates = device_rates([p.options.lr for p in self.problems], self.device)
+        if any(rate is not None for rate in rates):
+            held = [lr[i].float().reshape(()) if rate is None else rate for i, rate in enumerate(rates)]
+            lr = torch.stack(held).double()[:, None, None]
         return Numbers(
             rank=self.rank,
             mu=columns[MU],

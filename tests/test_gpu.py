@@ -24,7 +24,7 @@ KINDS: list[dict[str, Any]] = [
     {"metric": "shampoo", "momentum": 0.0},
     {"gradient": "tangent"},
     {"step": "spectral"},
-    {"step": "spectral", "metric": "lora"},
+    {"step": "spectral", "metric": "lora", "controller": "slope"},
 ]
 
 

@@ -111,7 +111,7 @@ def values(model: nn.Module) -> list[Tensor]:
     return list(factors(model).values())
 
 
-@pytest.mark.parametrize("kind", [{}, {"metric": "lora"}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"metric": "lora", "controller": "slope"}], ids=str)
 def test_training_from_zero_agrees_with_the_reference_and_repeats_bitwise(kind: dict[str, Any]) -> None:
     """From B = 0, where half of the step is missing, over several steps."""
     model, batches = model_and_batches()
