@@ -6,7 +6,7 @@ with what it was when the step was taken, p₀ < 0::
 
     z₀ ← .7·z₀ + .3·|p₀|,  z₁ ← .7·z₁ + .3·p₁,  ρ = z₁/z₀          (−1: as steep as before; > 0: past the valley)
     the first time that ρ > θ: hit = t, s ← s/2
-    u = clip((θ − ρ)/θ, −1, 1),  s ← min(20, s·exp(κ·u)),  κ = .3 if u < 0, else .25 before the hit, 1/(10+t−hit) after
+    u = clip((θ − ρ)/θ, −1, 1),  s ← min(20, s·exp(κ·u)),  κ = .25 before the hit, 2/(10+t−hit) after
 
 and s·η takes the place of η. So s starts low, grows until the first overshoot, and then follows ρ = θ ever more slowly.
 Everything is on the device, in float64, and decided there; processes that average `.grad` keep equal numbers.
@@ -151,7 +151,7 @@ def advanced(numbers: Tensor, p1: Tensor) -> Tensor:
     hit = torch.where(first, t, hit)
     s = torch.where(first, s / 2, s)
     u = ((THETA - rho) / THETA).clamp(-1, 1)
-    growing = torch.where(hit < 0, 0.25, 1 / (10 + t - hit))
-    kappa = torch.where(u < 0, 0.3, growing)
+    # The same gain up and down: with a larger one down, a slope that is mostly the noise of small batches would sink s.
+    kappa = torch.where(hit < 0, 0.25, 2 / (10 + t - hit))
     s = (s * torch.exp(kappa * u)).clamp(max=LARGEST)
     return torch.where(live, torch.stack([s, z0, z1, p0, t, hit]), numbers)

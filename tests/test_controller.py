@@ -35,7 +35,7 @@ class Scalar:
             self.hit = self.t
             self.s /= 2
         u = min(1.0, max(-1.0, (theta - rho) / theta))
-        kappa = 0.3 if u < 0 else 0.25 if self.hit is None else 1 / (10 + self.t - self.hit)
+        kappa = 0.25 if self.hit is None else 2 / (10 + self.t - self.hit)
         self.s = min(20.0, self.s * math.exp(kappa * u))
         return self.s
 
@@ -69,6 +69,16 @@ def test_the_rule_over_a_sequence_with_growth_a_hit_and_the_cap() -> None:
         numbers = advanced(numbers, torch.tensor(-1.0, dtype=F64))
         rule.p0 = numbers[3] = -1.0
     assert numbers.tolist() == pytest.approx(rule.as_list(), rel=1e-12) and rule.s == 20.0 and rule.hit is None
+
+
+def test_a_slope_that_is_mostly_noise_does_not_sink_the_factor() -> None:
+    """The loss still falls along the steps (mean ρ = −.3), yet a larger gain down than up sinks the factor."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = start()
+    for noise in torch.randn(500, generator=generator, dtype=F64):
+        numbers = advanced(numbers, -0.3 + 2 * noise)
+        numbers[3] = -1.0
+    assert float(numbers[0]) > 0.03
 
 
 @pytest.mark.parametrize(("p0", "p1"), [(0.0, -1.0), (-1.0, 0.0), (-1.0, math.inf), (-1.0, math.nan)])
