@@ -3,7 +3,8 @@
 from psilora.lora import LoRALinear
 from psilora.lorsum import lorsum
 from psilora.optimizer import OPLoRA, PSILoRA, create_psilora_optimizer
+from psilora.rayleigh_ritz import ritz
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRALinear", "OPLoRA", "PSILoRA", "__version__", "create_psilora_optimizer", "lorsum"]
+__all__ = ["LoRALinear", "OPLoRA", "PSILoRA", "__version__", "create_psilora_optimizer", "lorsum", "ritz"]

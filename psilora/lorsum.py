@@ -54,7 +54,7 @@ def lorsum(
         ValueError: A shape does not chain, a value is out of range, or a metric is not positive definite.
         TypeError: A tensor is not of a real floating dtype.
     """
-    _check(terms, coefficients, num_iters, prox, metric, first)
+    check_terms(terms, coefficients, num_iters, prox, metric, first)
     base_B, base_A = terms[0]
     dtype = compute_dtype(base_A.dtype)
     batch = torch.broadcast_shapes(*(factor.shape[:-2] for term in terms for factor in term))
@@ -207,7 +207,7 @@ def _batched(value: Scalar, like: Tensor) -> Tensor:
     return tensor[..., None, None]
 
 
-def _check(
+def check_terms(
     terms: Sequence[Pair],
     coefficients: Sequence[Scalar],
     num_iters: int,
