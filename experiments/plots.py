@@ -61,7 +61,7 @@ def legend(fig: Any, axes: Sequence[Any]) -> None:
 
 
 def rates(found: Mapping[Setting, Sequence[Summary]], path: Path) -> None:
-    """Validation loss against the learning rate relative to the chosen one; losses above 1.5 times the best are cut."""
+    """Validation loss against the rate relative to the chosen one; losses far above the best are cut."""
     fig, axes = figure(len(found))
     for axis, (setting, methods) in zip(axes, found.items(), strict=True):
         best = min((s.losses[s.lr] for s in methods if s.lr is not None), default=1.0)
@@ -71,10 +71,19 @@ def rates(found: Mapping[Setting, Sequence[Summary]], path: Path) -> None:
                 losses = [loss for loss in s.losses.values() if math.isfinite(loss)]
                 axis.plot(lrs, losses, label=METHODS[s.method].title, **style(s.method))
         axis.set_xscale("log", base=2)
-        axis.set_ylim(best - 0.02 * abs(best), best * 1.5)
+        logarithmic(axis, best)
         axis.set(title=name(setting), xlabel="rate / chosen rate", ylabel="validation loss")
     legend(fig, axes)
     save(fig, path)
+
+
+def logarithmic(axis: Any, best: float) -> None:
+    """A logarithmic axis from just below the best: language models differ by percents, small classifiers by far."""
+    axis.set_yscale("log")
+    axis.set_ylim(0.97 * best, (1.4 if best > 1 else 12) * best)
+    if best > 1:
+        axis.yaxis.set_major_formatter("{x:.2f}")
+        axis.yaxis.set_minor_formatter("{x:.2f}")
 
 
 def curves(found: Mapping[Setting, Sequence[Summary]], path: Path) -> None:
@@ -93,7 +102,7 @@ def curves(found: Mapping[Setting, Sequence[Summary]], path: Path) -> None:
                 lowest = min(lowest, *means)
                 axis.plot(steps, means, label=METHODS[s.method].title, **style(s.method))
         if math.isfinite(lowest):
-            axis.set_ylim(lowest - 0.02 * abs(lowest), 2 * lowest)
+            logarithmic(axis, lowest)
         axis.set(title=name(setting), xlabel="step", ylabel="validation loss")
     legend(fig, axes)
     save(fig, path)
