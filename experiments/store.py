@@ -35,10 +35,10 @@ def rounded(value: Any) -> Any:
 
 
 def contents(folder: Path) -> Iterable[dict[str, Any]]:
-    """Everything stored below `folder`, in path order: run files, and lists made by `merge`."""
+    """Everything stored below `folder`, in path order: run files, and the runs of files made by `merge`."""
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        yield from content if isinstance(content, list) else [content]
+        yield from content["runs"] if "runs" in content else [content]
 
 
 def load(folder: Path) -> list[Record]:
@@ -55,8 +55,20 @@ def load(folder: Path) -> list[Record]:
 
 
 def merge(folder: Path, target: Path) -> int:
-    """Write all runs below `folder` as one list, a run per line; return how many."""
-    lines = [json.dumps(content, ensure_ascii=False) for content in contents(folder)]
+    """Write all runs below `folder` into one file, a run per line; return how many.
+
+    The commands and versions, which repeat, are listed once; a run holds their indices.
+    """
+    shared: dict[str, list[Any]] = {"command": [], "versions": []}
+    lines = []
+    for content in contents(folder):
+        for name, seen in shared.items():
+            if name in content:
+                if content[name] not in seen:
+                    seen.append(content[name])
+                content[name] = seen.index(content[name])
+        lines.append(json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+    head = json.dumps({"commands": shared["command"], "versions": shared["versions"]}, ensure_ascii=False)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
+    target.write_text(f'{head[:-1]}, "runs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     return len(lines)
