@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psilora.capture import Record
 from psilora.distributed import Communicator
 from psilora.problem import Problem
 
@@ -55,7 +54,7 @@ def external_scale(
     if judged:
         _refuse(residuals, ".grad was changed since backward by more than a common factor")
     if new:
-        expected = [_expected_dB(p, record) / world for p, record in new]
+        expected = [record.held.dB(p.pair) / world for p, record in new]
         if communicator is not None:
             expected = communicator.sums(expected)
         found = [(p, _residual(p.dB, dB, typical)) for (p, _), dB in zip(new, expected, strict=True)]
@@ -135,15 +134,6 @@ def _refuse(residuals: Sequence[Residual], what: str) -> None:
             f"{what} for {len(wrong)} layer(s), worst {name} with relative residual {residual:.2g}; use "
             "gradient='tangent' for it, or check what changes its gradient"
         )
-
-
-def _expected_dB(problem: Problem, record: Record) -> Tensor:
-    """Return S_Bᵀ(XAᵀ), one read of X and S."""
-    A = problem.pair.A.to(problem.dtype)
-    D = A.new_zeros(problem.dB.shape)
-    for x, s in record.chunks:
-        D += s.to(A.dtype).mT @ (x.to(A.dtype) @ A.mT)
-    return D
 
 
 def _tolerance(problem: Problem) -> float:

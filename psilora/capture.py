@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psilora import compiled
 from psilora.adapters import LoRAPair
+from psilora.holdings import KINDS, Holding, Rows
 from psilora.numerics import compute_dtype
 
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
@@ -31,18 +32,20 @@ class Record:
     """What was captured for one pair since its last step.
 
     Attributes:
-        chunks: (X, S_B) of each call, as matrices (N_j, d_in) and (N_j, d_out), in backward order.
+        held: What is kept of X (N_j, d_in) and S_B (N_j, d_out) of each call; see `psilora.holdings`.
+        holds: Its kind, from the next call on.
         calls, rows: number of calls and N = Σ N_j.
-        sum_x2, sum_s2: Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,), kept instead of chunks in statistics mode.
+        sum_x2, sum_s2: Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,), kept where `squares` asks for them.
         missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
             reached lora_A through neither.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
     """
 
-    def __init__(self, pair: LoRAPair, statistics: bool, probes: set[Record]) -> None:
+    def __init__(self, pair: LoRAPair, holds: str, squares: bool, probes: set[Record]) -> None:
         self.pair = pair
-        self.statistics = statistics
+        self.holds = holds
+        self.squares = squares
         self.verified = False
         self._probes = probes
         self._lock = threading.Lock()
@@ -50,7 +53,7 @@ class Record:
 
     def clear(self) -> None:
         """Forget everything captured."""
-        self.chunks: list[tuple[Tensor, Tensor]] = []
+        self.held: Holding = KINDS[self.holds]()
         self.calls = 0
         self.rows = 0
         self.sum_x2: Tensor | None = None
@@ -60,6 +63,11 @@ class Record:
         self._probes.discard(self)
         self._pending: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
         self._backward = -1
+
+    def hold(self, kind: str, squares: bool) -> None:
+        """Forget everything captured, and keep this from the next call on."""
+        self.holds, self.squares = kind, squares
+        self.clear()
 
     def open(self, *, missed: bool) -> None:
         """Note that backward has reached lora_B's output, before anything of this call accumulates.
@@ -106,10 +114,9 @@ class Record:
         x, s = x.detach().flatten(0, -2), s.detach().flatten(0, -2)
         self.calls += 1
         self.rows += x.shape[0]
-        if self.statistics:
+        self.held.take(x, s, self.pair)
+        if self.squares:
             self._add_squares(x, s)
-        else:  # under autocast X may be wider than S: keep neither wider than the gradient
-            self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
 
     def _add_squares(self, x: Tensor, s: Tensor) -> None:
         dtype = compute_dtype(self.pair.lora_A.dtype)
@@ -125,8 +132,13 @@ class Record:
             self.left = grad.detach().clone()
 
     @property
+    def chunks(self) -> list[tuple[Tensor, Tensor]]:
+        """(X, S_B) of each call, in backward order; [] where rows are not kept."""
+        return self.held.chunks if isinstance(self.held, Rows) else []
+
+    @property
     def captured(self) -> bool:
-        """Whether X and S of every call since the last step are here."""
+        """Whether every call since the last step has brought its X and S."""
         return self.calls > 0 and self.missed == 0
 
 
@@ -135,12 +147,14 @@ class Capture:
 
     Args:
         pairs: Pairs whose `uncaptured` is None.
-        statistics: Per pair, whether to keep Σx² and Σs² only (True) or X and S themselves (False).
+        holds: Per pair, a kind of `psilora.holdings`.
+        squares: Per pair, whether to keep Σx² and Σs² as well; None for no.
     """
 
-    def __init__(self, pairs: list[LoRAPair], statistics: list[bool]) -> None:
+    def __init__(self, pairs: list[LoRAPair], holds: Sequence[str], squares: Sequence[bool] | None = None) -> None:
         probes: set[Record] = set()
-        self.records = {id(pair): Record(pair, only, probes) for pair, only in zip(pairs, statistics, strict=True)}
+        sums = [False] * len(pairs) if squares is None else squares
+        self.records = {id(p): Record(p, kind, s, probes) for p, kind, s in zip(pairs, holds, sums, strict=True)}
         self.superseded = False
         self._handles: list[RemovableHandle] = []
         for pair in pairs:
@@ -172,8 +186,8 @@ class Capture:
             record.clear()
 
     def nbytes(self) -> int:
-        """Return the bytes held by all chunks; storage shared between layers is counted once."""
-        held = (t.untyped_storage() for record in self.records.values() for chunk in record.chunks for t in chunk)
+        """Return the bytes held; storage shared between layers is counted once."""
+        held = (t.untyped_storage() for record in self.records.values() for t in record.held.tensors())
         return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ decide are summed over the processes once per step; with one process they are it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class Joint:
 
     Attributes:
         gradients: Processes in which both factors have a gradient.
-        calls, missed: Captured backward calls, and calls of which only a part was seen.
+        calls, missed, rows: Captured backward calls, those of which only a part was seen, and rows N.
         probed: Processes whose dB was kept as backward left it, or that ran no backward for the pair.
         overlap: (Σ⟨dB now, dB left⟩, Σ‖dB left‖²), (2,) float64, where dB left is dB as backward left it in a process;
             None with one process, which compares the two itself.
@@ -33,6 +33,7 @@ class Joint:
     gradients: int
     calls: int
     missed: int
+    rows: int
     probed: int
     overlap: Tensor | None = None
 
@@ -45,7 +46,7 @@ class Joint:
 def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communicator | None) -> list[Joint]:
     """Return the sums for each pair, the same in all processes; they must call this together, with the same pairs.
 
-    This is one all-reduce of six numbers per pair, and the only time a step waits for the device, because what to
+    This is one all-reduce of seven numbers per pair, and the only time a step waits for the device, because what to
     compute depends on it. Without a communicator the process decides alone.
 
     Raises:
@@ -60,8 +61,9 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
     overlaps = torch.stack([_overlap(pair, capture.record(pair)).to(device) for pair in pairs])
     counts, overlaps = communicator.sums([counts, overlaps])
     joints = []
-    for (gradients, calls, missed, probed), overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
-        joints.append(Joint(gradients, calls, missed, probed, overlap))
+    for numbers, overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
+        gradients, calls, missed, rows, probed = numbers
+        joints.append(Joint(gradients, calls, missed, rows, probed, overlap))
     partial = [pair.name for pair, joint in zip(pairs, joints, strict=True) if 0 < joint.gradients < world]
     if partial:
         raise RuntimeError(
@@ -71,13 +73,13 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
     return joints
 
 
-def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int]:
+def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int]:
     """Return this process's counts, in the order of `Joint`."""
     gradients = int(pair.lora_A.grad is not None and pair.lora_B.grad is not None)
     if record is None:
-        return gradients, 0, 0, 0
+        return gradients, 0, 0, 0, 0
     idle = record.calls == 0 and record.missed == 0
-    return gradients, record.calls, record.missed, int(idle or record.left is not None)
+    return gradients, record.calls, record.missed, record.rows, int(idle or record.left is not None)
 
 
 def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:
@@ -89,11 +91,17 @@ def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:
     return torch.stack([(now.detach().double() * left).sum(), left.square().sum()])
 
 
-def refuse_unshared(settings: Iterable[tuple[LoRAPair, Options]], world: int) -> None:
+def refuse_unshared(settings: Sequence[tuple[LoRAPair, Options]], world: int) -> None:
     """Raise ValueError, by layer, for settings that cannot be computed from thin sums over `world` processes."""
     shampoo = [pair.name for pair, o in settings if world > 1 and o.metric == "shampoo" and o.gradient != "tangent"]
     if shampoo:
         raise ValueError(
             f"metric='shampoo' needs diag(GᵀG) of the gradient averaged over the {world} processes, which no thin sum "
             f"gives, for {listed(shampoo)}; use metric='kfac', or gradient='tangent'"
+        )
+    crossed = [pair.name for pair, o in settings if world > 1 and o.gradient == "backward" and o.captures is not None]
+    if crossed:
+        raise ValueError(
+            f"gradient='backward' forms products within each of the {world} processes, and lacks those of one with "
+            f"another, for {listed(crossed)}; use gradient='dense', 'exact' or 'tangent'"
         )

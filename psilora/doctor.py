@@ -20,6 +20,7 @@ from psilora.adapters import LoRAPair, Unsupported, find_pairs
 from psilora.engine import backend_unavailable
 from psilora.lora import LoRALinear
 from psilora.optimizer import PSILoRA
+from psilora.representation import choose
 
 _PACKAGES = ("psilora", "torch", "triton", "numpy", "peft", "transformers", "accelerate")
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target-modules", default="all-linear", help="as in LoraConfig, comma-separated (all-linear)")
     parser.add_argument("--tokens", type=int, default=4096, help="rows per step N = batch × sequence (default 4096)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--budget", type=float, help="capture_budget for gradient='auto', in GiB (none)")
     parser.add_argument("--self-test", action="store_true", help="only compare the backends with the float64 oracle")
     options = parser.parse_args(arguments)
     if options.rank < 1 or options.tokens < 0:
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             width = getattr(torch, options.dtype).itemsize
             _print_section(f"Layers of {options.model}", layers(pairs, unsupported))
             _print_section(f"Memory at {options.tokens} rows, {options.dtype}", memory(pairs, options.tokens, width))
+            budget = None if options.budget is None else options.budget * 2**30
+            _print_section("gradient='auto'", automatic(pairs, options.tokens, width, budget))
             return 0
     results = self_test()
     rows = [f"{r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}" for r in results]
@@ -140,10 +144,21 @@ def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
     diagonal = sum(p.d_in + p.d_out for p in pairs)
     return [
         f"gradient='exact': X {_size(shared_X)} (shared) to {_size(X)}, S {_size(S)}, held from backward to step",
+        f"gradient='dense': {_size(sum(4 * p.d_in * p.d_out for p in captured))}, whatever the rows",
+        f"gradient='backward': {_size(sum(8 * p.rank * p.d_out for p in captured))}, for K = 1 alone",
         "gradient='tangent': no captures",
         f"momentum, momentum_rank = r: {_size(4 * factors)} (AdamW on the same parameters: {_size(8 * factors)})",
         f"metric: {_size(4 * diagonal)}",
     ]
+
+
+def automatic(pairs: Sequence[LoRAPair], tokens: int, itemsize: int, budget: float | None) -> list[str]:
+    """Return what gradient="auto" would choose, one line per choice and shape, and why."""
+    captured = [p for p in pairs if p.uncaptured is None]
+    chosen = choose(captured, tokens, budget, itemsize)
+    kinds = Counter((p.name.rsplit(".", 1)[-1], c.gradient, c.reason) for p, c in zip(captured, chosen, strict=True))
+    lines = [f"{name}: {gradient}, {reason} ({n} layers)" for (name, gradient, reason), n in kinds.items()]
+    return [*lines, f"together {_size(sum(c.bytes for c in chosen))}"]
 
 
 def _size(count: float) -> str:

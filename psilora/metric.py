@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from psilora.gradient import activation_squares
+from psilora.holdings import Dense
 from psilora.problem import Problem
 
 
@@ -27,6 +28,9 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     if record is None:
         raise RuntimeError(f"{problem.pair.name}: the metric's statistics were not captured")
     if problem.options.metric == "shampoo":
+        if isinstance(record.held, Dense):
+            (matrix,) = record.held.tensors()
+            return matrix.square().sum(0), matrix.square().sum(1)
         return activation_squares(record.chunks, dtype)
     if record.sum_x2 is not None and record.sum_s2 is not None:
         return record.sum_x2, record.sum_s2

@@ -25,6 +25,7 @@ from psilora.numerics import full_precision
 from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
+from psilora.representation import Planner
 from psilora.state import init_state, state_dtype
 
 if TYPE_CHECKING:
@@ -69,8 +70,12 @@ class PSILoRA(torch.optim.Optimizer):
             Spectral: "lora", from the LoRA gradients' second moments alone, M = (D/mean(D) + δ)^γ.
         metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 1e-2) of the metric.
         metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published. Gradient only.
-        gradient: "exact" (SᵀX from captured activations) or "tangent" (from `.grad` alone; without a metric, nothing is
-            captured). Gradient step only.
+        gradient: How G is known. "exact": X and S are kept from backward to step. "dense": SᵀX is kept instead, as
+            exact, and less for more than about d_in·d_out/(d_in+d_out) rows. "backward": the products of an exact
+            step with K = 1, A first, without momentum and metric are formed inside backward, and neither is kept; one
+            call of a layer per step, in one process. "tangent": from `.grad` alone; without a metric, nothing is
+            captured. "auto": exact or dense by layer, whichever is smaller, and tangent beyond `capture_budget`.
+            Gradient step only.
         first: The factor that is updated first, "A" or "B".
         max_grad_norm: Clip the gradient's norm, over all parameters, with LoRA gradients per √s; None for no clipping.
         maximize: Ascend instead.
@@ -84,6 +89,8 @@ class PSILoRA(torch.optim.Optimizer):
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
             names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
             to `loss_reduction`, without max_grad_norm, controller and backend.
+        tokens: Rows N that a layer sees per step in this process, for gradient="auto"; None: as in the first step.
+        capture_budget: Bytes that gradient="auto" may hold from backward to step; None for no limit.
         process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
             is summed over them by small all-reduces in `step`, which they must therefore call together.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
@@ -131,6 +138,8 @@ class PSILoRA(torch.optim.Optimizer):
         nonfinite: str = "skip",
         unsupported: str = "raise",
         groups: Sequence[Mapping[str, Any]] = (),
+        tokens: int | None = None,
+        capture_budget: float | None = None,
         process_group: ProcessGroup | None = None,
         adamw_lr: float = 1e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.999),
@@ -172,7 +181,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._fell_back: set[int] = set()
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
-        self._capture = self._attach()
+        self._capture = self._attach(tokens, capture_budget)
 
     @classmethod
     def paper(cls, model: nn.Module, lr: float | Tensor, **overrides: Any) -> PSILoRA:
@@ -200,7 +209,7 @@ class PSILoRA(torch.optim.Optimizer):
                 found += [(pair, options) for pair in pairs if pair is not None]
         return found
 
-    def _attach(self) -> Capture:
+    def _attach(self, tokens: int | None, budget: float | None) -> Capture:
         """Hook the pairs whose settings need activations, and say which cannot give them."""
         wanted = [(pair, o) for pair, o in self._options() if o.captures is not None]
         blind = [pair for pair, _ in wanted if pair.uncaptured is not None]
@@ -213,7 +222,8 @@ class PSILoRA(torch.optim.Optimizer):
         if blind:
             warnings.warn(f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4)
         seen = [(pair, o) for pair, o in wanted if pair.uncaptured is None]
-        return Capture([pair for pair, _ in seen], [o.captures == "statistics" for _, o in seen])
+        self._planner = Planner(seen, tokens, budget)
+        return self._planner.capture()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse later groups: pairs and hooks come from the model; build a new optimizer instead."""
@@ -239,7 +249,8 @@ class PSILoRA(torch.optim.Optimizer):
                 loss = closure()
         if self._capture.superseded:
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
-        problems = self._problems(self._consensus())
+        joints = self._consensus()
+        problems = self._problems(joints)
         grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
         if not grads:
             self._capture.clear()
@@ -249,6 +260,8 @@ class PSILoRA(torch.optim.Optimizer):
             for device_type in sorted({grad.device.type for grad in grads}):
                 stack.enter_context(full_precision(device_type))
             self._apply(problems, grads)
+        rows = max(joint.rows for joint in joints.values())
+        self._planner.observe(self._capture, rows // self.communicator.world_size)
         self._capture.clear()
         self._counters.poll()
         return loss
@@ -318,6 +331,11 @@ class PSILoRA(torch.optim.Optimizer):
                     self._fell_back.add(id(pair))
                     newly_blind.append(pair.name)
                 record = None
+            if record is not None and record.holds == "cross" and joint.calls > 1:
+                raise RuntimeError(
+                    f"{pair.name}: gradient='backward' takes one call of a layer per step, there were {joint.calls}; "
+                    "for accumulation and several forwards use gradient='dense' or 'exact'"
+                )
             init_state(pair, options, self.state[pair.lora_B], self.state[pair.lora_A])
             problems.append(
                 Problem(
@@ -326,7 +344,7 @@ class PSILoRA(torch.optim.Optimizer):
                     dA.detach().flatten(1),
                     dB.detach().flatten(1),
                     record,
-                    exact=options.gradient == "exact" and record is not None,
+                    exact=record is not None and record.holds != "nothing",
                     state_A=self.state[pair.lora_A],
                     state_B=self.state[pair.lora_B],
                     joint=joint,
@@ -395,8 +413,12 @@ class PSILoRA(torch.optim.Optimizer):
         self._capture.close()
 
     def capture_bytes(self) -> int:
-        """Return the bytes of captured X and S held now; storage shared between layers is counted once."""
+        """Return the bytes held for the next step beside `.grad`; storage shared between layers is counted once."""
         return self._capture.nbytes()
+
+    def gradients(self) -> dict[str, str]:
+        """Return how each captured pair's gradient is kept now: "exact", "dense", "backward" or "tangent"."""
+        return self._planner.gradients()
 
     def observe_next_step(self) -> None:
         """Have the next step compute the figures of `psilora.diagnostics.Observer`, at about the cost of a step."""

@@ -16,7 +16,7 @@ METRICS = {"gradient": (None, "kfac", "shampoo"), "spectral": (None, "lora")}
 GAMMA = {"gradient": 0.5, "spectral": 1.0}
 DELTA = {"gradient": 1e-5, "spectral": 1e-2}
 RHO = {"gradient": 1e-2, "spectral": 1e-6}
-GRADIENTS = ("exact", "tangent")
+GRADIENTS = ("exact", "tangent", "dense", "backward", "auto")
 BACKENDS = ("auto", "reference", "triton")
 
 #: PSI-LoRA as published (arXiv 2602.16456): F-LoRSum in the square root of a diagonal K-FAC metric that starts at 1.
@@ -94,6 +94,17 @@ class Options:
         _one_of("gradient", self.gradient, GRADIENTS)
         _one_of("first", self.first, ("A", "B"))
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
+        if self.gradient == "backward" and self.step == "gradient":
+            self._check_backward()
+
+    def _check_backward(self) -> None:
+        for name, needed in (("num_iters", 1), ("momentum", 0), ("metric", None), ("first", "A")):
+            value = getattr(self, name)
+            if value != needed:
+                raise ValueError(
+                    f"Invalid {name}={value!r} with gradient='backward'. Must be {needed!r}; gradient='exact', 'dense' "
+                    "and 'tangent' serve every setting."
+                )
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Options:
@@ -127,7 +138,7 @@ class Options:
         """What the step needs beside `.grad`: "activations", their "statistics", or None."""
         if self.step != "gradient":
             return None
-        if self.gradient == "exact":
+        if self.gradient != "tangent":
             return "activations"
         return None if self.metric is None else "statistics"
 

@@ -22,7 +22,7 @@ class Problem:
     Attributes:
         dA, dB: The LoRA gradients `.grad`, (r, d_in) and (d_out, r).
         record: The captured X and S_B (exact) or their sums (tangent with K-FAC); None when only `.grad` is used.
-        exact: Whether G = SᵀX is taken from the captured activations; else the tangent projection from dA and dB.
+        exact: Whether G = SᵀX is taken from what was captured; else the tangent projection from dA and dB.
         state_A, state_B: Optimizer state of lora_A and lora_B.
         joint: What all processes know of the pair, where the step asked them.
     """
@@ -43,6 +43,11 @@ class Problem:
         return compute_dtype(self.pair.lora_A.dtype)
 
     @property
+    def holds(self) -> str:
+        """The form in which G is kept, a kind of `psilora.holdings`."""
+        return self.record.holds if self.exact and self.record is not None else "nothing"
+
+    @property
     def key(self) -> tuple[object, ...]:
         """Problems with equal keys can be stacked."""
         pair = self.pair
@@ -56,7 +61,7 @@ class Problem:
             self.dA.dtype,
             self.dB.dtype,
             pair.lora_A.device,
-            self.exact,
+            self.holds,
             self.options.structure,
         )
 

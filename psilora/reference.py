@@ -10,8 +10,11 @@ from torch import Tensor
 
 from psilora import metric
 from psilora.batch import Batch
+from psilora.capture import Record
 from psilora.distributed import Steps, lockstep
 from psilora.gradient import ActivationGradient, Gradient, TangentGradient
+from psilora.held import CrossGradient, DenseGradient
+from psilora.holdings import Cross
 from psilora.lorsum import Projection, turns
 from psilora.problem import Problem, Scales, Update
 from psilora.solver import spd_solve
@@ -77,8 +80,26 @@ class _Batch(Batch):
     def _gradient(self) -> Gradient:
         if not self.problems[0].exact:
             return TangentGradient(self.B, self.A, self.left, self.right)
-        chunks = [p.record.chunks for p in self.problems if p.record is not None]
-        return ActivationGradient(chunks, (self.clip * self.external / self.scaling).flatten())
+        records = [p.record for p in self.problems if p.record is not None]
+        scale = self.clip * self.external / self.scaling
+        if self.problems[0].holds == "dense":
+            return DenseGradient([matrix for record in records for matrix in record.held.tensors()], scale.flatten())
+        if self.problems[0].holds == "cross":
+            return self._cross_gradient(records, scale)
+        return ActivationGradient([record.chunks for record in records], scale.flatten())
+
+    def _cross_gradient(self, records: Sequence[Record], scale: Tensor) -> Gradient:
+        held = [record.held for record in records if isinstance(record.held, Cross)]
+        kept = [h.left for h in held if h.left is not None]
+        return CrossGradient(
+            scale * self.root * self.stack(kept) if len(kept) == len(held) else self.left,
+            scale * self.root * self.stack([h.right for h in held if h.right is not None]),
+            scale**2 * self.root * self.stack([h.cross for h in held if h.cross is not None]),
+            B=self.B,
+            rate=-self.lr * self.fresh,
+            prox=self.ridge,
+            decay=self.decay,
+        )
 
     @property
     def reuse(self) -> bool:

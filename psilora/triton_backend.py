@@ -46,6 +46,8 @@ def unsupported(problem: Problem) -> str | None:
     pair = problem.pair
     if problem.dtype == torch.float64:
         return "fp64 parameters"
+    if problem.exact and problem.holds != "rows":
+        return "a gradient that is not kept as X and S"
     tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
     if problem.exact and problem.record is not None:
         tensors += [t for chunk in problem.record.chunks for t in chunk]

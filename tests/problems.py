@@ -45,7 +45,9 @@ def make_problem(
     for n in rows:
         x, s = torch.randn(n, d_in), torch.randn(n, d_out) / total * (0.0 if zero_gradient else 1.0)
         chunks.append((x.to(device, dtype), s.to(device, dtype)))
-    record = SimpleNamespace(chunks=chunks, rows=sum(rows), captured=True, sum_x2=None, sum_s2=None)
+    record = SimpleNamespace(
+        chunks=chunks, rows=sum(rows), captured=True, sum_x2=None, sum_s2=None, holds="rows", held=None
+    )
     dA, dB = _gradients(pair, chunks, scale)
     exact = options.gradient == "exact"
     if not exact:
@@ -89,6 +91,8 @@ def in_float64(problem: Problem) -> Problem:
         chunks=chunks,
         rows=record.rows,
         captured=True,
+        holds="rows",
+        held=None,
         sum_x2=squares[0],
         sum_s2=squares[1],  # type: ignore[union-attr]
     )

@@ -29,6 +29,10 @@ CASES: dict[str, Case] = {
     "tangent, K = 2, K-FAC": Case({"gradient": "tangent", "num_iters": 2, "metric": "kfac", "damping": 1e-2}, steps=50),
     "tangent, Shampoo": Case({"gradient": "tangent", "metric": "shampoo", "damping": 1e-2}, rows=UNEVEN),
     "uneven": Case({"momentum": 0.8}, rows=UNEVEN),
+    "dense": Case(
+        {"gradient": "dense", "metric": "kfac", "damping": 1e-2, "momentum": 0.8}, rows=SOMETIMES_EMPTY, micro=2
+    ),
+    "auto": Case({"gradient": "auto", "momentum": 0.8, "capture_budget": 1500}, rows=UNEVEN),
     "sometimes empty": Case({"momentum": 0.8, "metric": "kfac", "damping": 1e-2}, rows=SOMETIMES_EMPTY),
     "no_sync": Case({"momentum": 0.8}, rows=UNEVEN, micro=3),
     "clipped": Case({"momentum": 0.8}, clip=0.2),

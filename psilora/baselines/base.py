@@ -102,7 +102,7 @@ class PairOptimizer(torch.optim.Optimizer):
         super().__init__(groups, {})
         self._pairs = pairs
         self._others = Others(self)
-        self._capture = Capture(pairs, [False] * len(pairs)) if full_gradient else None
+        self._capture = Capture(pairs, ["rows"] * len(pairs)) if full_gradient else None
 
     @abstractmethod
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:

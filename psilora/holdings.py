@@ -1,0 +1,146 @@
+"""What is kept of X and S_B between backward and step: their rows, the dense gradient, or products formed at once.
+
+Rows grow with the tokens of a step, N·(d_in + d_out) numbers; the dense S_BᵀX is d_out·d_in of them whatever N is; the
+products of "cross" are r·(d_in + 2·d_out) at most, and serve one kind of step only (see `psilora.held.CrossGradient`).
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from psilora.adapters import LoRAPair
+from psilora.numerics import compute_dtype, full_precision
+
+#: What each `gradient=` setting keeps; "auto" decides by layer.
+HOLDS = {"exact": "rows", "dense": "dense", "backward": "cross", "tangent": "nothing"}
+
+
+class Holding(Protocol):
+    """What is kept of the calls of one pair."""
+
+    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+        """Keep what is needed of X (N, d_in) and S_B (N, d_out) of one call."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors kept."""
+        ...
+
+    def dB(self, pair: LoRAPair) -> Tensor:
+        """Return S_Bᵀ(XAᵀ), (d_out, r), in the compute dtype."""
+        ...
+
+
+class Rows:
+    """X and S_B themselves, in their own dtype.
+
+    Attributes:
+        chunks: (X, S_B) of each call, as matrices, in backward order.
+    """
+
+    def __init__(self) -> None:
+        self.chunks: list[tuple[Tensor, Tensor]] = []
+
+    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+        """See `Holding`. Under autocast X may be wider than S_B: neither is kept wider than the gradient."""
+        self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
+
+    def tensors(self) -> list[Tensor]:
+        """See `Holding`."""
+        return [t for chunk in self.chunks for t in chunk]
+
+    def dB(self, pair: LoRAPair) -> Tensor:
+        """See `Holding`; one read of X and S_B."""
+        A = pair.A.to(compute_dtype(pair.lora_A.dtype))
+        total = A.new_zeros(pair.d_out, pair.rank)
+        for x, s in self.chunks:
+            total += s.to(A.dtype).mT @ (x.to(A.dtype) @ A.mT)
+        return total
+
+
+class Dense:
+    """S_BᵀX of all calls, (d_out, d_in), summed in the compute dtype; None before the first."""
+
+    def __init__(self) -> None:
+        self.matrix: Tensor | None = None
+
+    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+        """See `Holding`."""
+        dtype = compute_dtype(pair.lora_A.dtype)
+        with full_precision(x.device.type):
+            if self.matrix is None:
+                self.matrix = s.to(dtype).mT @ x.to(dtype)
+            else:
+                self.matrix.addmm_(s.to(dtype).mT, x.to(dtype))
+
+    def tensors(self) -> list[Tensor]:
+        """See `Holding`."""
+        return [] if self.matrix is None else [self.matrix]
+
+    def dB(self, pair: LoRAPair) -> Tensor:
+        """See `Holding`."""
+        if self.matrix is None:
+            raise RuntimeError(f"{pair.name}: no call has been captured")
+        return self.matrix @ pair.A.to(self.matrix.dtype).mT
+
+
+class Cross:
+    """The products of one call that a step with K = 1, A first, needs, with L = (S_B·B)ᵀX = dA of that call.
+
+    Attributes:
+        left: L (r, d_in) in the compute dtype, or None where `.grad` holds it in that dtype.
+        right, cross: S_Bᵀ(XAᵀ) and S_Bᵀ(XLᵀ), (d_out, r).
+    """
+
+    def __init__(self) -> None:
+        self.left: Tensor | None = None
+        self.right: Tensor | None = None
+        self.cross: Tensor | None = None
+
+    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+        """See `Holding`. A second call overwrites the first: the two would need products of one with the other."""
+        dtype, grad = compute_dtype(pair.lora_A.dtype), pair.lora_A.grad
+        A, B = pair.A.to(dtype), pair.B.to(dtype)
+        with full_precision(x.device.type):
+            if grad is not None and grad.dtype == dtype and grad.layout == torch.strided:
+                left = grad.detach().flatten(1)
+            else:
+                left = self.left = (s.to(dtype) @ B).mT @ x.to(dtype)
+            products = s.to(dtype).mT @ (x.to(dtype) @ torch.cat([A, left]).mT)
+        self.right, self.cross = products.split(pair.rank, 1)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Holding`."""
+        return [t for t in (self.left, self.right, self.cross) if t is not None]
+
+    def dB(self, pair: LoRAPair) -> Tensor:
+        """See `Holding`."""
+        if self.right is None:
+            raise RuntimeError(f"{pair.name}: no call has been captured")
+        return self.right
+
+
+class Nothing:
+    """Nothing: `.grad` is enough, or the sums that the metric needs."""
+
+    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+        """See `Holding`."""
+
+    def tensors(self) -> list[Tensor]:
+        """See `Holding`."""
+        return []
+
+    def dB(self, pair: LoRAPair) -> Tensor:
+        """See `Holding`; there is nothing to form it from."""
+        raise RuntimeError(f"{pair.name}: nothing is kept of its calls")
+
+
+KINDS: dict[str, type[Rows] | type[Dense] | type[Cross] | type[Nothing]] = {
+    "rows": Rows,
+    "dense": Dense,
+    "cross": Cross,
+    "nothing": Nothing,
+}

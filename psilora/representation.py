@@ -1,0 +1,123 @@
+"""gradient="auto": how each layer's gradient is kept, from its shape, the rows of a step and a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from psilora.adapters import LoRAPair
+from psilora.capture import Capture
+from psilora.holdings import HOLDS
+from psilora.numerics import compute_dtype
+from psilora.options import Options
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one pair's gradient is kept.
+
+    Attributes:
+        gradient: "exact" (X and S), "dense" (SᵀX) or "tangent" (nothing).
+        bytes: What that holds from backward to step.
+        reason: Why, in numbers.
+    """
+
+    gradient: str
+    bytes: int
+    reason: str
+
+
+def choose(pairs: Sequence[LoRAPair], rows: int, budget: float | None, itemsize: int | None = None) -> list[Choice]:
+    """Return a choice per pair for `rows` = N rows per step.
+
+    X and S take N·(d_in + d_out)·itemsize bytes, a dense gradient 4·d_out·d_in (8 each for fp64): the smaller one is
+    taken, both being exact. While the sum exceeds `budget` bytes, the layer that holds most falls back to the tangent
+    gradient. X shared by q, k and v is counted for each, so the sum is an upper bound.
+
+    Args:
+        pairs: The pairs, of any shapes.
+        rows: N, in this process.
+        budget: Bytes, or None for no limit.
+        itemsize: Bytes per number of X and S; None for that of lora_B.
+    """
+    chosen = [_smallest(pair, rows, itemsize or pair.lora_B.element_size()) for pair in pairs]
+    total = sum(choice.bytes for choice in chosen)
+    if budget is None:
+        return chosen
+    for i in sorted(range(len(chosen)), key=lambda i: -chosen[i].bytes):
+        if total <= budget:
+            break
+        total -= chosen[i].bytes
+        what = f"{chosen[i].gradient} would hold {chosen[i].bytes} bytes, and all layers more than {int(budget)}"
+        chosen[i] = Choice("tangent", 0, what)
+    return chosen
+
+
+def _smallest(pair: LoRAPair, rows: int, itemsize: int) -> Choice:
+    captured = rows * (pair.d_in + pair.d_out) * itemsize
+    dense = pair.d_in * pair.d_out * compute_dtype(pair.lora_A.dtype).itemsize
+    if captured <= dense:
+        return Choice("exact", captured, f"X and S of {rows} rows hold {captured} bytes, SᵀX {dense}")
+    return Choice("dense", dense, f"SᵀX holds {dense} bytes, X and S of {rows} rows {captured}")
+
+
+class Planner:
+    """What each captured pair of an optimizer holds, fixed by its `gradient` setting or chosen for "auto".
+
+    Without a declared number of rows "auto" begins with X and S, and chooses after the first step from the rows it saw;
+    with several processes from their mean, so that all choose alike.
+
+    Args:
+        settings: The pairs that are captured, with their options.
+        tokens: N, rows per step in a process, or None.
+        budget: Bytes for all pairs under "auto", or None.
+
+    Attributes:
+        choices: By pair name, for the pairs under "auto"; empty while undecided.
+    """
+
+    def __init__(self, settings: Sequence[tuple[LoRAPair, Options]], tokens: int | None, budget: float | None) -> None:
+        for name, value in (("tokens", tokens), ("capture_budget", budget)):
+            if value is not None and not value > 0:
+                raise ValueError(f"Invalid {name}={value}. Must be > 0 or None.")
+        self.settings = list(settings)
+        self.budget = budget
+        self.choices: dict[str, Choice] = {}
+        self._auto = [pair for pair, options in settings if options.gradient == "auto"]
+        if tokens is not None:
+            self._choose(tokens, None)
+
+    def _choose(self, rows: int, itemsize: int | None) -> None:
+        chosen = choose(self._auto, rows, self.budget, itemsize)
+        self.choices = {pair.name: choice for pair, choice in zip(self._auto, chosen, strict=True)}
+
+    def gradients(self) -> dict[str, str]:
+        """Return "exact", "dense", "backward" or "tangent" by pair name, as it is now."""
+        now = {}
+        for pair, options in self.settings:
+            choice = self.choices.get(pair.name)
+            now[pair.name] = options.gradient if options.gradient != "auto" else choice.gradient if choice else "exact"
+        return now
+
+    def capture(self) -> Capture:
+        """Hook the pairs, each to hold what its gradient needs."""
+        holds = [HOLDS[gradient] for gradient in self.gradients().values()]
+        squares = [_squares(options, kind) for (_, options), kind in zip(self.settings, holds, strict=True)]
+        return Capture([pair for pair, _ in self.settings], holds, squares)
+
+    def observe(self, capture: Capture, rows: int) -> None:
+        """Choose, if that is still to be done, after a step of `rows` rows; captures of that step are dropped."""
+        if self.choices or not self._auto or rows == 0:
+            return
+        chunks = (chunk for pair in self._auto if (record := capture.record(pair)) for chunk in record.chunks)
+        self._choose(rows, max((t.element_size() for chunk in chunks for t in chunk), default=None))
+        capture.clear()
+        for (pair, options), gradient in zip(self.settings, self.gradients().values(), strict=True):
+            record = capture.record(pair)
+            if record is not None:
+                record.hold(HOLDS[gradient], _squares(options, HOLDS[gradient]))
+
+
+def _squares(options: Options, holds: str) -> bool:
+    """Whether the metric's sums have to be kept because the rows are not."""
+    return options.metric is not None and holds != "rows"
