@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.store import rounded
-from psilora import LoRALinear, PSILoRA, lorsum
+from psilora import LoRALinear, PSILoRA, lorsum, ritz
 from psilora.baselines import PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
 from psilora.baselines.svd import truncated
 
@@ -153,20 +153,12 @@ def one_step(spectrum: str, seed: int) -> dict[str, dict[int, float]]:
         return float((estimate - W).square().sum()) / optimum - 1
 
     found: dict[str, dict[int, float]] = {"als": {}, "ritz": {}}
-    rows: list[Tensor] = []
+    terms, coefficients = [(B, A), (W, torch.eye(D_IN, dtype=W.dtype))], [0.0, 1.0]
     for num_iters in (1, 2, 3, 4):
-        new_B, new_A = lorsum([(B, A), (W, torch.eye(D_IN, dtype=W.dtype))], [0.0, 1.0], num_iters=num_iters)
-        rows.append(new_A)
-        found["als"][2 * num_iters] = excess(new_B @ new_A)
-        found["ritz"][2 * num_iters] = excess(rayleigh_ritz(W, rows))
+        for name, solver in (("als", lorsum), ("ritz", ritz)):
+            new_B, new_A = solver(terms, coefficients, num_iters=num_iters)
+            found[name][2 * num_iters] = excess(new_B @ new_A)
     return found
-
-
-def rayleigh_ritz(W: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    """The best rank-r matrix whose rows lie in the span of all inner iterates A_1 … A_K, from the products W·A_kᵀ."""
-    Q = torch.linalg.svd(torch.cat(list(rows)), full_matrices=False).Vh
-    B, A = truncated(W @ Q.T, rows[0].shape[0])
-    return B @ (A @ Q)
 
 
 def main(out: Path, seeds: Sequence[int], quiet: bool) -> None:
