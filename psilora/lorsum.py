@@ -5,6 +5,7 @@ The mathematics is that of PSI-LoRA (arXiv 2602.16456) and OPLoRA (arXiv 2509.19
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
@@ -70,7 +71,7 @@ def lorsum(
     def right(A: Tensor) -> Tensor:  # Σ_{i≥2} c_i B_i (A_iAᵀ)
         total = torch.zeros_like(work[0][0])
         for c, (B_i, A_i) in zip(scale[1:], work[1:], strict=True):
-            total = total + c * (B_i @ (A_i @ A.mT))
+            total = total + c * ((A @ A_i.mT) @ B_i.mT).mT  # as BLAS likes tall factors best
         return total
 
     with full_precision(base_A.device.type):
@@ -222,7 +223,7 @@ def check_terms(
         raise ValueError(f"got {len(coefficients)} coefficients for {len(terms)} terms; one per term is needed")
     if isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 0:
         raise ValueError(f"Invalid num_iters={num_iters!r}. Must be an integer >= 0.")
-    if bool((torch.as_tensor(prox) < 0).any()) or not bool(torch.isfinite(torch.as_tensor(prox)).all()):
+    if not _finite_nonnegative(prox):
         raise ValueError(f"Invalid prox={prox!r}. Must be finite and >= 0.")
     if first not in ("A", "B"):
         raise ValueError(f"Invalid first={first!r}. Must be 'A' or 'B'.")
@@ -247,6 +248,12 @@ def check_terms(
         batch = torch.broadcast_shapes(*(factor.shape[:-2] for term in terms for factor in term))
         _check_metric(metric[0], "M_B", d_out, batch)
         _check_metric(metric[1], "M_A", d_in, batch)
+
+
+def _finite_nonnegative(value: Scalar) -> bool:
+    if isinstance(value, Tensor):
+        return bool(((value >= 0) & torch.isfinite(value)).all())
+    return math.isfinite(value) and value >= 0
 
 
 def _check_metric(metric: Tensor, name: str, size: int, batch: Sequence[int]) -> None:

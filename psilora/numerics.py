@@ -52,25 +52,30 @@ def spd_solve(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
         The solution (…, r, n) and `info` (…), int32: the number of failed attempts per system (0 clean, 1–3 repaired,
         4 given up), 0 where the right-hand side is zero.
     """
-    rank = gram.shape[-1]
     factor, failed = _cholesky(gram)
     info = failed.to(torch.int32)
-    if gram.device.type != "cpu" or bool(failed.any()):
-        size = gram.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if rank else gram.new_zeros(0)
-        unit = 8 * rank * torch.finfo(gram.dtype).eps * size
-        usable = torch.isfinite(size).squeeze(-1) & (size > 0).squeeze(-1)
-        for step in RIDGE_LADDER:
-            trial, trial_failed = _cholesky(gram + torch.diag_embed((step * unit).expand(gram.shape[:-1])))
-            take = failed & usable & ~trial_failed
-            factor = torch.where(take[..., None, None], trial, factor)
-            failed = failed & ~take
-            info = info + failed.to(torch.int32)
-        eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
-        factor = torch.where(failed[..., None, None], eye, factor)
     idle = (rhs == 0).flatten(-2).all(-1)
+    if gram.device.type == "cpu" and not bool((failed | idle).any()):
+        return torch.cholesky_solve(rhs, factor), info
+    factor, failed, info = _repaired(gram, factor, failed, info)
     solution = torch.cholesky_solve(rhs, factor)
-    drop = failed | idle
-    return solution.masked_fill(drop[..., None, None], 0.0), info.masked_fill(idle, 0)
+    return solution.masked_fill((failed | idle)[..., None, None], 0.0), info.masked_fill(idle, 0)
+
+
+def _repaired(gram: Tensor, factor: Tensor, failed: Tensor, info: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Climb the ladder of ridges where the factorisation failed; what never succeeds gets the identity."""
+    rank = gram.shape[-1]
+    size = gram.diagonal(dim1=-2, dim2=-1).abs().amax(-1, keepdim=True) if rank else gram.new_zeros(0)
+    unit = 8 * rank * torch.finfo(gram.dtype).eps * size
+    usable = torch.isfinite(size).squeeze(-1) & (size > 0).squeeze(-1)
+    for step in RIDGE_LADDER:
+        trial, trial_failed = _cholesky(gram + torch.diag_embed((step * unit).expand(gram.shape[:-1])))
+        take = failed & usable & ~trial_failed
+        factor = torch.where(take[..., None, None], trial, factor)
+        failed = failed & ~take
+        info = info + failed.to(torch.int32)
+    eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
+    return torch.where(failed[..., None, None], eye, factor), failed, info
 
 
 def _cholesky(gram: Tensor) -> tuple[Tensor, Tensor]:
