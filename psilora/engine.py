@@ -149,9 +149,11 @@ def _commit_stacked(problems: Sequence[Problem], update: Update, ok: Tensor) -> 
         (update.step_A, [p.pair.lora_A for p in problems]),
         (update.step_B, [p.pair.lora_B for p in problems]),
     ):
-        # x + (−0) is x bitwise for every x: an increment of zero leaves −0 as it is.
-        step = torch.where(here & (step != 0), step, -0.0).view(len(parameters), *parameters[0].shape)
-        torch._foreach_add_([p.detach() for p in parameters], list(step.unbind(0)))
+        # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
+        negated = (0.0 - step).view(len(parameters), *parameters[0].shape)
+        if here.device.type != "cpu":  # there `commit` has looked already
+            negated = torch.where(here, negated, 0.0)
+        torch._foreach_sub_([p.detach() for p in parameters], list(negated.unbind(0)))
     for name, new_B, new_A in (
         ("momentum", update.momentum_B, update.momentum_A),
         ("metric", update.metric_B, update.metric_A),

@@ -158,7 +158,7 @@ class Projection:
         change = self._change(weighted, self.base_A.mT, None if self.step_A is None else self.step_A.mT)
         if change is not None:
             rhs = rhs + self.base_B @ change.mT
-        return self._spd_solve(self.A @ weighted, rhs.mT).mT
+        return self._spd_solve(self.A @ weighted, rhs.mT).mT.contiguous()
 
     def _change(self, weighted: Tensor, base: Tensor, step: Tensor | None) -> Tensor | None:
         """Return (MFᵏ)ᵀ(c₁F₁ − Fᵏ) = decay·(MFᵏ)ᵀF₁ − (MFᵏ)ᵀ·step (…, r, r), or None where it is known to be zero."""

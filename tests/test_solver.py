@@ -77,3 +77,17 @@ def test_the_choice_is_the_measured_one() -> None:
         for rank, methods in measured.items():
             ours, plain = sum(methods["psilora native"]), sum(methods["psilora.numerics"])
             assert ours < plain, f"{name}, r {rank}: native {ours:.3f} ms, PyTorch {plain:.3f} ms"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_increment_of_zero_keeps_the_sign_of_a_zero(dtype: torch.dtype) -> None:
+    """x + 0 turns −0 into +0, so adding the increments would not be a bitwise no-op."""
+    model = peft_mlp(dtype=dtype)
+    optimizer = PSILoRA(model, 0.0, step="gradient", momentum=0.0)
+    parameters = [p for name, p in model.named_parameters() if "lora_" in name]
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter[0] = -0.0
+    train(model, optimizer, [data(dtype=dtype)])
+    assert all(bool(parameter[0].signbit().all()) and not bool(parameter[0].any()) for parameter in parameters)
+    assert not bool((parameters[0].detach() + 0.0)[0].signbit().any())
