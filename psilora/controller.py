@@ -15,7 +15,7 @@ Everything is on the device, in float64, and decided there; processes that avera
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -77,8 +77,8 @@ class SlopeController:
         self._new = advanced(old, slope(problems, changes, clip, old.device))
         return self._new[0]
 
-    def end(self, buckets: Sequence[Bucket], clip: Tensor | None, ok: Tensor, state: State) -> None:
-        """Store the numbers and the increments of this step where `ok`, a 0-d bool, holds."""
+    def end(self, buckets: Sequence[Bucket], clip: Tensor | None, ok: Tensor, state: State) -> Callable[[], None]:
+        """Return what stores the numbers and the increments of this step where `ok`, a 0-d bool, holds."""
         if self._new is None:
             raise RuntimeError("a controller's step ended before it began")
         problems = [problem for bucket in buckets for problem in bucket.problems]
@@ -86,12 +86,18 @@ class SlopeController:
         old = self.numbers(state)
         new, self._new = self._new.clone(), None
         new[NUMBERS.index("p0")] = slope(problems, changes, clip, old.device)
-        old.copy_(torch.where(ok, new, old))
         moved = {id(problem.pair) for problem in problems}
         kept = [state["change"] for problem in problems for state in (problem.state_B, problem.state_A)]
-        _copy_where(ok, kept, [t.view(k.shape) for k, t in zip(kept, itertools.chain(*changes), strict=True)])
         idle = [state[p]["change"] for q in self.pairs if id(q) not in moved for p in (q.lora_A, q.lora_B)]
-        _copy_where(ok, idle, [torch.zeros_like(t) for t in idle])  # without a gradient they stayed where they are
+        sources = [t.view(k.shape) for k, t in zip(kept, itertools.chain(*changes), strict=True)]
+        sources += [torch.zeros_like(t) for t in idle]  # without a gradient they stayed where they are
+        copies = [*_where(ok, [*kept, *idle], sources), ([old], [torch.where(ok, new, old)])]
+
+        def write() -> None:
+            for targets, values in copies:
+                torch._foreach_copy_(targets, values)
+
+        return write
 
 
 def slope(
@@ -123,20 +129,19 @@ def slope(
     return total if clip is None else total * clip.to(device, torch.float64)
 
 
-def _copy_where(ok: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into its target where `ok` holds, with few launches."""
+def _where(ok: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """Return (targets, values), to be copied, with each source where `ok` holds; few launches."""
     if ok.device.type == "cpu":
-        if bool(ok) and targets:
-            torch._foreach_copy_(list(targets), list(sources))
-        return
+        return [(list(targets), list(sources))] if bool(ok) and targets else []
     groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
         old, new = groups.setdefault((target.shape, target.dtype, target.device), ([], []))
         old.append(target)
         new.append(source)
-    for old, new in groups.values():
-        chosen = torch.where(ok.to(old[0].device), torch.stack(new), torch.stack(old))
-        torch._foreach_copy_(old, list(chosen.unbind(0)))
+    return [
+        (old, list(torch.where(ok.to(old[0].device), torch.stack(new), torch.stack(old)).unbind(0)))
+        for old, new in groups.values()
+    ]
 
 
 def advanced(numbers: Tensor, p1: Tensor) -> Tensor:

@@ -23,11 +23,9 @@ class Counters:
         self._host: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def add(self, skipped: Tensor, repaired: Tensor) -> None:
-        """Add a step's 0-d counts."""
-        skipped = skipped.to(self.values.device, torch.int64)
-        repaired = repaired.to(self.values.device, torch.int64)
-        self.values.add_(torch.stack([skipped, repaired]))
+    def add(self, events: Tensor) -> None:
+        """Add a step's counts, (2,) int64 on this device, in the order of `EVENTS`."""
+        self.values.add_(events)
 
     def poll(self) -> None:
         """Warn about what has newly happened: at once on the CPU; elsewhere when an earlier copy has arrived."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -132,42 +133,42 @@ def nonfinite(buckets: Sequence[Bucket]) -> list[str]:
     return names
 
 
-def commit(buckets: Sequence[Bucket], ok: Tensor) -> None:
-    """Write every update where `ok`, a 0-d bool, holds; change nothing at all, bitwise, where it does not."""
+def stage(buckets: Sequence[Bucket], ok: Tensor) -> list[Callable[[], object]]:
+    """Return what writes every update where `ok`, a 0-d bool, holds, and changes no bit where it does not.
+
+    Memory is asked for here and not by the writing, so that a lack of it cannot leave some layers written.
+    """
     if ok.device.type == "cpu" and not bool(ok):
-        return
+        return []
+    writes: list[Callable[[], object]] = []
     for bucket in buckets:
         if isinstance(bucket.update, triton_backend.Execution):
-            bucket.update.commit(ok.to(bucket.problems[0].pair.lora_A.device))
+            writes.append(partial(bucket.update.commit, ok.to(bucket.problems[0].pair.lora_A.device)))
         else:
-            _commit_stacked(bucket.problems, bucket.update, ok)
+            writes += _staged(bucket.problems, bucket.update, ok)
+    return writes
 
 
-def _commit_stacked(problems: Sequence[Problem], update: Update, ok: Tensor) -> None:
+def _staged(problems: Sequence[Problem], update: Update, ok: Tensor) -> list[Callable[[], object]]:
     here = ok.to(update.step_A.device)
+    writes: list[Callable[[], object]] = []
     for step, parameters in (
         (update.step_A, [p.pair.lora_A for p in problems]),
         (update.step_B, [p.pair.lora_B for p in problems]),
     ):
         # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
         negated = (0.0 - step).view(len(parameters), *parameters[0].shape)
-        if here.device.type != "cpu":  # there `commit` has looked already
+        if here.device.type != "cpu":  # there `stage` has looked already
             negated = torch.where(here, negated, 0.0)
-        torch._foreach_sub_([p.detach() for p in parameters], list(negated.unbind(0)))
+        writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], list(negated.unbind(0))))
     for name, new_B, new_A in (
         ("momentum", update.momentum_B, update.momentum_A),
         ("metric", update.metric_B, update.metric_A),
     ):
-        _commit_state([p.state_B for p in problems], name, new_B, here)
-        _commit_state([p.state_A for p in problems], name, new_A, here)
+        for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
+            if new is not None:
+                targets = [state[name] for state in states]
+                chosen = new if ok.device.type == "cpu" else torch.where(ok, new, torch.stack(targets))
+                writes.append(partial(torch._foreach_copy_, targets, list(chosen.unbind(0))))
     steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
-    torch._foreach_add_(steps, here.to(steps[0]))
-
-
-def _commit_state(states: Sequence[dict[str, Tensor]], name: str, new: Tensor | None, ok: Tensor) -> None:
-    if new is None:
-        return
-    targets = [state[name] for state in states]
-    if ok.device.type != "cpu":
-        new = torch.where(ok, new, torch.stack(targets))
-    torch._foreach_copy_(targets, list(new.unbind(0)))
+    return [*writes, partial(torch._foreach_add_, steps, here.to(steps[0]))]

@@ -178,6 +178,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._others = Others(self)
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
+        self._idle_steps: int | None = None  # in a row, without a gradient in any pair; None before the first with one
         self._fell_back: set[int] = set()
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
@@ -251,6 +252,7 @@ class PSILoRA(torch.optim.Optimizer):
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
         joints = self._consensus()
         problems = self._problems(joints)
+        self._notice_idleness(bool(problems))
         grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
         if not grads:
             self._capture.clear()
@@ -265,6 +267,19 @@ class PSILoRA(torch.optim.Optimizer):
         self._capture.clear()
         self._counters.poll()
         return loss
+
+    def _notice_idleness(self, trained: bool) -> None:
+        """Warn when, after steps that had some, two steps in a row find no gradient in any pair."""
+        if trained:
+            self._idle_steps = 0
+        elif self._idle_steps is not None:
+            self._idle_steps += 1
+            if self._idle_steps == 2:
+                warnings.warn(
+                    "psilora: no gradient in any LoRA pair for two steps: the adapter was replaced, merged or disabled; "
+                    "after a change of adapters build a new PSILoRA",
+                    stacklevel=4,
+                )
 
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
@@ -289,15 +304,18 @@ class PSILoRA(torch.optim.Optimizer):
                 names.append("parameters outside the LoRA pairs")
             raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
         ok = finite & ~overflow
+        writes = engine.stage(buckets, ok)
         if controller is not None:
-            controller.end(buckets, clip, ok, self.state)
-        engine.commit(buckets, ok)
-        self._others.step(ok, clip)
-        if wanted:
-            self._observer.after(seen, scales)
+            writes.insert(0, controller.end(buckets, clip, ok, self.state))
         repaired = [bucket.update.repaired.to(device) for bucket in buckets]
         zero = torch.zeros((), dtype=torch.int64, device=device)
-        self._counters.add(~(ok | overflow), torch.stack(repaired).sum() * ok if repaired else zero)
+        events = torch.stack([~(ok | overflow) + zero, torch.stack(repaired).sum() * ok if repaired else zero])
+        self._others.step(ok, clip)  # first: it may still ask for memory, the writes do not
+        for write in writes:
+            write()
+        self._counters.add(events)
+        if wanted:
+            self._observer.after(seen, scales)
 
     @property
     def _shared(self) -> Communicator | None:

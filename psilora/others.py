@@ -79,4 +79,12 @@ class Others:
             return
         elif clip is not None:
             torch._foreach_mul_(self.gradients, clip)
-        self._adamw.step()
+        try:
+            self._adamw.step()
+        except RuntimeError:  # out of memory while torch creates state, piece by piece
+            state = self._adamw.state
+            for group in self._adamw.param_groups:
+                for parameter in group["params"]:
+                    if parameter in state and "exp_avg_sq" not in state[parameter]:
+                        del state[parameter]
+            raise

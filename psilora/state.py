@@ -42,5 +42,6 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
             state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
     if options.metric is not None and "metric" not in state_A:
         from_zero = spectral or options.metric_bias_correction
+        metric_B = initial_metric(pair.d_out, from_zero, dtype=dtype, device=device)
         state_A["metric"] = initial_metric(pair.d_in, from_zero, dtype=dtype, device=device)
-        state_B["metric"] = initial_metric(pair.d_out, from_zero, dtype=dtype, device=device)
+        state_B["metric"] = metric_B
