@@ -276,8 +276,8 @@ class PSILoRA(torch.optim.Optimizer):
             self._idle_steps += 1
             if self._idle_steps == 2:
                 warnings.warn(
-                    "psilora: no gradient in any LoRA pair for two steps: the adapter was replaced, merged or disabled; "
-                    "after a change of adapters build a new PSILoRA",
+                    "psilora: no gradient in any LoRA pair for two steps: the adapter was replaced, merged or disabled;"
+                    " after a change of adapters build a new PSILoRA",
                     stacklevel=4,
                 )
 
