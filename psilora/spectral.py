@@ -81,8 +81,8 @@ class Span:
         T_B, T_A = Roots(gram_B, ridge).T, Roots(wide_A @ wide_A.mT, ridge).T
         beta = batch.column([p.options.metric_beta for p in batch.problems]).double()
         old_B, old_A = (old[:, :, None].double() for old in batch.states("metric"))
-        new_B = (batch.right.double() @ T_A).square().mean(-1, keepdim=True)
-        new_A = (batch.left.double().mT @ T_B).square().mean(-1, keepdim=True)
+        new_B = (batch.right @ T_A.to(batch.dtype)).double().square().mean(-1, keepdim=True)
+        new_A = (batch.left.mT @ T_B.to(batch.dtype)).double().square().mean(-1, keepdim=True)
         D_B, D_A = (beta * old.square() + (1 - beta) * new for old, new in ((old_B, new_B), (old_A, new_A)))
         at_zero = mean_diagonal(gram_B) == 0
         D_A = torch.where(at_zero, old_A.square(), D_A)
@@ -92,10 +92,12 @@ class Span:
 
     def _weights(self, D: Tensor) -> Tensor:
         problems = self.batch.problems
-        delta = self.batch.column([p.options.delta for p in problems]).double()
-        gamma = self.batch.column([p.options.gamma for p in problems]).double()
         mean = D.mean(1, keepdim=True)
-        squares = (D / torch.where(mean == 0, 1.0, mean) + delta) ** gamma
+        squares = D / torch.where(mean == 0, 1.0, mean)
+        squares = squares + self.batch.column([p.options.delta for p in problems]).double()
+        gamma = [p.options.gamma for p in problems]
+        if gamma != [1.0] * len(gamma):  # the default needs no power, the slowest operation of all
+            squares = squares ** self.batch.column(gamma).double()
         return (squares / squares.mean(1, keepdim=True)).sqrt()
 
     def update(self, found: Coefficients) -> Update:
