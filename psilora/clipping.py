@@ -17,11 +17,12 @@ def gradient_factor(
     max_norm: float | None,
     loss_scale: Tensor | None,
     device: torch.device,
+    full: Tensor | None = None,
 ) -> Tensor | None:
     """Return 1 / `loss_scale` times min(1, `max_norm` / norm), 0-d float64 on `device`, or None for 1.
 
     The norm is that of all gradients after unscaling, with those of LoRA factors divided by √s, so that it does not
-    depend on alpha.
+    depend on alpha, or replaced by the full gradients of their weights.
 
     Args:
         problems: The pairs that have gradients.
@@ -29,15 +30,15 @@ def gradient_factor(
         max_norm: > 0, or None for no clipping.
         loss_scale: GradScaler's scale (one element), or None for 1.
         device: Where the factor is wanted; nothing waits for it.
+        full: Σ‖G‖² of the pairs' weights (0-d), to take instead of the gradients of their factors.
     """
     unscale = None if loss_scale is None else 1 / loss_scale.to(device).double()
     if max_norm is None:
         return unscale
-    norms = [
-        torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5
-        for p in problems
-        for grad in (p.dA, p.dB)
-    ]
+    norms = [] if full is None else [full.sqrt().to(device)]
+    for p in problems if full is None else ():
+        for grad in (p.dA, p.dB):
+            norms.append(torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5)
     norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in others]
     total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
     if unscale is not None:

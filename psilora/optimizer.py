@@ -21,6 +21,7 @@ from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
 from psilora.groups import checked_pairs, lora_groups
+from psilora.norms import full_squares
 from psilora.numerics import full_precision
 from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options
 from psilora.others import Others, adamw_group
@@ -77,7 +78,9 @@ class PSILoRA(torch.optim.Optimizer):
             captured. "auto": exact or dense by layer, whichever is smaller, and tangent beyond `capture_budget`.
             Gradient step only.
         first: The factor that is updated first, "A" or "B".
-        max_grad_norm: Clip the gradient's norm, over all parameters, with LoRA gradients per √s; None for no clipping.
+        max_grad_norm: Clip the gradient's norm, over all parameters; None for no clipping.
+        norm: What counts of a LoRA pair: "lora", dA/√s and dB/√s, or "full", the gradient G of its weight (its
+            tangent projection where only `.grad` is known), exact or estimated; see `psilora.norms`.
         maximize: Ascend instead.
         controller: "slope" multiplies every η by one factor that it finds (see `psilora.controller`), from the last
             increment of every parameter, which it keeps. None: 1.
@@ -88,7 +91,7 @@ class PSILoRA(torch.optim.Optimizer):
         unsupported: "raise" on adapters that are not one product s·B·A, or train them with "adamw".
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
             names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
-            to `loss_reduction`, without max_grad_norm, controller and backend.
+            to `loss_reduction`, without max_grad_norm, norm, controller and backend.
         tokens: Rows N that a layer sees per step in this process, for gradient="auto"; None: as in the first step.
         capture_budget: Bytes that gradient="auto" may hold from backward to step; None for no limit.
         process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
@@ -131,6 +134,7 @@ class PSILoRA(torch.optim.Optimizer):
         gradient: str = "exact",
         first: str = "A",
         max_grad_norm: float | None = None,
+        norm: str = "lora",
         maximize: bool = False,
         controller: str | None = None,
         backend: str = "auto",
@@ -153,12 +157,13 @@ class PSILoRA(torch.optim.Optimizer):
             raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")
         for name, value, allowed in (
             ("nonfinite", nonfinite, ("skip", "raise")),
+            ("norm", norm, ("lora", "full")),
             ("unsupported", unsupported, ("raise", "adamw")),
             ("controller", controller, CONTROLLERS),
         ):
             if value not in allowed:
                 raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")
-        self.max_grad_norm, self.backend, self.nonfinite = max_grad_norm, backend, nonfinite
+        self.max_grad_norm, self.norm, self.backend, self.nonfinite = max_grad_norm, norm, backend, nonfinite
         pairs = checked_pairs(check_model(model), unsupported)
         self._pairs = {id(pair.lora_A): pair for pair in pairs}
         param_groups = lora_groups(pairs, settings, groups)
@@ -182,6 +187,8 @@ class PSILoRA(torch.optim.Optimizer):
         self._fell_back: set[int] = set()
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
+        if norm == "full" and any(o.gradient == "backward" and o.captures is not None for _, o in self._options()):
+            raise ValueError("norm='full' needs G, of which gradient='backward' keeps nothing; use gradient='dense'")
         self._capture = self._attach(tokens, capture_budget)
 
     @classmethod
@@ -284,11 +291,14 @@ class PSILoRA(torch.optim.Optimizer):
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
-        clip = gradient_factor(problems, self._others.gradients, self.max_grad_norm, loss_scale, device)
         communicator, controller = self._shared, self._controller
+        external, full = external_scale(problems, device, communicator), None
+        if self.max_grad_norm is not None and self.norm == "full":
+            full = full_squares(problems, external, communicator, device)
+        clip = gradient_factor(problems, self._others.gradients, self.max_grad_norm, loss_scale, device, full)
         rate = None if controller is None else controller.begin(problems, clip, self.state)
         share = 1.0 if communicator is None else 1 / communicator.world_size
-        scales = Scales(clip, external_scale(problems, device, communicator), rate, share)
+        scales = Scales(clip, external, rate, share)
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = engine.compute(problems, scales, self.backend, communicator)

@@ -32,6 +32,7 @@ CASES: dict[str, Case] = {
     "dense": Case(
         {"gradient": "dense", "metric": "kfac", "damping": 1e-2, "momentum": 0.8}, rows=SOMETIMES_EMPTY, micro=2
     ),
+    "clipped by the full norm": Case({"max_grad_norm": 0.2, "norm": "full", "num_iters": 2}, rows=UNEVEN),
     "auto": Case({"gradient": "auto", "momentum": 0.8, "capture_budget": 1500}, rows=UNEVEN),
     "sometimes empty": Case({"momentum": 0.8, "metric": "kfac", "damping": 1e-2}, rows=SOMETIMES_EMPTY),
     "no_sync": Case({"momentum": 0.8}, rows=UNEVEN, micro=3),

@@ -1,0 +1,99 @@
+"""The full gradient's norm by every route, and clipping by it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import data, factors, mse, plain_mlp
+from problems import make_problem
+from torch import Tensor
+
+from psilora import PSILoRA, norms
+from psilora.holdings import Dense
+
+CPU = torch.device("cpu")
+
+
+def dense_gradient(problem: Any) -> Tensor:
+    return sum(s.double().mT @ x.double() for x, s in problem.record.chunks) / problem.pair.scaling
+
+
+@pytest.mark.parametrize("rows", [(3,), (5, 2), (200,)])
+@pytest.mark.parametrize("shape", [(40, 24, 3), (24, 40, 3), (300, 200, 4)])
+def test_exact_routes(rows: tuple[int, ...], shape: tuple[int, int, int]) -> None:
+    """A few rows take ⟨XXᵀ, SSᵀ⟩, many the blocks of G."""
+    problem = make_problem(shape, rows=rows)
+    found = norms.full_squares([problem], torch.tensor(0.5, dtype=torch.float64), None, CPU)
+    assert float(found) == pytest.approx(float(dense_gradient(problem).square().sum()) / 4, rel=1e-5)
+
+
+def test_the_dense_and_the_tangent_gradient() -> None:
+    exact, other = make_problem((40, 24, 3)), make_problem((40, 24, 3), gradient="tangent")
+    held = Dense()
+    for x, s in exact.record.chunks:
+        held.take(x, s, exact.pair)
+    want = float(dense_gradient(exact).square().sum())
+    exact.record.held = held  # type: ignore[union-attr]
+    exact.record.chunks = []  # type: ignore[union-attr]
+    assert float(norms.full_squares([exact], None, None, CPU)) == pytest.approx(want, rel=1e-5)
+    G, B, A = dense_gradient(other), other.pair.B.double(), other.pair.A.double()
+    P_B, P_A = B @ torch.linalg.pinv(B), torch.linalg.pinv(A) @ A
+    tangent = float((P_B @ G + G @ P_A - P_B @ G @ P_A).square().sum())
+    both = float(norms.full_squares([exact, other], None, None, CPU))
+    assert both == pytest.approx(want + tangent, rel=1e-4)
+    assert tangent < 0.9 * float(G.square().sum())
+
+
+@pytest.mark.parametrize("shape", [(300, 200, 4), (200, 300, 4)])
+def test_the_estimate_is_unbiased_and_as_accurate_as_stated(
+    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over 200 random gradients of rank 1, the worst case for fixed columns, mean and deviation are as documented."""
+    monkeypatch.setattr(norms, "SKETCH_ABOVE", 0)
+    ratios = []
+    for _ in range(200):
+        problem = make_problem(shape, rows=(1,))
+        exact = float(dense_gradient(problem).square().sum())
+        ratios.append(float(norms.full_squares([problem], None, None, CPU)) / exact)
+    spread = torch.tensor(ratios)
+    deviation = (2 / norms.COLUMNS) ** 0.5
+    assert abs(float(spread.mean()) - 1) < 4 * deviation / 200**0.5
+    assert 0.8 * deviation < float(spread.std()) < 1.2 * deviation
+
+
+@pytest.mark.parametrize("gradient", ["exact", "dense"])
+@pytest.mark.parametrize("largest", [1e-2, 1e3])
+def test_clipping_by_the_full_norm_is_a_smaller_loss(gradient: str, largest: float) -> None:
+    """Scaling the loss by max_grad_norm / ‖G‖ clips without any clipping code; ‖G‖ from the dense weights' own grad."""
+    model, other = plain_mlp(), plain_mlp()
+    other.load_state_dict(model.state_dict())
+    settings = {"step": "gradient", "gradient": gradient}
+    ours = PSILoRA(model, 0.1, max_grad_norm=largest, norm="full", **settings)
+    theirs = PSILoRA(other, 0.1, **settings)
+    for _ in range(3):
+        batch = data()
+        for layer in (other.l1, other.l2, other.l3):
+            layer.base.weight.requires_grad_()
+        other.zero_grad()
+        mse(other, batch).backward()
+        total = torch.stack([layer.base.weight.grad.norm() for layer in (other.l1, other.l2, other.l3)]).norm()
+        other.zero_grad()
+        theirs.zero_grad()
+        (mse(other, batch) * (largest / (total + 1e-6)).clamp(max=1)).backward()
+        theirs.step()
+        ours.zero_grad()
+        mse(model, batch).backward()
+        ours.step()
+    a, b = factors(model), factors(other)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-8, atol=1e-10)
+    assert largest > 1 or float(total) > 1.5 * largest  # the small limit clips
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match=r"Invalid norm='l1'. Must be one of 'lora', 'full'."):
+        PSILoRA(plain_mlp(), 0.1, norm="l1")
+    with pytest.raises(ValueError, match="norm='full' needs G, .* use gradient='dense'"):
+        PSILoRA(plain_mlp(), 0.1, step="gradient", norm="full", gradient="backward", momentum=0.0)
