@@ -38,6 +38,9 @@ CASES: dict[str, Case] = {
     "no_sync": Case({"momentum": 0.8}, rows=UNEVEN, micro=3),
     "clipped": Case({"momentum": 0.8}, clip=0.2),
     "scaled and clipped, no_sync": Case({"num_iters": 2}, rows=UNEVEN, micro=2, clip=0.2, loss_scale=1024.0),
+    "spectral": Case(
+        {"step": "spectral", "metric": "lora", "momentum": 0.9, "prox": None, "controller": "slope"}, rows=UNEVEN
+    ),
     "a layer that one process skips": Case({"momentum": 0.8}, modes={1: "short"}),
 }
 
