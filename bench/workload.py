@@ -95,12 +95,10 @@ class Workload:
         """Hand X and S to the optimizer as if captured and already verified; `.grad` stays as it is."""
         records = optimizer._capture.records.values()
         for record, x, s in zip(records, self.X, self.S, strict=False):  # a tangent gradient has no records
-            record.calls, record.rows, record.verified = 1, self.tokens, True
+            record.clear()
+            record._take(x, s)
             record.accumulated()  # a copy of dB of a few layers, which the step compares with `.grad`
-            if record.statistics:
-                record.sum_x2, record.sum_s2 = x.float().square().sum(0), s.float().square().sum(0)
-            else:
-                record.chunks = [(x, s)]
+            record.verified = True
 
     def activation_bytes(self) -> int:
         """Bytes of X and S, shared inputs once."""

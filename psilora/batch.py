@@ -43,7 +43,7 @@ class Batch:
 
     def stack(self, tensors: Sequence[Tensor]) -> Tensor:
         """Stack one tensor per layer in the compute dtype; always a copy, which may be changed in place."""
-        return torch.stack([t.detach().to(self.dtype) for t in tensors])
+        return torch.stack([t if t.dtype == self.dtype else t.to(self.dtype) for t in tensors]).detach()
 
     def column(self, values: Sequence[float | Tensor]) -> Tensor:
         """Return one number per layer as (L, 1, 1)."""

@@ -111,15 +111,21 @@ def all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
     for tensor in tensors:
         if tensor.numel():
             by_device.setdefault(tensor.device, []).append(tensor)
-    flags = [torch.isfinite(_extremes(group)).all().to(device) for group in by_device.values()]
+    flags = [_group_finite(group).to(device) for group in by_device.values()]
     return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
 
 
-def _extremes(tensors: list[Tensor]) -> Tensor:
-    """Return numbers that are finite where all entries are, in one pass: the CPU's ‖·‖_∞ is five times slower."""
-    if tensors[0].device.type == "cpu":
-        return torch.stack([bound for tensor in tensors for bound in tensor.aminmax()])
-    return torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])
+def _group_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all entries of tensors on one device are finite.
+
+    On the CPU ‖·‖_∞ is eight times slower than ‖·‖₂, whose overflow of finite entries is looked at again.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.isfinite(torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])).all()
+    finite = torch.isfinite(torch.stack(list(torch._foreach_norm(tensors)))).all()
+    if not bool(finite):
+        finite = torch.isfinite(torch.stack([bound for tensor in tensors for bound in tensor.aminmax()])).all()
+    return finite
 
 
 def nonfinite(buckets: Sequence[Bucket]) -> list[str]:

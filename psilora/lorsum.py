@@ -103,7 +103,6 @@ class Projection:
     systems as `psilora.numerics.spd_solve` does.
 
     Attributes:
-        B, A: The current Bᵏ and Aᵏ.
         step_B, step_A: Bᵏ − B₁ and Aᵏ − A₁; None until the factor's first turn.
         repaired: number of solves in which a failed pivot had to be repaired, a 0-d int64 tensor.
     """
@@ -119,7 +118,8 @@ class Projection:
         solve: Callable[[Tensor, Tensor], Pair] = spd_solve,
     ) -> None:
         self.base_B, self.base_A = B, A
-        self.B, self.A = B, A
+        self._B: Tensor | None = B
+        self._A: Tensor | None = A
         self.decay, self.prox = decay, prox
         self.metric_B: Tensor | None = None if metric is None else metric[0]
         self.metric_A: Tensor | None = None if metric is None else metric[1]
@@ -128,28 +128,40 @@ class Projection:
         self.repaired = torch.zeros((), dtype=torch.int64, device=A.device)
         self._solve = solve
 
+    @property
+    def B(self) -> Tensor:
+        """The current Bᵏ, added up when it is first asked for: an optimizer only needs the last step."""
+        if self._B is None:
+            self._B = self.base_B if self.step_B is None else self.base_B + self.step_B
+        return self._B
+
+    @property
+    def A(self) -> Tensor:
+        """The current Aᵏ, likewise."""
+        if self._A is None:
+            self._A = self.base_A if self.step_A is None else self.base_A + self.step_A
+        return self._A
+
     def turn_A(self, left: Tensor) -> None:
         """Update A from `left` = Σ_{i≥2} c_i (BᵏᵀB_i) A_i, shape (…, r, d_in)."""
-        self.step_A = self._solve_A(left)
-        self.A = self.base_A + self.step_A
+        self.step_A, self._A = self._solve_A(left), None
 
     def turn_B(self, right: Tensor) -> None:
         """Update B from `right` = Σ_{i≥2} c_i B_i (A_iAᵏᵀ), shape (…, d_out, r)."""
-        self.step_B = self._solve_B(right)
-        self.B = self.base_B + self.step_B
+        self.step_B, self._B = self._solve_B(right), None
 
     def simultaneous(self, left: Tensor, right: Tensor) -> None:
         """Update both factors from (B₁, A₁): K = 0."""
         step_A = self._solve_A(left)
         self.turn_B(right)
-        self.step_A, self.A = step_A, self.base_A + step_A
+        self.step_A, self._A = step_A, None
 
     def _solve_A(self, left: Tensor) -> Tensor:
         weighted = apply_metric(self.metric_B, self.B)
         rhs = unapply_metric(self.metric_A, left.mT).mT
         change = self._change(weighted, self.base_B, self.step_B)
         if change is not None:
-            rhs = rhs + change @ self.base_A
+            rhs = (change @ self.base_A).add_(rhs)
         return self._spd_solve(weighted.mT @ self.B, rhs)
 
     def _solve_B(self, right: Tensor) -> Tensor:
@@ -157,7 +169,7 @@ class Projection:
         rhs = unapply_metric(self.metric_B, right)
         change = self._change(weighted, self.base_A.mT, None if self.step_A is None else self.step_A.mT)
         if change is not None:
-            rhs = rhs + self.base_B @ change.mT
+            rhs = (self.base_B @ change.mT).add_(rhs)
         return self._spd_solve(self.A @ weighted, rhs.mT).mT.contiguous()
 
     def _change(self, weighted: Tensor, base: Tensor, step: Tensor | None) -> Tensor | None:

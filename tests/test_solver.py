@@ -9,7 +9,7 @@ import pytest
 import torch
 from models import data, factors, peft_mlp, train
 
-from psilora import PSILoRA, native, numerics, solver
+from psilora import PSILoRA, engine, native, numerics, solver
 
 MEASURED = Path(__file__).parent.parent / "bench" / "results" / "cpu" / "solve.json"
 needs_native = pytest.mark.skipif(not native.available(), reason=f"needs the extension: {native.unavailable_reason()}")
@@ -91,3 +91,10 @@ def test_an_increment_of_zero_keeps_the_sign_of_a_zero(dtype: torch.dtype) -> No
     train(model, optimizer, [data(dtype=dtype)])
     assert all(bool(parameter[0].signbit().all()) and not bool(parameter[0].any()) for parameter in parameters)
     assert not bool((parameters[0].detach() + 0.0)[0].signbit().any())
+
+
+@pytest.mark.parametrize("value, finite", [(3e38, True), (float("inf"), False), (float("nan"), False)])
+def test_large_finite_entries_are_not_taken_for_overflow(value: float, finite: bool) -> None:
+    tensors = [torch.ones(3), torch.full((2, 2), value)]
+    assert not bool(torch.isfinite(tensors[1].norm()))  # what the fast check sees
+    assert bool(engine.all_finite(tensors, torch.device("cpu"))) is finite

@@ -57,7 +57,7 @@ def run(settings: Settings) -> list[Row]:
 
 def settings_of(kind: str) -> dict[str, Any]:
     """Return the keyword arguments of a kind of gradient step."""
-    return {"step": "gradient", **KINDS[kind]}
+    return {"step": "gradient", "prox": 1e-2, **KINDS[kind]}
 
 
 def two_steps(work: Workload, optimizer: PSILoRA | PerLayerLoop) -> Workload:
