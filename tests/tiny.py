@@ -1,4 +1,4 @@
-"""Tiny language models, a byte tokenizer and text, all built from nothing: no download, no file."""
+"""Tiny language models under LoRA, and tokens for them; the model and the tokenizer are those of the examples."""
 
 from __future__ import annotations
 
@@ -6,11 +6,22 @@ from typing import Any
 
 import torch
 from models import randomise_B
+from offline import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel
+
+__all__ = [
+    "SENTENCES",
+    "TARGETS",
+    "adapted",
+    "byte_tokenizer",
+    "lora",
+    "tiny_gpt2",
+    "tiny_llama",
+    "token_rows",
+    "tokens",
+]
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 VOCABULARY = 259
@@ -21,24 +32,6 @@ SENTENCES = (
     "what was captured must give the gradient",
     "warm-up starts at a rate of zero",
 )
-
-
-def tiny_llama(layers: int = 2, **changes: Any) -> LlamaForCausalLM:
-    """Two blocks of width 32 with grouped heads; the same weights on every call."""
-    torch.manual_seed(0)
-    settings = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "pad_token_id": 256,
-        "bos_token_id": 257,
-        "eos_token_id": 258,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**settings, **changes}))
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:
@@ -62,17 +55,6 @@ def adapted(model: nn.Module | None = None, *, B_zero: bool = False, **config: A
     if not B_zero:
         randomise_B(wrapped)
     return wrapped
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte, and pad, bos and eos."""
-    alphabet = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", model_max_length=64
-    )
 
 
 def tokens(rows: int = 2, length: int = 12, seed: int = 0) -> dict[str, Tensor]:
