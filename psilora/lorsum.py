@@ -62,16 +62,17 @@ def lorsum(
     work = [(B.to(dtype).expand(*batch, *B.shape[-2:]), A.to(dtype).expand(*batch, *A.shape[-2:])) for B, A in terms]
     scale = [_batched(c, work[0][0]) for c in coefficients]
 
+    # The transposes leave the products as they are and have BLAS read tall factors, S and X among them, row by row.
     def left(B: Tensor) -> Tensor:  # Σ_{i≥2} c_i (BᵀB_i) A_i
         total = torch.zeros_like(work[0][1])
         for c, (B_i, A_i) in zip(scale[1:], work[1:], strict=True):
-            total = total + c * ((B.mT @ B_i) @ A_i)
+            total = total + c * ((B_i.mT @ B).mT @ A_i)
         return total
 
     def right(A: Tensor) -> Tensor:  # Σ_{i≥2} c_i B_i (A_iAᵀ)
         total = torch.zeros_like(work[0][0])
         for c, (B_i, A_i) in zip(scale[1:], work[1:], strict=True):
-            total = total + c * ((A @ A_i.mT) @ B_i.mT).mT  # as BLAS likes tall factors best
+            total = total + c * ((A_i @ A.mT).mT @ B_i.mT).mT
         return total
 
     with full_precision(base_A.device.type):
