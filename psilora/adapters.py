@@ -77,7 +77,7 @@ class LoRAPair:
     @property
     def d_in(self) -> int:
         """Return the width of A, the layer's input width for a linear layer."""
-        return self.lora_A[0].numel()
+        return self.lora_A.shape[1:].numel()
 
     @property
     def d_out(self) -> int:
@@ -176,7 +176,7 @@ def _refusal(pair: LoRAPair) -> str | None:
         return "it has no LoRA scaling"
     if A.is_complex() or B.is_complex():
         return f"it is complex ({A.dtype}); factors must have a real floating dtype"
-    if A.dim() < 2 or B.dim() < 2 or B[0].numel() != A.shape[0]:
+    if A.dim() < 2 or B.dim() < 2 or B.shape[1:].numel() != A.shape[0]:
         return f"the shapes {tuple(B.shape)} of lora_B and {tuple(A.shape)} of lora_A do not chain (rank mismatch)"
     if getattr(owner, "num_experts", 1) != 1:
         return f"it holds one product for each of {owner.num_experts} experts"
@@ -219,8 +219,13 @@ def _refuse(pair: LoRAPair, reason: str) -> Unsupported:
     return Unsupported(pair.name, reason, trainable)
 
 
-def check_model(model: object) -> nn.Module:
-    """Return `model` if it can be optimized here; refuse wrappers whose gradients cannot be used, by name."""
+def check_model(model: object, *, sharded: bool = False) -> nn.Module:
+    """Return `model` if it can be optimized here; refuse wrappers whose gradients cannot be used, by name.
+
+    Args:
+        model: What the user passed.
+        sharded: Whether parameters may be DTensors.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters")
     if isinstance(model, nn.DataParallel):
@@ -237,8 +242,8 @@ def check_model(model: object) -> nn.Module:
             continue
         if parameter.is_complex():
             raise ValueError(f"{name} is complex ({parameter.dtype}); must have a real floating dtype")
-        if type(parameter).__name__ == "DTensor" or type(parameter.data).__name__ == "DTensor":
-            raise ValueError(f"{name} is sharded (DTensor); this version needs whole parameters, as under DDP")
+        if not sharded and type(parameter).__name__ == "DTensor":
+            raise ValueError(f"{name} is sharded (DTensor); this optimizer needs whole parameters, as under DDP")
         if parameter.device.type == "meta":
             raise ValueError(f"{name} is on the meta device; materialise the model first")
     return model

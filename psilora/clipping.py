@@ -9,6 +9,7 @@ from torch import Tensor
 
 from psilora.numerics import compute_dtype
 from psilora.problem import Problem
+from psilora.sharded import whole
 
 
 def gradient_factor(
@@ -39,7 +40,7 @@ def gradient_factor(
     for p in problems if full is None else ():
         for grad in (p.dA, p.dB):
             norms.append(torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5)
-    norms += [torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype)).to(device) for g in others]
+    norms += [whole(torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype))).to(device) for g in others]
     total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
     if unscale is not None:
         total = unscale * total

@@ -27,6 +27,7 @@ from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.representation import Planner
+from psilora.sharded import Gathered, is_sharded, local, refuse_sharded, whole
 from psilora.state import init_state, state_dtype
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ class PSILoRA(torch.optim.Optimizer):
             if value not in allowed:
                 raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")
         self.max_grad_norm, self.norm, self.backend, self.nonfinite = max_grad_norm, norm, backend, nonfinite
-        pairs = checked_pairs(check_model(model), unsupported)
+        pairs = checked_pairs(check_model(model, sharded=True), unsupported)
         self._pairs = {id(pair.lora_A): pair for pair in pairs}
         param_groups = lora_groups(pairs, settings, groups)
         taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
@@ -187,6 +188,10 @@ class PSILoRA(torch.optim.Optimizer):
         self._fell_back: set[int] = set()
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
+        refuse_sharded(self._options(), controller)
+        self._sharded = any(is_sharded(p) for p in model.parameters() if p.requires_grad)
+        if self._sharded:  # the kernels recognise factors that have not changed by their tensors, which are new here
+            self.backend = "reference"
         if norm == "full" and any(o.gradient == "backward" and o.captures is not None for _, o in self._options()):
             raise ValueError("norm='full' needs G, of which gradient='backward' keeps nothing; use gradient='dense'")
         self._capture = self._attach(tokens, capture_budget)
@@ -303,18 +308,18 @@ class PSILoRA(torch.optim.Optimizer):
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = engine.compute(problems, scales, self.backend, communicator)
         results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
-        finite = engine.all_finite(grads + results, device)
+        finite = engine.all_finite([local(grad) for grad in grads] + results, device)
         overflow = self._overflow(device)
-        if communicator is not None:
-            wrong, found = communicator.sums([(~finite).float(), overflow.float()])
+        if communicator is not None or self._sharded:
+            wrong, found = self.communicator.sums([(~finite).float(), overflow.float()])
             finite, overflow = wrong == 0, found > 0
         if self.nonfinite == "raise" and not bool(finite | overflow):
             names = engine.nonfinite(buckets)
-            if not bool(engine.all_finite(self._others.gradients, device)):
+            if not bool(engine.all_finite([local(grad) for grad in self._others.gradients], device)):
                 names.append("parameters outside the LoRA pairs")
             raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
         ok = finite & ~overflow
-        writes = engine.stage(buckets, ok)
+        writes = [*engine.stage(buckets, ok), self._gathered.write_back]
         if controller is not None:
             writes.insert(0, controller.end(buckets, clip, ok, self.state))
         repaired = [bucket.update.repaired.to(device) for bucket in buckets]
@@ -343,6 +348,7 @@ class PSILoRA(torch.optim.Optimizer):
         """The pairs that have gradients, each with the best representation of G that is at hand."""
         problems = []
         newly_blind = []
+        self._gathered = Gathered()
         for pair, options in self._options():
             dA, dB, joint = pair.lora_A.grad, pair.lora_B.grad, joints[id(pair)]
             if dA is None or dB is None:
@@ -364,13 +370,14 @@ class PSILoRA(torch.optim.Optimizer):
                     f"{pair.name}: gradient='backward' takes one call of a layer per step, there were {joint.calls}; "
                     "for accumulation and several forwards use gradient='dense' or 'exact'"
                 )
-            init_state(pair, options, self.state[pair.lora_B], self.state[pair.lora_A])
+            work = self._gathered.pair(pair)
+            init_state(work, options, self.state[pair.lora_B], self.state[pair.lora_A])
             problems.append(
                 Problem(
-                    pair,
+                    work,
                     options,
-                    dA.detach().flatten(1),
-                    dB.detach().flatten(1),
+                    whole(dA.detach()).flatten(1),
+                    whole(dB.detach()).flatten(1),
                     record,
                     exact=record is not None and record.holds != "nothing",
                     state_A=self.state[pair.lora_A],
@@ -409,7 +416,7 @@ class PSILoRA(torch.optim.Optimizer):
     def init_state(self) -> None:
         """Create the LoRA state that the current settings need, where it does not exist yet."""
         for pair, options in self._options():
-            init_state(pair, options, self.state[pair.lora_B], self.state[pair.lora_A])
+            init_state(Gathered().pair(pair), options, self.state[pair.lora_B], self.state[pair.lora_A])
         if self._controller is not None:
             self._controller.init_state(self.state)
 

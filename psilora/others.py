@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psilora.sharded import is_sharded, local
+
 KIND = "adamw"
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -26,7 +28,7 @@ def adamw_group(
     Fused where the devices allow it, because the fused kernel takes the decision to skip a step from the device; on
     CUDA also `capturable`, without which torch refuses to capture a step in a graph.
     """
-    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters)
+    fused = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() and not is_sharded(p) for p in parameters)
     optimizer = torch.optim.AdamW(
         parameters,
         lr=lr,
@@ -78,7 +80,7 @@ class Others:
         elif not bool(ok):
             return
         elif clip is not None:
-            torch._foreach_mul_(self.gradients, clip)
+            torch._foreach_mul_([local(grad) for grad in self.gradients], clip)
         try:
             self._adamw.step()
         except RuntimeError:  # out of memory while torch creates state, piece by piece

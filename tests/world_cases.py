@@ -8,7 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
-from worlds import Case, Net, factors_of, make_optimizer, total, train_in_world
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from worlds import (
+    Case,
+    Net,
+    factors_of,
+    joint_loss,
+    make_optimizer,
+    shard,
+    total,
+    train_in_world,
+    train_sharded,
+)
 
 from psilora import agreement
 from psilora.distributed import Communicator
@@ -124,6 +136,52 @@ def refused(rank: int) -> dict[str, Any]:
     found["one-sided"] = message(optimizer.step)
     found["unchanged"] = all(torch.equal(before[name], p) for name, p in factors_of(model).items())
     return found
+
+
+SHARDED: dict[str, Case] = {
+    "tangent": Case({"gradient": "tangent", "momentum": 0.8, "num_iters": 2}, rows=UNEVEN),
+    "tangent, own clipping": Case({"gradient": "tangent", "max_grad_norm": 0.2}),
+    "spectral": Case({"step": "spectral", "momentum": 0.8, "metric": "lora", "prox": None}, rows=UNEVEN, clip=0.5),
+}
+
+
+def run_sharded(rank: int, world: int, folder: str) -> dict[str, Any]:
+    results: dict[str, Any] = {name: train_sharded(case, rank) for name, case in SHARDED.items()}
+    model = shard(Net())
+    refusals = ({}, {"gradient": "tangent", "metric": "kfac"}, {"step": "spectral", "controller": "slope"})
+    results["refused"] = [message(lambda s=settings: make_optimizer(model, s)) for settings in refusals]
+    results["saved"] = save_sharded(rank, folder)
+    return results
+
+
+def save_sharded(rank: int, folder: str) -> dict[str, Tensor]:
+    """Train, save a distributed checkpoint halfway, train on; return the factors at the end."""
+    case = SHARDED["tangent"]
+    model = shard(Net())
+    optimizer = make_optimizer(model, case.settings)
+    for step in range(6):
+        if step == 3:
+            states = get_state_dict(model, optimizer)
+            dcp.save(dict(zip(("model", "optimizer"), states, strict=True)), checkpoint_id=folder)
+        optimizer.zero_grad()
+        total(model, case.batch(rank, step, 0)).backward()
+        optimizer.step()
+    return {name: p.full_tensor().detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def resumed_alone(folder: str, world: int) -> dict[str, Tensor]:
+    """Load that checkpoint in one process, without sharding, and train on."""
+    case = SHARDED["tangent"]
+    model = Net()
+    optimizer = make_optimizer(model, case.settings)
+    states = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+    dcp.load(states, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    for step in range(3, 6):
+        optimizer.zero_grad()
+        joint_loss(model, case, world, step, 0).backward()
+        optimizer.step()
+    return factors_of(model)
 
 
 def one_dies(rank: int, world: int) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from psilora import LoRALinear, PSILoRA
@@ -25,7 +26,7 @@ RANK = 3
 class Net(nn.Module):
     """Linear–tanh–Linear–tanh–Linear under LoRA; `l2` can be left out or run without its LoRA modules."""
 
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, *, trainable_bias: bool = False) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         for name, (i, o) in zip(("l1", "l2", "l3"), zip(DIMS[:-1], DIMS[1:], strict=True), strict=True):
@@ -33,7 +34,7 @@ class Net(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        self.to(dtype)
+        self.l3.base.bias.requires_grad_(trainable_bias)
         self.mode = "whole"
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,9 +133,9 @@ def train_in_world(case: Case, rank: int) -> dict[str, Any]:
     return result
 
 
-def train_alone(case: Case, world: int) -> dict[str, Tensor]:
+def train_alone(case: Case, world: int, *, trainable_bias: bool = False) -> dict[str, Tensor]:
     """The same training in one process: one batch of all rows, the loss being the mean of the processes' losses."""
-    model = Net()
+    model = Net(trainable_bias=trainable_bias)
     optimizer = make_optimizer(model, case.settings)
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -198,3 +199,26 @@ def run_world(work: Callable[[int, int], Any], world: int, folder: Path) -> list
         mp.start_processes(_enter, args=(world, str(folder), work), nprocs=world, start_method="spawn")
     files = [folder / f"{rank}.pt" for rank in range(world)]
     return [torch.load(file, weights_only=True) if file.exists() else None for file in files]
+
+
+def shard(model: Net) -> Net:
+    """Spread the model over the default group, layer by layer (FSDP2)."""
+    for layer in (model.l1, model.l2, model.l3):
+        fully_shard(layer)
+    fully_shard(model)
+    return model
+
+
+def train_sharded(case: Case, rank: int) -> dict[str, Any]:
+    """Train under FSDP2 in this process; return the whole factors and the size of this process's part of them."""
+    model = shard(Net(trainable_bias=True))
+    optimizer = make_optimizer(model, case.settings)
+    for step in range(case.steps):
+        optimizer.zero_grad()
+        total(model, case.batch(rank, step, 0)).backward()
+        if case.clip is not None:
+            nn.utils.clip_grad_norm_(model.parameters(), case.clip)
+        optimizer.step()
+    part = sum(p.to_local().numel() for p in model.parameters() if p.requires_grad)
+    whole = {name: p.full_tensor().detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {"factors": whole, "part": part, "stats": optimizer.stats()["skipped_steps"]}
