@@ -113,21 +113,21 @@ def test_backward_refuses_a_second_call_because_it_would_be_inexact() -> None:
 # ---- what is held ----------------------------------------------------------------------------------------------------
 
 
-def live_bytes() -> int:
-    """Bytes of all storages that a Python tensor refers to."""
+def live() -> dict[int, int]:
+    """Bytes by address of all storages that a Python tensor refers to."""
     gc.collect()
-    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    tensors = [t for t in gc.get_objects() if type(t) in (Tensor, nn.Parameter) and t.layout == torch.strided]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 def held(make: Any, rows: int) -> tuple[int, int]:
     """Bytes alive between backward and step beside model and gradients, and bytes of state after the step."""
     model = plain_mlp((48, 40, 32, 24), dtype=torch.float32)
     optimizer = make(model)
-    start = live_bytes()
+    before = live()
     mse(model, data(rows, 48, 24, dtype=torch.float32)).backward()
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
-    kept = live_bytes() - start - gradients
+    gradients = {p.grad.data_ptr() for p in model.parameters() if p.grad is not None}
+    kept = sum(size for address, size in live().items() if address not in before and address not in gradients)
     optimizer.step()
     state = sum(v.nbytes for s in optimizer.state.values() for v in s.values() if isinstance(v, Tensor))
     return kept, state
