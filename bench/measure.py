@@ -51,7 +51,7 @@ class Candidate:
 def measure(
     case: str, candidates: Sequence[Candidate], *, device: str, repeats: int = 15, seconds: float = 20.0
 ) -> list[Row]:
-    """Return one row per candidate; times in ms.
+    """Return one row per candidate; times in ms. `cpu_ms` is the processor's time, which other work does not stretch.
 
     All correct candidates are timed once per round, in an order that turns from round to round, until there are
     `repeats` rounds or `seconds` are over (but at least FEWEST rounds), so that drift of the machine hits all alike.
@@ -63,16 +63,21 @@ def measure(
         if ok:
             sound.append((row, candidate, cuda.prepare(candidate) if device == "cuda" else candidate.run))
     readings: dict[int, list[float]] = {i: [] for i in range(len(sound))}
+    busy: dict[int, list[float]] = {i: [] for i in range(len(sound))}
     for number in _rounds(repeats, seconds):
         for place in range(len(sound)):
             i = (place + number) % len(sound)
             _, candidate, run = sound[i]
             candidate.before()
+            began = time.process_time()
             elapsed = cuda.elapsed(run) if device == "cuda" else _elapsed(run)
             if number >= WARM_UP:
                 readings[i].append(elapsed)
+                busy[i].append(1e3 * (time.process_time() - began))
     for i, (row, candidate, _) in enumerate(sound):
         row.update(summary(readings[i]))
+        if device == "cpu":
+            row["cpu_ms"] = statistics.median(busy[i])
         if candidate.count:
             row.update(_counts(candidate, device))
         if "floor_ms" in row:
