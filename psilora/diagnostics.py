@@ -1,7 +1,7 @@
 """Figures about one optimizer step, computed only for steps that are asked for.
 
-They cost about as much as the step itself, and for the exact gradient one dense gradient per layer in blocks
-(2·N·d_in·d_out operations), so they are meant for every n-th step. Everything stays on the device until it is read.
+They cost about as much as the step itself, and for captured activations the norm of the full gradient by the cheapest
+route (`psilora.norms`), so they are meant for every n-th step. Everything stays on the device until it is read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psilora.gradient import ActivationGradient, Gradient, TangentGradient, activation_squares
+from psilora.gradient import ActivationGradient, Gradient, TangentGradient
+from psilora.held import DenseGradient
+from psilora.holdings import Dense, Rows
+from psilora.norms import captured_square
 from psilora.problem import Problem, Scales
 
 
@@ -84,11 +87,15 @@ def _before(problem: Problem, scales: Scales) -> _Before:
     gradient: Gradient = tangent
     squared_gradient = squared_tangent
     shared = scales.share < 1 and problem.exact
-    if problem.exact and not shared and problem.record is not None and problem.record.chunks:
+    held = problem.record.held if problem.exact and not shared and problem.record is not None else None
+    if isinstance(held, (Rows, Dense)):
         external: Tensor | float = 1.0 if scales.external is None else scales.external.to(pair.lora_A.device, dtype)
-        scale = torch.as_tensor(clip * external / pair.scaling, dtype=dtype, device=pair.lora_A.device)
-        gradient = ActivationGradient([problem.record.chunks], scale.reshape(1))
-        squared_gradient = activation_squares(problem.record.chunks, dtype)[0].sum() * scale**2
+        scale = torch.as_tensor(clip * external / pair.scaling, dtype=dtype, device=pair.lora_A.device).reshape(1)
+        if isinstance(held, Rows):
+            gradient = ActivationGradient([held.chunks], scale)
+        else:
+            gradient = DenseGradient(held.tensors(), scale)
+        squared_gradient = captured_square(problem) * scale[0] ** 2
     target = None if shared else _squared_target(problem, gradient, squared_gradient)
     return _Before(problem, B, A, squared_gradient, squared_tangent, target)
 

@@ -40,7 +40,7 @@ def full_squares(
     exact = [p for p in problems if p.exact]
     squares = [square.to(device).double() for square in _tangent_squares([p for p in problems if not p.exact])]
     scales = [1 / p.pair.scaling**2 for p in exact]
-    found = [_square(p) for p in exact] if communicator is None else _joint_squares(exact, communicator)
+    found = [captured_square(p) for p in exact] if communicator is None else _joint_squares(exact, communicator)
     total = [scale * square.to(device).double() for scale, square in zip(scales, found, strict=True)]
     if total:
         captured = torch.stack(total).sum()
@@ -56,7 +56,7 @@ def _tangent_squares(problems: Sequence[Problem]) -> list[Tensor]:
     return [TangentGradient(b.B, b.A, b.left, b.right).squares()[0].sum() for b in batches]
 
 
-def _square(problem: Problem) -> Tensor:
+def captured_square(problem: Problem) -> Tensor:
     """Return ‖S_BᵀX‖² of one layer in one process."""
     if problem.record is not None and isinstance(problem.record.held, Dense):
         return problem.record.held.tensors()[0].square().sum()

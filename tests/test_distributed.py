@@ -32,6 +32,12 @@ def error(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return max(float((found[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted)
 
 
+@pytest.mark.scenario(
+    6,
+    "DDP (gloo)",
+    gradient="exact, dense, tangent",
+    tested="several processes, no_sync, uneven and empty batches, clipping",
+)
 @pytest.mark.parametrize(("size", "name"), [(size, name) for size in (2, LARGE) for name in cases_of(size)])
 def test_factors_are_equal_everywhere_and_those_of_the_joint_batch(worlds: Worlds, size: int, name: str) -> None:
     world = worlds(size)
@@ -101,6 +107,7 @@ def test_traffic_is_thin_products_beside_the_gradients_of_adamw(worlds: Worlds, 
         assert results["two settings"]["rounds"] == (2 + 4) * steps + 1  # all layers share the rounds
 
 
+@pytest.mark.scenario(6, "DDP (gloo)", gradient="exact", tested="a process dies: the others fail with an error")
 def test_the_death_of_a_process_is_an_error_in_the_others(tmp_path: Path) -> None:
     survivor, dead = run_world(one_dies, 2, tmp_path)
     assert dead is None

@@ -23,6 +23,12 @@ __all__ = [
     "tokens",
 ]
 
+# The ways to know the gradient, as settings of the optimizer.
+MODES: dict[str, dict[str, Any]] = {
+    "exact": {"step": "gradient", "gradient": "exact"},
+    "tangent": {"step": "gradient", "gradient": "tangent"},
+    "spectral": {"step": "spectral"},
+}
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 VOCABULARY = 259
 

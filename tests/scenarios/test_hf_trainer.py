@@ -12,14 +12,12 @@ import pytest
 import torch
 from models import factors
 from naive import WrapperHooks, jittered_turn
-from tiny import adapted, token_rows
+from tiny import MODES, adapted, token_rows
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from psilora import PSILoRA
 from psilora.integrations.hf import PSILoRAFactory, optimizer_cls_and_kwargs
-
-BOTH = pytest.mark.parametrize("gradient", ["exact", "tangent"])
 
 
 def arguments(path: Path, **changes: Any) -> TrainingArguments:
@@ -67,7 +65,7 @@ class BeforeStep(TrainerCallback):
             self.naive_errors.append(self.naive.worst())
             self.naive_calls = max(len(held) for held in self.naive.X.values())
             self.naive.clear()
-        if optimizer.param_groups[0]["gradient"] == "exact":
+        if optimizer._capture.records:
             found = captured(optimizer).values()
             self.scales.append([scale for scale, _ in found])
             self.residuals.append(max(residual for _, residual in found))
@@ -78,14 +76,17 @@ class BeforeStep(TrainerCallback):
 
 
 @pytest.mark.scenario(
-    1, "transformers", gradient="exact, tangent", tested="warm-up from lr=0, accumulation 4, clip 1.0, dropout 0.1"
+    1,
+    "transformers",
+    gradient="exact, tangent, spectral",
+    tested="warm-up from lr=0, accumulation 4, clip 1.0, dropout 0.1",
 )
-@BOTH
-def test_warm_up_accumulation_clipping_and_dropout(gradient: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_warm_up_accumulation_clipping_and_dropout(mode: str, tmp_path: Path) -> None:
     """Traps: lr = 0 moves a step with a jittered Gram; hooks on the wrapper see X before dropout; clipping misses S."""
     model = adapted(lora_dropout=0.1, lora_alpha=96, B_zero=True)  # gradients above the clipping norm
     naive = WrapperHooks(model)
-    optimizer = PSILoRA(model, 0.1, step="gradient", gradient=gradient)
+    optimizer = PSILoRA(model, 0.1, **MODES[mode])
     watch = BeforeStep(model, naive)
     trainer = Trainer(
         model,
@@ -102,7 +103,7 @@ def test_warm_up_accumulation_clipping_and_dropout(gradient: str, tmp_path: Path
     moved = jittered_turn(torch.zeros(32, 4), A, 0.0, torch.zeros_like(A))
     assert float((moved - A).norm()) == pytest.approx(float(A.norm())), "the naive turn destroys A at B = 0"
     assert min(watch.naive_errors) > 0.1, "hooks on the wrapper are wrong under dropout"
-    if gradient == "exact":
+    if mode == "exact":
         assert watch.calls == {4} and max(watch.residuals) < 1e-5
         clipped = [1 / e["grad_norm"] for e in trainer.state.log_history if "grad_norm" in e]
         assert len(clipped) == 4 and any(c < 0.95 for c in clipped), "a run without clipping would show nothing"

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from models import factors
 from naive import PlainState, WrapperHooks
 from peft import prepare_model_for_kbit_training
-from tiny import adapted, tiny_llama, tokens
+from tiny import MODES, adapted, tiny_llama, tokens
 from torch import Tensor, nn
 
 from psilora import PSILoRA
@@ -75,14 +75,14 @@ def test_a_bf16_base_through_prepare(adapter: torch.dtype, mixed: str) -> None:
 
 
 @pytest.mark.scenario(
-    8, "torch GradScaler", gradient="exact, tangent", tested="fp16 loss scaling with a forced overflow"
+    8, "torch GradScaler", gradient="exact, tangent, spectral", tested="fp16 loss scaling with a forced overflow"
 )
-@pytest.mark.parametrize("gradient", ["exact", "tangent"])
-def test_a_grad_scaler_with_a_forced_overflow(gradient: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_a_grad_scaler_with_a_forced_overflow(mode: str) -> None:
     """Traps: S carries the loss scale, `.grad` does not; after an overflow step() may not come and X, S are stale."""
     scaled = adapted()
     plain = copy.deepcopy(scaled)
-    settings: dict[str, Any] = {"step": "gradient", "gradient": gradient, "momentum": 0.0}
+    settings: dict[str, Any] = {**MODES[mode], "momentum": 0.0}
     ours, theirs = PSILoRA(scaled, 0.1, **settings), PSILoRA(plain, 0.1, **settings)
     naive = WrapperHooks(scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from models import factors
 from naive import WrapperHooks
-from tiny import SENTENCES, byte_tokenizer, lora, tiny_llama
+from tiny import MODES, SENTENCES, byte_tokenizer, lora, tiny_llama
 from torch import nn
 from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
@@ -65,31 +65,33 @@ class Residuals(TrainerCallback):
 
 
 @pytest.mark.scenario(
-    7, "TRL", gradient="exact, tangent", tested="SFTTrainer(peft_config=…), gradient checkpointing on as by default"
+    7,
+    "TRL",
+    gradient="exact, tangent, spectral",
+    tested="SFTTrainer(peft_config=…), gradient checkpointing on as by default",
 )
-@pytest.mark.parametrize("gradient", ["exact", "tangent"])
-def test_sft_with_a_peft_config(gradient: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_sft_with_a_peft_config(mode: str, tmp_path: Path) -> None:
     """The trap: the adapters do not exist before the trainer does, so an optimizer of the bare model finds nothing."""
     model = tiny_llama()
     with pytest.raises(ValueError, match="no trainable LoRA pair"):
         PSILoRA(model, 0.1)
     watch = Residuals()
-    settings = {"step": "gradient", "gradient": gradient}
     trainer = SFTTrainer(
         model,
         SFTConfig(output_dir=str(tmp_path), max_length=32, **COMMON),
         train_dataset=Dataset.from_dict({"text": list(SENTENCES) * 2}),
         processing_class=byte_tokenizer(),
         peft_config=lora(lora_dropout=0.1),
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(0.5, **settings),
-        callbacks=[watch] if gradient == "exact" else [],
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(0.1, **MODES[mode]),
+        callbacks=[watch] if mode == "exact" else [],
     )
     before = factors(trainer.model)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
     assert isinstance(optimizer, PSILoRA) and len(before) == 2 * len(optimizer._pairs)
     assert all(not torch.equal(before[name], value) for name, value in factors(trainer.model).items())
-    if gradient == "exact":
+    if mode == "exact":
         assert max(watch.values) < 1e-4 and watch.calls == {1}
         assert min(watch.naive_errors) > 0.1
 

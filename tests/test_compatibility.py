@@ -1,0 +1,60 @@
+"""docs/compatibility.md lists exactly the scenario tests that there are."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "compatibility.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("compatibility", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["compatibility"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["compatibility"]
+
+
+def listed(text: str) -> list[str]:
+    """The rows of a table without the cells that depend on the machine."""
+    found = []
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.startswith("| scenario"):
+            number, framework, _, gradient, tested, _, test = line.strip("| ").split(" | ")
+            found.append(f"| {number} | {framework} | {gradient} | {tested} | {test} |")
+    return found
+
+
+def test_the_committed_table_is_in_step_with_the_tests(script: ModuleType) -> None:
+    expected = [row.stable for row in script.rows()]
+    assert len(expected) == len(set(expected)) > 20
+    assert listed(script.TABLE.read_text()) == expected, "run python docs/compatibility.py"
+    assert listed(script.table({})) == expected
+    assert script.TABLE.read_text().startswith(script.HEAD.partition("Last run")[0])
+    assert "failed" not in script.TABLE.read_text()
+
+
+def test_every_scenario_has_a_test(script: ModuleType) -> None:
+    assert {row.number for row in script.rows()} >= set(range(1, 13))
+
+
+def test_the_worst_outcome_of_a_function_counts(script: ModuleType) -> None:
+    outcomes = script.Outcomes()
+    for nodeid, outcome, when, why in (
+        ("t.py::f[1]", "passed", "call", None),
+        ("t.py::f[2]", "failed", "call", None),
+        ("t.py::f[3]", "passed", "call", None),
+        ("t.py::g", "skipped", "setup", ("t.py", 1, "Skipped: needs a CUDA device")),
+        ("t.py::h", "passed", "setup", None),
+    ):
+        outcomes.pytest_runtest_logreport(SimpleNamespace(nodeid=nodeid, outcome=outcome, when=when, longrepr=why))
+    assert outcomes.found == {"t.py::f": "failed", "t.py::g": "skipped: needs a CUDA device"}
