@@ -61,6 +61,9 @@ class PSILoRA(torch.optim.Optimizer):
         lr: η ≥ 0, a number or one-element tensor.
         step: "gradient" or "spectral". None below means a default that depends on it.
         num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
+        solver: "als", alternating least squares; "ritz", with as many products the best matrix in the span of all its
+            iterates (see `psilora.ritz`; `prox` then holds for the momentum only, the factors are rebalanced, CUDA is
+            waited for). Gradient step only.
         momentum: μ in [0, 1).
         dampening: τ in [0, 1]; None means 0 (heavy ball) for a gradient step without a metric, and μ (an average) else.
         momentum_rank: r_m of a gradient step; None means r. A spectral step's momentum has rank 2r.
@@ -121,6 +124,7 @@ class PSILoRA(torch.optim.Optimizer):
         *,
         step: str = "gradient",
         num_iters: int = 1,
+        solver: str = "als",
         momentum: float = 0.9,
         dampening: float | None = None,
         momentum_rank: int | None = None,

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 STEPS = ("gradient", "spectral")
+SOLVERS = ("als", "ritz")
 #: The metrics that each kind of step knows.
 METRICS = {"gradient": (None, "kfac", "shampoo"), "spectral": (None, "lora")}
 #: Defaults that differ between the kinds of step: γ, δ, ρ.
@@ -51,6 +52,7 @@ class Options:
     lr: float | Tensor
     step: str = "gradient"
     num_iters: int = 1
+    solver: str = "als"
     momentum: float = 0.9
     dampening: float | None = None
     momentum_rank: int | None = None
@@ -74,6 +76,9 @@ class Options:
             raise ValueError(f"Invalid lr of shape {tuple(self.lr.shape)}. Must be a number or a one-element tensor.")
         _one_of("step", self.step, STEPS)
         _integer("num_iters", self.num_iters, 0)
+        _one_of("solver", self.solver, SOLVERS if self.step == "gradient" else SOLVERS[:1])
+        if self.solver == "ritz" and self.num_iters < 1:
+            raise ValueError(f"Invalid num_iters={self.num_iters}. Must be >= 1 with solver='ritz'.")
         _in_range("momentum", self.momentum, 0, 1)
         if self.dampening is not None and not 0 <= self.dampening <= 1:
             raise ValueError(f"Invalid dampening={self.dampening}. Must be in [0, 1] or None.")
@@ -98,7 +103,7 @@ class Options:
             self._check_backward()
 
     def _check_backward(self) -> None:
-        for name, needed in (("num_iters", 1), ("momentum", 0), ("metric", None), ("first", "A")):
+        for name, needed in (("num_iters", 1), ("solver", "als"), ("momentum", 0), ("metric", None), ("first", "A")):
             value = getattr(self, name)
             if value != needed:
                 raise ValueError(
@@ -148,6 +153,7 @@ class Options:
         return (
             self.step,
             self.num_iters,
+            self.solver,
             self.first,
             self.momentum > 0,
             self.nesterov,

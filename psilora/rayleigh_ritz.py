@@ -7,7 +7,8 @@ much faster where the singular values decay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +22,12 @@ NEGLIGIBLE = 4.0
 
 @torch.no_grad()
 def ritz(
-    terms: Sequence[Pair], coefficients: Sequence[Scalar], *, num_iters: int = 1, metric: Pair | None = None
+    terms: Sequence[Pair],
+    coefficients: Sequence[Scalar],
+    *,
+    num_iters: int = 1,
+    metric: Pair | None = None,
+    first: str = "A",
 ) -> Pair:
     """Project T = Σ_i c_i B_i A_i onto rank r within the block Krylov space of `num_iters` rounds from B₁.
 
@@ -38,6 +44,7 @@ def ritz(
         coefficients: One c_i per term: a number, or a tensor of the batch shape.
         num_iters: K ≥ 1.
         metric: None (Frobenius) or (M_B, M_A), each a positive diagonal (…, d) or an SPD matrix (…, d, d).
+        first: "A" starts from U = B₁; "B" from V = the row space of A₁, with one product less.
 
     Returns:
         New (B, A) in the dtype of (B₁, A₁): of equal norm in every singular direction, and turned as near to the old
@@ -47,31 +54,51 @@ def ritz(
         ValueError: A shape does not chain, a value is out of range, or a metric is not positive definite.
         TypeError: A tensor is not of a real floating dtype.
     """
-    check_terms(terms, coefficients, num_iters, 0.0, metric, "A")
+    check_terms(terms, coefficients, num_iters, 0.0, metric, first)
     if num_iters < 1:
         raise ValueError(f"Invalid num_iters={num_iters}. Must be >= 1.")
     base_B, base_A = terms[0]
     with full_precision(base_A.device.type):
         target = _Target(terms, coefficients, metric)
-        B, A = target.whitened[0]
-        rank = A.shape[-2]
-        start = torch.where((B == 0).all(-1).all(-1)[..., None, None], A.mT, target.left(_basis(B, None)))
-        V = _basis(start, None)
-        TV = target.right(V)
-        for _ in range(num_iters - 1):
-            block = _basis(target.left(_basis(TV[..., -rank:], None)), V)
-            V, TV = torch.cat([V, block], -1), torch.cat([TV, target.right(block)], -1)
-        P, sigma, Qt = torch.linalg.svd(TV, full_matrices=False)
-        root = _first(sigma, rank).sqrt()
-        new_B, new_A = _first(P, rank) * root[..., None, :], root[..., None] * (V @ _first(Qt.mT, rank)).mT
-        X, _, Yt = torch.linalg.svd(new_B.mT @ B + new_A @ A.mT)
-        turn = X @ Yt
-        new_B, new_A = target.unwhitened(new_B @ turn, turn.mT @ new_A)
+        found = search(*target.whitened[0], num_iters=num_iters, first=first)
+        try:
+            side, factor = next(found)
+            while True:
+                side, factor = found.send(target.left(factor) if side == "left" else target.right(factor))
+        except StopIteration as end:
+            new_B, new_A = target.unwhitened(*end.value)
     still = target.still[..., None, None]
     return (
         torch.where(still, base_B, new_B.to(base_B.dtype)),
         torch.where(still, base_A, new_A.to(base_A.dtype)),
     )
+
+
+def search(B: Tensor, A: Tensor, *, num_iters: int, first: str) -> Generator[tuple[str, Tensor], Tensor, Pair]:
+    """Find the new pair for a target T that the caller multiplies; see `ritz`.
+
+    Yields ("left", U) to be sent TᵀU (…, d_in, k), and ("right", V) to be sent T·V (…, d_out, k); returns (B, A).
+    What is not finite makes its layer's result NaN instead of an error.
+    """
+    rank = A.shape[-2]
+    start = A.mT
+    if first == "A":
+        product = yield "left", _basis(B, None)
+        start = torch.where((B == 0).flatten(-2).all(-1)[..., None, None], start, product)
+    V = _basis(start, None)
+    TV = yield "right", V
+    for _ in range(num_iters - 1):
+        product = yield "left", _basis(TV[..., -rank:], None)
+        block = _basis(product, V)
+        product = yield "right", block
+        V, TV = torch.cat([V, block], -1), torch.cat([TV, product], -1)
+    broken = ~torch.isfinite(TV).flatten(-2).all(-1)[..., None, None]
+    P, sigma, Qt = torch.linalg.svd(TV.masked_fill(broken, 0.0), full_matrices=False)
+    root = _first(sigma, rank).sqrt()
+    new_B, new_A = _first(P, rank) * root[..., None, :], root[..., None] * (V @ _first(Qt.mT, rank)).mT
+    X, _, Yt = torch.linalg.svd(new_B.mT @ B + new_A @ A.mT)
+    turn = X @ Yt
+    return (new_B @ turn).masked_fill(broken, math.nan), (turn.mT @ new_A).masked_fill(broken, math.nan)
 
 
 class _Target:
@@ -118,7 +145,7 @@ def _basis(block: Tensor, V: Tensor | None) -> Tensor:
     for _ in range(1 if V is None else 2):  # a second time, for what the first left by rounding
         if V is not None:
             block = block - V @ (V.mT @ block)
-        U, sigma, _ = torch.linalg.svd(block, full_matrices=False)
+        U, sigma, _ = torch.linalg.svd(torch.where(torch.isfinite(block), block, 0.0), full_matrices=False)
         block = _first(U * (sigma > threshold)[..., None, :], count)
     return block
 

@@ -17,6 +17,7 @@ from psilora.held import CrossGradient, DenseGradient
 from psilora.holdings import Cross
 from psilora.lorsum import Projection, turns
 from psilora.problem import Problem, Scales, Update
+from psilora.rayleigh_ritz import search
 from psilora.solver import spd_solve
 
 # A part of an update that may ask for sums over the processes on its way to a result.
@@ -47,12 +48,14 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     old = batch.momentum()
     memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge, solve=spd_solve)
     products = _Products(batch, weight, memory)
-    if options.num_iters == 0:
+    if options.solver == "ritz":
+        weight.step_B, weight.step_A = yield from products.ritz()
+    elif options.num_iters == 0:
         left = yield from products.weight_left()
         right = yield from products.weight_right()
         weight.simultaneous(left, right)
     for turn in turns(max(options.num_iters, 1), options.first):
-        yield from products.take(turn, advance_weight=options.num_iters > 0)
+        yield from products.take(turn, advance_weight=options.num_iters > 0 and options.solver == "als")
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     return Update(
@@ -178,6 +181,54 @@ class _Products:
             (weight.turn_A if turn == "A" else weight.turn_B)(target)
         if memory is not None:
             (memory.turn_A if turn == "A" else memory.turn_B)(batch.fresh * answers.pop())
+
+    def ritz(self) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
+        """The increments of (B, A) by Rayleigh–Ritz, in coordinates in which the metric is the identity."""
+        batch, weight = self.batch, self.weight
+        root_B, root_A = (None if M is None else M.sqrt()[:, :, None] for M in (weight.metric_B, weight.metric_A))
+        B = batch.B if root_B is None else root_B * batch.B
+        A = batch.A if root_A is None else batch.A * root_A.mT
+        found = search(B, A, num_iters=batch.options.num_iters, first=batch.options.first)
+        try:
+            side, factor = next(found)
+            while True:
+                own, other = (root_B, root_A) if side == "left" else (root_A, root_B)
+                target = yield from self._others(side, factor if own is None else factor / own)
+                kept = A.mT @ (B.mT @ factor) if side == "left" else B @ (A @ factor)
+                target = target if other is None else target / other
+                side, factor = found.send(target + (kept if batch.decay is None else (1 + batch.decay) * kept))
+        except StopIteration as end:
+            new_B, new_A = end.value
+        new_B = new_B if root_B is None else new_B / root_B
+        new_A = new_A if root_A is None else new_A / root_A.mT
+        still = self._still()
+        return (new_B - batch.B).masked_fill(still, 0.0), (new_A - batch.A).masked_fill(still, 0.0)
+
+    def _others(self, side: str, factor: Tensor) -> Summed:
+        """Tᵀ·factor ("left") or T·factor ("right") for the terms i ≥ 2 of the weight's projection."""
+        batch, memory = self.batch, self.memory
+        if side == "left":
+            (product,) = yield from self._ask("A", [factor])
+            product = product.mT
+        else:
+            (product,) = yield from self._ask("B", [factor.mT])
+        target = -batch.lr * batch.fresh * product
+        if memory is None:
+            return target
+        B_m, A_m = memory.base_B, memory.base_A
+        old = A_m.mT @ (B_m.mT @ factor) if side == "left" else B_m @ (A_m @ factor)
+        return target - batch.lr * batch.mu * old
+
+    def _still(self) -> Tensor:
+        """Where nothing but (B, A) is in the sum, (L, 1, 1)."""
+        batch, memory = self.batch, self.memory
+        nothing = (batch.left == 0).flatten(1).all(1) & (batch.right == 0).flatten(1).all(1)
+        if memory is not None:
+            nothing = nothing & ((memory.base_B == 0).flatten(1).all(1) | (memory.base_A == 0).flatten(1).all(1))
+        nothing = nothing[:, None, None]
+        if batch.decay is not None:
+            nothing = nothing & (batch.decay == 0)
+        return nothing | (batch.lr == 0)
 
     def _ask(self, turn: str, factors: list[Tensor]) -> Generator[list[Tensor], list[Tensor], list[Tensor]]:
         """One read of X and S, and one sum over the processes, for all the factors: their columns are concatenated."""

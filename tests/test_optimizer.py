@@ -127,6 +127,8 @@ KINDS = [
     {"gradient": "tangent", "metric": "kfac"},
     {"weight_decay": 0.1, "momentum_rank": 2},
     {"prox": 0.0},
+    {"solver": "ritz", "num_iters": 2, "weight_decay": 0.1},
+    {"solver": "ritz", "metric": "kfac", "first": "B"},
     {"step": "spectral"},
     {"step": "spectral", "metric": "lora", "weight_decay": 0.1},
     {"step": "spectral", "metric": "lora", "momentum": 0.0, "num_iters": 0},

@@ -9,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from models import data, factors, mse, plain_mlp, randomise_B
+from test_optimizer import dense_gradient, tangent
+from torch import Tensor, nn
 
-from psilora import lorsum, rayleigh_ritz, ritz
+from psilora import LoRALinear, PSILoRA, lorsum, rayleigh_ritz, ritz
 
 F64 = torch.float64
 
@@ -134,6 +136,78 @@ def test_from_B_at_zero_and_a_small_step_stays_near_in_its_factors() -> None:
     torch.testing.assert_close(first_B @ first_A, -0.1 * G[0] @ V @ V.T)
     again_B, again_A = ritz([(first_B, first_A), G], [1, -1e-6], num_iters=2)
     assert (again_B - first_B).norm() < 1e-4 and (again_A - first_A).norm() < 1e-4
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rank=st.integers(1, 4),
+    num_iters=st.integers(1, 3),
+    first=st.sampled_from("AB"),
+    metric=st.sampled_from([None, "kfac", "shampoo"]),
+    gradient=st.sampled_from(["exact", "tangent"]),
+    momentum=st.sampled_from([0.0, 0.6]),
+    wd=st.sampled_from([0.0, 0.3]),
+    alpha=st.sampled_from([1.0, 16.0]),
+    seed=st.integers(0, 99),
+)
+def test_an_optimizer_step_is_the_function(rank, num_iters, first, metric, gradient, momentum, wd, alpha, seed) -> None:
+    torch.manual_seed(seed)
+    layer = LoRALinear(nn.Linear(7, 9, bias=False), rank, alpha).double()
+    randomise_B(layer, 0.3)
+    settings_ = {"num_iters": num_iters, "first": first, "metric": metric, "gradient": gradient, "damping": 1e-3}
+    settings_ |= {"momentum": momentum, "weight_decay": wd, "step": "gradient"}
+    optimizer = PSILoRA(layer, 0.05, solver="ritz", **settings_)
+    optimizer.init_state()
+    root = layer.scaling**0.5
+    state_A, state_B = optimizer.state[layer.lora_A.weight], optimizer.state[layer.lora_B.weight]
+    for _ in range(2):
+        B, A = layer.lora_B.weight.detach() * root, layer.lora_A.weight.detach() * root
+        memory = (state_B["momentum"].clone(), state_A["momentum"].clone()) if momentum else None
+        optimizer.zero_grad()
+        x, y = torch.randn(12, 7, dtype=F64), torch.randn(12, 9, dtype=F64)
+        G = dense_gradient(layer, x, y)
+        (layer(x) - y).square().mean().backward()
+        optimizer.step()
+        G = G if gradient == "exact" else tangent(G, B, A)
+        terms, coefficients = (
+            [(B, A), (G, torch.eye(7, dtype=F64))],
+            [1 - 0.05 * wd, -0.05 * (1 - tau(momentum, metric))],
+        )
+        if memory is not None:
+            terms, coefficients = [*terms, memory], [*coefficients, -0.05 * momentum]
+        M = None
+        if metric is not None:
+            t = float(state_A["step"])
+            M = tuple((s["metric"] / (1 - 0.99**t) + 1e-3) ** 0.5 for s in (state_B, state_A))
+        want_B, want_A = ritz(terms, coefficients, num_iters=num_iters, metric=M, first=first)
+        torch.testing.assert_close(layer.lora_B.weight.detach() * root, want_B, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(layer.lora_A.weight.detach() * root, want_A, rtol=1e-6, atol=1e-8)
+
+
+def tau(momentum: float, metric: str | None) -> float:
+    return momentum if metric else 0.0
+
+
+def test_settings_that_do_not_go_together() -> None:
+    for change, message in (
+        ({"num_iters": 0}, r"Invalid num_iters=0. Must be >= 1 with solver='ritz'."),
+        ({"step": "spectral"}, r"Invalid solver='ritz'. Must be one of 'als'."),
+        ({"gradient": "backward", "momentum": 0.0}, "Invalid solver='ritz' with gradient='backward'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            PSILoRA(plain_mlp(), 0.1, **{"step": "gradient", "solver": "ritz", **change})
+
+
+def test_a_gradient_that_is_not_finite_is_a_skipped_step_and_no_error() -> None:
+    """torch's own SVD raises on it."""
+    model = plain_mlp(dtype=torch.float32)
+    optimizer = PSILoRA(model, 0.1, step="gradient", solver="ritz", gradient="tangent")
+    before = factors(model)
+    mse(model, data(dtype=torch.float32)).backward()
+    model.l2.lora_B.weight.grad[0, 0] = math.nan
+    with pytest.warns(UserWarning, match="a step was skipped"):
+        optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in factors(model).items())
 
 
 def test_bad_arguments() -> None:
