@@ -89,7 +89,7 @@ def total(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> PSILoRA:
-    return PSILoRA(model, **{"lr": 0.02, "prox": 0.5, "momentum": 0.0, **settings})
+    return PSILoRA(model, **{"lr": 0.02, "step": "gradient", "prox": 0.5, "momentum": 0.0, **settings})
 
 
 def after_backward(model: nn.Module, case: Case) -> None:
