@@ -10,7 +10,6 @@ import pytest
 import torch
 from models import data, mse, plain_mlp, train
 from naive import PlainState
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import adapted, token_rows
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -140,6 +139,9 @@ def trainer(path: Path, optimizer: Any, model: nn.Module) -> Trainer:
 def test_the_callback_reaches_tensorboard_and_a_log_of_the_users_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reader = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="TensorBoard is an extra: psilora[loops]"
+    )
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
     model = adapted()
     training = trainer(tmp_path, PSILoRA(model, 0.1, step="gradient"), model)
@@ -147,7 +149,7 @@ def test_the_callback_reaches_tensorboard_and_a_log_of_the_users_own(
     training.add_callback(PSILoRACallback(training, every=2))
     training.train()
 
-    events = EventAccumulator(str(tmp_path / "events"))
+    events = reader.EventAccumulator(str(tmp_path / "events"))
     events.Reload()
     written = {tag.rpartition("psilora/")[2]: tag for tag in events.Tags()["scalars"] if "psilora/" in tag}
     assert set(written) == FIGURES | COUNTS

@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import factors
 from naive import PlainState
 from tiny import adapted, token_rows
@@ -15,6 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from psilora import PSILoRA
+
+lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is an extra: psilora[loops]")
+MisconfigurationException = lightning.utilities.exceptions.MisconfigurationException
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*:DeprecationWarning:lightning",
@@ -36,7 +37,7 @@ class ClosureAgain(PlainState):
         closure()
 
 
-class Module(LightningModule):
+class Module(lightning.LightningModule):
     def __init__(self, make: Any) -> None:
         super().__init__()
         self.model, self.make, self.forwards, self.grad_modes = adapted(), make, 0, set()
@@ -51,7 +52,7 @@ class Module(LightningModule):
 
 
 def fit(module: Module, tmp_path: Any) -> None:
-    trainer = Trainer(
+    trainer = lightning.Trainer(
         accelerator="cpu",
         max_steps=STEPS,
         accumulate_grad_batches=ACCUMULATE,

@@ -7,16 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from models import factors
 from naive import WrapperHooks
 from tiny import MODES, SENTENCES, byte_tokenizer, lora, tiny_llama
 from torch import nn
 from transformers import TrainerCallback
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from psilora import PSILoRA
 from psilora.integrations.hf import optimizer_cls_and_kwargs
+
+trl = pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
+Dataset = pytest.importorskip("datasets", reason="datasets comes with TRL").Dataset
 
 COMMON = {
     "per_device_train_batch_size": 2,
@@ -77,9 +78,9 @@ def test_sft_with_a_peft_config(mode: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no trainable LoRA pair"):
         PSILoRA(model, 0.1)
     watch = Residuals()
-    trainer = SFTTrainer(
+    trainer = trl.SFTTrainer(
         model,
-        SFTConfig(output_dir=str(tmp_path), max_length=32, **COMMON),
+        trl.SFTConfig(output_dir=str(tmp_path), max_length=32, **COMMON),
         train_dataset=Dataset.from_dict({"text": list(SENTENCES) * 2}),
         processing_class=byte_tokenizer(),
         peft_config=lora(lora_dropout=0.1),
@@ -101,9 +102,9 @@ def test_dpo_with_the_disabled_adapter_as_reference(tmp_path: Path) -> None:
     """The trap: forwards of the reference run through the same layers, in train mode, and leave their X behind."""
     watch = Residuals()
     rows = {"prompt": list(SENTENCES), "chosen": [" yes, always"] * 4, "rejected": [" no"] * 4}
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         tiny_llama(),
-        args=DPOConfig(output_dir=str(tmp_path), max_length=48, **COMMON),
+        args=trl.DPOConfig(output_dir=str(tmp_path), max_length=48, **COMMON),
         train_dataset=Dataset.from_dict(rows),
         processing_class=byte_tokenizer(),
         peft_config=lora(),
@@ -121,10 +122,10 @@ def test_dpo_with_the_disabled_adapter_as_reference(tmp_path: Path) -> None:
 def test_grpo(tmp_path: Path) -> None:
     """The trap: a guard on `module.training` keeps X of forwards that have no backward."""
     watch = Residuals()
-    trainer = GRPOTrainer(
+    trainer = trl.GRPOTrainer(
         tiny_llama(),
         reward_funcs=lambda completions, **_: [float(len(text) % 5) for text in completions],
-        args=GRPOConfig(
+        args=trl.GRPOConfig(
             output_dir=str(tmp_path), num_generations=2, max_completion_length=4, beta=0.1, num_iterations=2, **COMMON
         ),
         train_dataset=Dataset.from_dict({"prompt": list(SENTENCES)}),
