@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bench import cuda
 
@@ -123,22 +124,32 @@ def summary(readings: Sequence[float]) -> Row:
 
 
 class _Operations(TorchDispatchMode):
-    """Counts what reaches the dispatcher below autograd: on the CPU one kernel or view each."""
+    """Counts what reaches the dispatcher below autograd, on the CPU one kernel or view each, and the bytes of it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
+        self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
         self.count += 1
-        return func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [t for t in tree_leaves((args, kwargs, result)) if isinstance(t, torch.Tensor)]
+            self.bytes += sum(t.nbytes for t in tensors)
+        return result
 
 
 def operations(run: Callable[[], object]) -> int:
     """Return how many operations one run dispatches, views included."""
+    return touched(run)[0]
+
+
+def touched(run: Callable[[], object]) -> tuple[int, int]:
+    """Return the operations that one run dispatches and the bytes of all their operands and results."""
     with _Operations() as mode:
         run()
-    return mode.count
+    return mode.count, mode.bytes
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:

@@ -15,8 +15,9 @@ from bench.targets import Records, rows_of, verdicts
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 COLUMNS = {
     "case": "case", "method": "method", "ms": "ms", "ms_20": "20 %", "ms_80": "80 %", "cpu_ms": "CPU ms",
-    "error": "check", "excess": "excess error", "tokens_per_second": "tokens/s", "of_floor": "of floor", "bytes": "bytes",
-    "peak_bytes": "peak", "state_bytes": "state", "capture_bytes": "captured", "operations": "operations",
+    "error": "check", "excess": "excess error", "tokens_per_second": "tokens/s",
+    "of_floor": "of floor", "bytes": "bytes", "peak_bytes": "peak", "state_bytes": "state",
+    "capture_bytes": "captured", "operations": "operations",
     "planned_launches": "launches planned", "kernels": "kernels", "predicted_ms": "predicted ms",
     "exponent": "exponent", "predicted_exponent": "predicted exponent",
 }  # fmt: skip

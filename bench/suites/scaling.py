@@ -1,7 +1,7 @@
 """The step's cost against layers, tokens, rank and width: fitted exponents, and a model's prediction beside them.
 
-The model has three constants measured in the same run: seconds per dispatched operation, bytes per second of a copy and
-floating-point operations per second of a thin product. Its time is
+The model counts what one step dispatches and knows three constants that are measured in the same run: seconds per
+operation, bytes per second of a copy, floating-point operations per second of a thin product. Its time is
 
     t = operations · overhead + max(bytes / bandwidth, flops / rate).
 """
@@ -16,23 +16,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from bench import costs
-from bench.measure import Candidate, Row, bandwidth, measure, operations
-from bench.shapes import Model, uniform
+from bench.measure import Candidate, Row, bandwidth, measure, touched
+from bench.shapes import uniform
 from bench.suites import Settings, step
 from bench.workload import Workload
 from psilora.engine import backend_unavailable
 
 KINDS = ("exact, momentum", "tangent, momentum")
-BASE = {"layers": 12, "tokens": 512, "rank": 8, "width": 384}
+BASE = {"layers": 12, "tokens": 128, "rank": 8, "width": 384}
 AXES = {
     "layers": (1, 3, 10, 30, 100, 300, 1000),
     "tokens": (64, 256, 1024, 4096, 16384),
     "rank": (4, 8, 16, 32, 64, 128),
     "width": (128, 256, 512, 1024, 2048),
 }
-LARGEST = {"cpu": 3e8, "cuda": 3e10}  # bytes of X and S
+LARGEST = {"cpu": 1e9, "cuda": 3e10}  # bytes of X and S; larger points are left out
 SMALL = {"layers": (1, 3), "tokens": (8, 16), "rank": (2, 4), "width": (24, 32)}
 
 
@@ -78,40 +78,40 @@ def _best(device: str, run: Any) -> float:
 
 def _point(settings: Settings, axis: str, value: int, backend: str, constants: Row) -> Iterator[Row]:
     sizes = {**({"layers": 2, "tokens": 8, "rank": 4, "width": 24} if settings.small else BASE), axis: value}
+    if 2 * settings.dtype.itemsize * sizes["layers"] * sizes["tokens"] * sizes["width"] > LARGEST[settings.device]:
+        return
     model = uniform(sizes["layers"], sizes["width"], sizes["rank"])
-    if 2 * 4 * sizes["layers"] * sizes["tokens"] * sizes["width"] > LARGEST[settings.device]:
-        sizes["tokens"] = max(64, sizes["tokens"] // 8)  # of the layers axis; noted in the row
     work = Workload(model, sizes["tokens"], settings.device, settings.dtype)
     candidates = [_candidate(work, kind, backend) for kind in KINDS]
-    for kind, row in zip(
-        KINDS,
-        measure(f"{axis} {value}", candidates, device=settings.device, repeats=7, seconds=settings.seconds / 10),
-        strict=True,
-    ):
+    seconds = settings.seconds / 10
+    measured = measure(f"{axis} {value}", candidates, device=settings.device, repeats=7, seconds=seconds)
+    for kind, row in zip(KINDS, measured, strict=True):
         row.update({"axis": axis, "value": value, "kind": kind, **sizes})
         if "ms" in row:
-            row["predicted_ms"] = 1e3 * predicted(work, model, kind, row["operations"], constants)
+            row["predicted_ms"] = 1e3 * predicted(row, constants)
         yield row
 
 
 def _candidate(work: Workload, kind: str, backend: str) -> Candidate:
     mine = work.copy()
     optimizer = step.ours(mine, kind, backend, step.LR)
-    check = functools.partial(step.check_step, work, kind, functools.partial(step._make, kind, backend))
     prime = functools.partial(mine.prime, optimizer)
     prime()
-    facts = {"operations": operations(optimizer.step)}
-    return Candidate(
-        f"PSILoRA {kind} ({backend})", optimizer.step, check, step.INCREMENT_TOLERANCE, prime, facts=facts, count=False
-    )
+    dispatched, moved = touched(optimizer.step)
+    prime()
+    with FlopCounterMode(display=False) as flops:
+        optimizer.step()
+    facts = {"operations": dispatched, "bytes": moved, "flops": flops.get_total_flops()}
+    check = functools.partial(step.check_step, work, kind, functools.partial(step._make, kind, backend))
+    name = f"PSILoRA {kind} ({backend})"
+    return Candidate(name, optimizer.step, check, step.INCREMENT_TOLERANCE, prime, facts=facts, count=False)
 
 
-def predicted(work: Workload, model: Model, kind: str, dispatched: int, constants: Row) -> float:
+def predicted(row: Row, constants: Row) -> float:
     """Seconds by the model above."""
-    settings = step.settings_of(kind)
-    flops = 0 if "tangent" in kind else costs.step_flops(work, settings)
-    moving = costs.step_bytes(work, settings) / constants["bytes_per_second"]
-    return dispatched * constants["seconds_per_operation"] + max(moving, flops / constants["flops_per_second"])
+    moving = row["bytes"] / constants["bytes_per_second"]
+    computing = row["flops"] / constants["flops_per_second"]
+    return row["operations"] * constants["seconds_per_operation"] + max(moving, computing)
 
 
 def _fit(axis: str, kind: str, rows: list[Row]) -> Row:
