@@ -233,6 +233,26 @@ def test_it_tames_a_rate_that_is_far_too_large() -> None:
     assert losses["slope"] < 0.5 * losses[None]
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_alpha_does_not_change_what_it_does(kind: dict) -> None:
+    """Adapters with equal √s-scaled factors have equal slopes, so equal rates and equal weights."""
+    batches = [data() for _ in range(8)]
+    start = peft_mlp(lora_alpha=4).state_dict()  # s = 1
+    numbers = []
+    for alpha in (4, 64):
+        model = peft_mlp(lora_alpha=alpha)
+        model.load_state_dict(start)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.div_((alpha / 4) ** 0.5)
+        optimizer = PSILoRA(model, 0.3, controller="slope", **kind)
+        train(model, optimizer, batches)
+        numbers.append(optimizer.state[optimizer.param_groups[0]["params"][0]]["controller"])
+    torch.testing.assert_close(numbers[0], numbers[1], rtol=1e-5, atol=0)
+    assert float(numbers[0][0]) != START
+
+
 def test_an_unknown_controller_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Invalid controller='pid'. Must be one of None, 'slope'."):
         PSILoRA(plain_mlp(), 0.1, controller="pid")

@@ -306,14 +306,17 @@ def test_resuming_is_bit_exact(kind: dict, dtype: torch.dtype, tmp_path) -> None
         assert p.keys() == q.keys() and all(torch.equal(p[key], q[key]) for key in p)
 
 
-def test_the_same_inputs_give_bitwise_the_same_step() -> None:
+@pytest.mark.parametrize(
+    "kind", [{"metric": "kfac", "num_iters": 2}, {"step": "spectral", "metric": "lora", "controller": "slope"}], ids=str
+)
+def test_the_same_inputs_give_bitwise_the_same_step(kind: dict) -> None:
     batches = [data(dtype=torch.float32) for _ in range(3)]
     runs = []
     start = peft_mlp(dtype=torch.float32).state_dict()
     for _ in range(2):
         model = peft_mlp(dtype=torch.float32)
         model.load_state_dict(start)
-        train(model, PSILoRA(model, 0.1, metric="kfac", num_iters=2), batches)
+        train(model, PSILoRA(model, 0.1, **kind), batches)
         runs.append(factors(model))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
@@ -338,12 +341,13 @@ def test_state_layout_and_init_state() -> None:
         assert all(torch.equal(value, before[id(p)][key]) for key, value in s.items())
 
 
-def test_a_frobenius_step_has_half_the_state_of_adam() -> None:
+@pytest.mark.parametrize(("step", "share"), [("gradient", 0.5), ("spectral", 1.0)])
+def test_the_state_is_a_share_of_that_of_adam(step: str, share: float) -> None:
     model = plain_mlp(dtype=torch.float32)
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = PSILoRA(model, 0.1, step=step)
     optimizer.init_state()
     numbers = sum(v.numel() for s in optimizer.state.values() for k, v in s.items() if k != "step")
-    assert numbers == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert numbers == share * 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 class Headed(nn.Module):
