@@ -1,4 +1,4 @@
-"""Fine-tune a pretrained language model with LoRA, three ways: AdamW, PSILoRA exact and PSILoRA tangent.
+"""Fine-tune a pretrained language model with LoRA, three ways: AdamW, PSILoRA and its gradient step.
 
     python examples/finetune.py                                # MiniLM, docstrings, all three methods
     python examples/finetune.py --short                        # the same in under a minute
@@ -134,9 +134,10 @@ def with_lora(model: MeanPooledClassifier, rank: int, target_modules: list[str] 
 
 def make_optimizer(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The optimizer of `method`: its rule at `lr` for the adapter and AdamW at HEAD_LR for the head."""
-    if method != "adamw":
-        gradient = "tangent" if method == "psilora-tangent" else "exact"
-        settings = {"metric": "kfac", "momentum": 0.0, "gradient": gradient}
+    if method == "psilora":
+        return PSILoRA(model, lr=lr, adamw_lr=HEAD_LR, adamw_betas=BETAS)
+    if method == "psilora-gradient":
+        settings = {"step": "gradient", "metric": "kfac", "momentum": 0.0}
         return PSILoRA(model, lr=lr, **settings, adamw_lr=HEAD_LR, adamw_betas=BETAS)
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
@@ -187,7 +188,7 @@ def train(method: str, lr: float, model: nn.Module, batches: Batches, args: argp
 
     torch.manual_seed(args.seed)  # the same dropout masks for every method
     model.train()
-    with tqdm(total=steps, desc=f"{METHODS[method].title:15}", unit="step", disable=args.quiet) as progress:
+    with tqdm(total=steps, desc=f"{METHODS[method].title:16}", unit="step", disable=args.quiet) as progress:
         record(0)
         for step, (inputs, labels) in enumerate(batches.epochs(args.epochs, args.seed), 1):
             start = now(batches.device)

@@ -149,8 +149,10 @@ METHODS = {
     "psilora-glue": Method("PSILoRA as published for GLUE", pair_rule(PSILoRA, **PAPER_GLUE), 0.2),
     "psilora-squad": Method("PSILoRA as published for SQuAD", pair_rule(PSILoRA, **PAPER_SQUAD), 0.2),
     "psilora-wikitext": Method("PSILoRA as published, K = 2", pair_rule(PSILoRA, num_iters=2, **PAPER), 0.2),
-    "spectral": Method("PSILoRA spectral", pair_rule(PSILoRA, step="spectral", metric="lora"), 0.1),
-    "spectral-plain": Method("PSILoRA spectral, no metric", pair_rule(PSILoRA, step="spectral", metric=None), 0.1),
+    "spectral": Method("PSILoRA spectral", pair_rule(PSILoRA, step="spectral", metric="lora", controller=None), 0.1),
+    "spectral-plain": Method(
+        "PSILoRA spectral, no metric", pair_rule(PSILoRA, step="spectral", metric=None, controller=None), 0.1
+    ),
     "spectral-slope": Method(
         "PSILoRA spectral, slope",
         pair_rule(PSILoRA, step="spectral", metric="lora", controller="slope"),

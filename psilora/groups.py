@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from psilora.adapters import LoRAPair, describe, find_pairs
-from psilora.options import OPTION_NAMES, Options
+from psilora.options import OPTION_NAMES, Options, resolved
 
 
 def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
@@ -31,14 +31,14 @@ def lora_groups(
     pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Split the pairs into param groups: group 0 for the rest, then one per override."""
-    groups = [{**settings, "kind": "lora", "params": []}]
+    groups = [{**resolved(settings), "kind": "lora", "params": []}]
     matchers: list[Callable[[str], bool]] = []
     for override in overrides:
         unknown = set(override) - set(OPTION_NAMES) - {"layers"}
         if "layers" not in override or unknown:
             problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
             raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
-        group = {**settings, **override, "kind": "lora", "params": []}
+        group = {**resolved({**settings, **override}), "kind": "lora", "params": []}
         matchers.append(_matcher(group.pop("layers")))
         Options.from_group(group)
         groups.append(group)

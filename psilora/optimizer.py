@@ -16,14 +16,14 @@ from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.clipping import gradient_factor
 from psilora.consensus import Joint, consensus, refuse_unshared
-from psilora.controller import CONTROLLERS, SlopeController
+from psilora.controller import CONTROLLER, CONTROLLERS, SlopeController
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
 from psilora.groups import checked_pairs, lora_groups
 from psilora.norms import full_squares
 from psilora.numerics import full_precision
-from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options
+from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options, resolved
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.representation import Planner
@@ -35,31 +35,35 @@ if TYPE_CHECKING:
 
 
 class PSILoRA(torch.optim.Optimizer):
-    r"""PSI-LoRA / OPLoRA (arXiv 2602.16456, 2509.19977): the rank-r projection of a full step on the weight.
+    r"""A full step on the weight of every LoRA pair, cut back to rank r by LoRSum (see `psilora.lorsum`).
 
-    For every LoRA pair, ΔW = s·B·A, with G = ∂L/∂W = SᵀX from the layer's input X and output gradient S::
+    ΔW = s·B·A, with the gradient G = ∂L/∂W, which is never formed. Two kinds of step:
 
-        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m),   λ = η·ρ
-        (B_m, A_m)   ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)
-
-    See `psilora.lorsum` for LoRSum. G is never formed; lr and prox refer to the weight, whatever alpha is. Grams,
-    solves and state are fp32 (fp64 for fp64 parameters), also under autocast and for 16-bit parameters.
-
-    `step="spectral"` steps along a polar factor instead, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
+    `step="spectral"`, the default, goes along a polar factor, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
 
         G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
         (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·c·msign(H),   c = √(max(d_out, d_in)/min(d_out, d_in))
 
+    whitened by a metric of the LoRA gradients, under a controller that finds one factor on all rates; 0.1 is a good lr.
     It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
-    Good rates lie between 0.05 and 0.2. Without a gradient only a momentum that is already there moves anything.
+    Without a gradient only a momentum that is already there moves anything.
+
+    `step="gradient"` is PSI-LoRA / OPLoRA (arXiv 2602.16456, 2509.19977). G = SᵀX comes from the layer's input X and
+    output gradient S, which hooks on the inner LoRA layers capture::
+
+        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m),   λ = η·ρ
+        (B_m, A_m)   ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)
+
+    In both, lr and prox refer to the weight, whatever alpha is. Grams, solves and state are fp32 or better (fp64 for
+    fp64 parameters), also under autocast and for 16-bit parameters.
 
     The other trainable parameters (heads, `modules_to_save`, norms, biases) are trained by `torch.optim.AdamW` in the
     last param group, under their own rate `adamw_lr`, which follows the same schedule.
 
     Args:
-        model: The model with LoRA adapters; hooks on its inner LoRA layers capture X and S. Not its parameters.
+        model: The model with LoRA adapters, not its parameters.
         lr: η ≥ 0, a number or one-element tensor.
-        step: "gradient" or "spectral". None below means a default that depends on it.
+        step: "spectral" or "gradient". None or "auto" below means a default that depends on it.
         num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
         solver: "als", alternating least squares; "ritz", with as many products the best matrix in the span of all its
             iterates (see `psilora.ritz`; `prox` then holds for the momentum only, the factors are rebalanced, CUDA is
@@ -71,24 +75,26 @@ class PSILoRA(torch.optim.Optimizer):
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
-        metric: None (Frobenius) or a diagonal metric. Gradient: "kfac" or "shampoo", F-LoRSum in M = (D + δ)^γ.
-            Spectral: "lora", from the LoRA gradients' second moments alone, M = (D/mean(D) + δ)^γ.
+        metric: None (Frobenius) or a diagonal metric. Spectral: "lora", from the LoRA gradients' second moments alone,
+            M = (D/mean(D) + δ)^γ, which "auto" takes. Gradient: "kfac" or "shampoo", F-LoRSum in M = (D + δ)^γ; "auto"
+            takes None.
         metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 1e-2) of the metric.
         metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published. Gradient only.
-        gradient: How G is known. "exact": X and S are kept from backward to step. "dense": SᵀX is kept instead, as
-            exact, and less for more than about d_in·d_out/(d_in+d_out) rows. "backward": the products of an exact
-            step with K = 1, A first, without momentum and metric are formed inside backward, and neither is kept; one
-            call of a layer per step, in one process. "tangent": from `.grad` alone; without a metric, nothing is
-            captured. "auto": exact or dense by layer, whichever is smaller, and tangent beyond `capture_budget`.
-            Gradient step only.
+        gradient: How G is known to a gradient step. None: "exact". "exact": X and S are kept from backward to step.
+            "dense": SᵀX is kept instead, as exact, and less for more than about d_in·d_out/(d_in+d_out) rows.
+            "backward": the products of an exact step with K = 1, A first, without momentum and metric are formed inside
+            backward, and neither is kept; one call of a layer per step, in one process. "tangent": from `.grad` alone;
+            without a metric, nothing is captured. "auto": exact or dense by layer, whichever is smaller, and tangent
+            beyond `capture_budget`.
         first: The factor that is updated first, "A" or "B".
         max_grad_norm: Clip the gradient's norm, over all parameters; None for no clipping.
         norm: What counts of a LoRA pair: "lora", dA/√s and dB/√s, or "full", the gradient G of its weight (its
             tangent projection where only `.grad` is known), exact or estimated; see `psilora.norms`.
         maximize: Ascend instead.
         controller: "slope" multiplies every η by one factor that it finds (see `psilora.controller`), from the last
-            increment of every parameter, which it keeps. None: 1.
-        backend: "auto" or "reference" (plain PyTorch).
+            increment of every parameter, which it keeps; None leaves them. "auto": "slope" if `step` is spectral.
+        backend: "auto": Triton kernels on CUDA, once they have agreed with the reference there, else the reference;
+            "reference": plain PyTorch; "triton".
         loss_reduction: "mean" or "sum" over the N rows; used by the metric only.
         nonfinite: "skip" makes a step with a non-finite gradient or update a no-op, decided on the device, counted, and
             warned about once; "raise" names the layers instead (waits for the device). Nothing is changed by either.
@@ -122,7 +128,7 @@ class PSILoRA(torch.optim.Optimizer):
         model: nn.Module,
         lr: float | Tensor,
         *,
-        step: str = "gradient",
+        step: str = "spectral",
         num_iters: int = 1,
         solver: str = "als",
         momentum: float = 0.9,
@@ -131,17 +137,17 @@ class PSILoRA(torch.optim.Optimizer):
         nesterov: bool = True,
         prox: float | None = None,
         weight_decay: float = 0.0,
-        metric: str | None = None,
+        metric: str | None = "auto",
         metric_power: float | None = None,
         metric_beta: float = 0.99,
         metric_bias_correction: bool = True,
         damping: float | None = None,
-        gradient: str = "exact",
+        gradient: str | None = None,
         first: str = "A",
         max_grad_norm: float | None = None,
         norm: str = "lora",
         maximize: bool = False,
-        controller: str | None = None,
+        controller: str | None = "auto",
         backend: str = "auto",
         loss_reduction: str = "mean",
         nonfinite: str = "skip",
@@ -156,7 +162,9 @@ class PSILoRA(torch.optim.Optimizer):
         adamw_weight_decay: float = 0.0,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in OPTION_NAMES}
-        Options(**settings)
+        Options(**resolved(settings))
+        if controller == "auto":
+            controller = CONTROLLER[step]
         engine.check_backend(backend)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")
@@ -178,7 +186,7 @@ class PSILoRA(torch.optim.Optimizer):
             adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
             param_groups.append(adamw_group(rest, maximize=maximize, **adamw))  # type: ignore[arg-type]
         self._constructed = False
-        super().__init__(param_groups, settings)
+        super().__init__(param_groups, resolved(settings))
         for group in self.param_groups:
             if group["kind"] != "lora":
                 for name in set(OPTION_NAMES) - {"lr", "weight_decay", "maximize"}:

@@ -17,6 +17,9 @@ METRICS = {"gradient": (None, "kfac", "shampoo"), "spectral": (None, "lora")}
 GAMMA = {"gradient": 0.5, "spectral": 1.0}
 DELTA = {"gradient": 1e-5, "spectral": 1e-2}
 RHO = {"gradient": 1e-2, "spectral": 1e-6}
+#: What metric="auto" and gradient=None mean.
+METRIC = {"gradient": None, "spectral": "lora"}
+GRADIENT = {"gradient": "exact", "spectral": "tangent"}
 GRADIENTS = ("exact", "tangent", "dense", "backward", "auto")
 BACKENDS = ("auto", "reference", "triton")
 
@@ -50,7 +53,7 @@ class Options:
     """Settings of `psilora.PSILoRA`, where they are documented; letters as there (η, K, μ, τ, ρ, γ, β₂, δ)."""
 
     lr: float | Tensor
-    step: str = "gradient"
+    step: str = "spectral"
     num_iters: int = 1
     solver: str = "als"
     momentum: float = 0.9
@@ -64,7 +67,7 @@ class Options:
     metric_beta: float = 0.99
     metric_bias_correction: bool = True
     damping: float | None = None
-    gradient: str = "exact"
+    gradient: str = "tangent"
     first: str = "A"
     maximize: bool = False
     loss_reduction: str = "mean"
@@ -97,9 +100,11 @@ class Options:
         if not (math.isfinite(self.delta) and self.delta > 0):
             raise ValueError(f"Invalid damping={self.damping}. Must be finite and > 0.")
         _one_of("gradient", self.gradient, GRADIENTS)
+        if self.step == "spectral" and self.gradient != "tangent":
+            raise ValueError(f"Invalid gradient={self.gradient!r}. Must be 'tangent' with step='spectral'.")
         _one_of("first", self.first, ("A", "B"))
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
-        if self.gradient == "backward" and self.step == "gradient":
+        if self.gradient == "backward":
             self._check_backward()
 
     def _check_backward(self) -> None:
@@ -164,6 +169,17 @@ class Options:
             self.loss_reduction,
             self.weight_decay > 0,
         )
+
+
+def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings with metric="auto" and gradient=None replaced by what they mean for the kind of step."""
+    found = dict(settings)
+    _one_of("step", found["step"], STEPS)
+    if found["metric"] == "auto":
+        found["metric"] = METRIC[found["step"]]
+    if found["gradient"] is None:
+        found["gradient"] = GRADIENT[found["step"]]
+    return found
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from psilora import LoRALinear
+from psilora import LoRALinear, PSILoRA
 
 
 class MLP(nn.Module):
@@ -48,6 +48,11 @@ def randomise_B(model: nn.Module, std: float = 0.1) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_B" in name:
                 parameter.normal_(0, std)
+
+
+def bare(model: nn.Module, lr: float | Tensor = 0.1, **settings: Any) -> PSILoRA:
+    """PSILoRA along the gradient, without a metric or a controller, unless the settings say otherwise."""
+    return PSILoRA(model, lr, **{"step": "gradient", "metric": None, "controller": None, **settings})
 
 
 def factors(model: nn.Module) -> dict[str, Tensor]:

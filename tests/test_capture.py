@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from models import MLP, data, mse, peft_mlp, plain_mlp, randomise_B
+from models import MLP, bare, data, mse, peft_mlp, plain_mlp, randomise_B
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -19,7 +19,7 @@ from psilora.adapters import LoRAPair
 
 
 def optimizer_of(model: nn.Module, **kwargs: object) -> PSILoRA:
-    return PSILoRA(model, 0.1, **kwargs)  # type: ignore[arg-type]
+    return bare(model, 0.1, **kwargs)  # type: ignore[arg-type]
 
 
 def captured_gradients(optimizer: PSILoRA, pair: LoRAPair) -> tuple[Tensor, Tensor]:

@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from models import data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
+from models import bare, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
 from problems import make_problem
 from torch import Tensor, nn
 
-from psilora import LoRALinear, PSILoRA
+from psilora import LoRALinear
 from psilora.controller import NUMBERS, START, advanced, slope
 
 F64 = torch.float64
@@ -111,7 +111,7 @@ def test_training_follows_the_rule(kind: dict, alpha: float) -> None:
     model, other = plain_mlp(alpha=alpha), plain_mlp(alpha=alpha)
     other.load_state_dict(model.state_dict())
     lr = 2.0
-    optimizer, plain = PSILoRA(model, lr, controller="slope", **kind), PSILoRA(other, lr, **kind)
+    optimizer, plain = bare(model, lr, controller="slope", **kind), bare(other, lr, **kind)
     rule = Scalar()
     before: dict[str, Tensor] = {}
     rates = []
@@ -140,7 +140,7 @@ def test_training_follows_the_rule(kind: dict, alpha: float) -> None:
 @pytest.mark.parametrize("still", ["lr", "gradient"])
 def test_lr_zero_and_zero_gradients_move_nothing(kind: dict, still: str) -> None:
     model = peft_mlp(dtype=torch.float32)
-    optimizer = PSILoRA(model, 0.0 if still == "lr" else 0.5, controller="slope", **kind)
+    optimizer = bare(model, 0.0 if still == "lr" else 0.5, controller="slope", **kind)
     before = factors(model)
     for _ in range(3):
         optimizer.zero_grad()
@@ -153,7 +153,7 @@ def test_lr_zero_and_zero_gradients_move_nothing(kind: dict, still: str) -> None
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_a_skipped_step_leaves_the_controller_as_it_was(kind: dict) -> None:
     model = peft_mlp(dtype=torch.float32)
-    optimizer = PSILoRA(model, 0.3, controller="slope", **kind)
+    optimizer = bare(model, 0.3, controller="slope", **kind)
     train(model, optimizer, [data(dtype=torch.float32)] * 3)
     before = copy.deepcopy([dict(state) for state in optimizer.state.values()])
     optimizer.zero_grad()
@@ -170,10 +170,10 @@ def test_a_skipped_step_leaves_the_controller_as_it_was(kind: dict) -> None:
 def test_resuming_is_bit_exact(kind: dict, dtype: torch.dtype, tmp_path) -> None:
     batches = [data(dtype=dtype) for _ in range(8)]
     model, resumed = peft_mlp(dtype=dtype), peft_mlp(dtype=dtype)
-    optimizer = PSILoRA(model, 0.5, controller="slope", **kind)
+    optimizer = bare(model, 0.5, controller="slope", **kind)
     train(model, optimizer, batches[:4])
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
-    fresh = PSILoRA(resumed, 0.5, controller="slope", **kind)
+    fresh = bare(resumed, 0.5, controller="slope", **kind)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     resumed.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
@@ -189,7 +189,7 @@ def test_resuming_is_bit_exact(kind: dict, dtype: torch.dtype, tmp_path) -> None
 
 def test_init_state_is_complete() -> None:
     model = peft_mlp(dtype=torch.bfloat16)
-    optimizer = PSILoRA(model, 0.1, step="spectral", controller="slope")
+    optimizer = bare(model, 0.1, step="spectral", controller="slope")
     optimizer.init_state()
     keys = {id(p): set(state) for p, state in optimizer.state.items()}
     train(model, optimizer, [data(dtype=torch.bfloat16)])
@@ -211,7 +211,7 @@ def test_an_adapter_without_a_gradient_has_not_moved() -> None:
 
     model = Two().double()
     randomise_B(model)
-    optimizer = PSILoRA(model, 0.1, step="spectral", controller="slope")
+    optimizer = bare(model, 0.1, step="spectral", controller="slope")
     train(model, optimizer, [data()])
     assert optimizer.state[model.b.lora_A.weight]["change"].any()
     model.use_b = False
@@ -227,7 +227,7 @@ def test_it_tames_a_rate_that_is_far_too_large() -> None:
     for controller in (None, "slope"):
         torch.manual_seed(4)
         model = plain_mlp()
-        optimizer = PSILoRA(model, 3.0, step="spectral", controller=controller)
+        optimizer = bare(model, 3.0, step="spectral", controller=controller)
         train(model, optimizer, [batch] * 60)
         losses[controller] = mse(model, batch).item()
     assert losses["slope"] < 0.5 * losses[None]
@@ -246,7 +246,7 @@ def test_alpha_does_not_change_what_it_does(kind: dict) -> None:
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.div_((alpha / 4) ** 0.5)
-        optimizer = PSILoRA(model, 0.3, controller="slope", **kind)
+        optimizer = bare(model, 0.3, controller="slope", **kind)
         train(model, optimizer, batches)
         numbers.append(optimizer.state[optimizer.param_groups[0]["params"][0]]["controller"])
     torch.testing.assert_close(numbers[0], numbers[1], rtol=1e-5, atol=0)
@@ -255,4 +255,4 @@ def test_alpha_does_not_change_what_it_does(kind: dict) -> None:
 
 def test_an_unknown_controller_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Invalid controller='pid'. Must be one of None, 'slope'."):
-        PSILoRA(plain_mlp(), 0.1, controller="pid")
+        bare(plain_mlp(), 0.1, controller="pid")

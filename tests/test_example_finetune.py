@@ -153,7 +153,7 @@ def test_datasets_splits_are_kept(docstrings: ModuleType, monkeypatch: pytest.Mo
 def test_a_csv_of_the_user(tmp_path: Path) -> None:
     source = write_csv(tmp_path / "reviews.csv", reviews())
     columns = ["--dataset", source, "--text-column", "remark", "--label-column", "stars"]
-    choices = ["--optimizer", "psilora-tangent", "--lr", "0.1", "--batch-size", "8", "--rank", "4"]
+    choices = ["--optimizer", "psilora-gradient", "--lr", "0.1", "--batch-size", "8", "--rank", "4"]
     layers = ["--target-modules", "key", "dense"]
     done = command("--short", *columns, *choices, *layers, "--output", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr
@@ -161,8 +161,8 @@ def test_a_csv_of_the_user(tmp_path: Path) -> None:
     assert "given on the command line" in done.stdout
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     (run,) = metrics["runs"]
-    assert (run["method"], run["lr"], metrics["settings"]["rank"]) == ("psilora-tangent", 0.1, 4)
-    config = json.loads((tmp_path / "out" / "psilora-tangent" / "adapter_config.json").read_text())
+    assert (run["method"], run["lr"], metrics["settings"]["rank"]) == ("psilora-gradient", 0.1, 4)
+    config = json.loads((tmp_path / "out" / "psilora-gradient" / "adapter_config.json").read_text())
     assert sorted(config["target_modules"]) == ["dense", "key"]
 
 
@@ -183,7 +183,7 @@ def test_short_form_reports_every_method(short_run: tuple[Path, str], demo: Modu
         assert run["reloaded_loss"] == pytest.approx(run["loss"], abs=1e-5)
         assert 0 < run["optimizer_ms"] < run["ms_per_step"]
         assert run["state_bytes"] > 0
-        assert (run["capture_bytes"] > 0) == (run["method"] == "psilora")
+        assert (run["capture_bytes"] > 0) == (run["method"] == "psilora-gradient")
     starts = {(run["curve"][0]["loss"], run["train_loss"][0]) for run in metrics["runs"]}
     assert len(starts) == 1, "the methods must start from the same weights and the same first batch"
     assert len({run["loss"] for run in metrics["runs"]}) == len(metrics["runs"])

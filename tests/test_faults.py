@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, data, factors, mse, peft_mlp, plain_mlp, train
+from models import MLP, bare, data, factors, mse, peft_mlp, plain_mlp, train
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,13 +79,13 @@ def assert_unchanged(before: dict[str, Tensor], now: dict[str, Tensor]) -> None:
 def test_out_of_memory_at_every_operator(kind: dict[str, Any], first: bool) -> None:
     """The trap: a step that writes layer by layer, or creates state as it goes, stops half-way."""
     base, batches = headed(), [data(8, 12) for _ in range(2)]
-    began = PSILoRA(base, 0.05, **kind)
+    began = bare(base, 0.05, **kind)
     if not first:
         train(base, began, batches[:1])
 
     def ready() -> tuple[nn.Module, PSILoRA]:
         model = copy.deepcopy(base)
-        optimizer = PSILoRA(model, 0.05, **kind)
+        optimizer = bare(model, 0.05, **kind)
         optimizer.load_state_dict(began.state_dict())
         optimizer.zero_grad()
         mse(model, batches[1]).backward()
@@ -126,7 +126,7 @@ def test_a_nan_batch_leaves_no_trace(kind: dict[str, Any]) -> None:
     """The trap: one NaN in a running average or a momentum stays for ever."""
     model, batches = headed(), [data(8, 12) for _ in range(4)]
     twin = copy.deepcopy(model)
-    ours, theirs = PSILoRA(model, 0.05, **kind), PSILoRA(twin, 0.05, **kind)
+    ours, theirs = bare(model, 0.05, **kind), bare(twin, 0.05, **kind)
     adamw = torch.optim.AdamW([torch.zeros(3, requires_grad=True)], lr=0.1)
     train(model, ours, batches[:2])
     x, y = data(8, 12)

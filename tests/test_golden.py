@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import MLP, mse
+from models import MLP, bare, mse
 from peft import LoraConfig, get_peft_model
 
-from psilora import PSILoRA, lorsum
+from psilora import lorsum
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "golden.npz")
 META = json.loads(bytes(GOLDEN["meta"]))
@@ -45,7 +45,7 @@ def test_trajectory(case: int) -> None:
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(tensor(f"{prefix}init_{name}"))
-    optimizer = PSILoRA(
+    optimizer = bare(
         model,
         meta["lr"],
         num_iters=meta["num_iters"],

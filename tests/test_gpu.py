@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import bare
 from torch import Tensor, nn
 
 from psilora import LoRALinear, PSILoRA
@@ -58,7 +59,7 @@ def test_steps_agree_with_the_float64_reference(device: str, kind: dict[str, Any
     plain, exact = copy.deepcopy(model).cpu(), copy.deepcopy(model).cpu().double()
     start = factors(exact)
     runs = [
-        (net, PSILoRA(net, 0.1, backend=backend, **kind))
+        (net, bare(net, 0.1, backend=backend, **kind))
         for net, backend in ((model, "triton"), (plain, "reference"), (exact, "reference"))
     ]
     for rows in (1000, 77) if device == "cuda" else (19, 6):
@@ -79,7 +80,7 @@ def test_repeated_runs_are_bitwise_equal(device: str, kind: dict[str, Any]) -> N
     runs = []
     for _ in range(2 if device == "cpu" else 5):
         model = copy.deepcopy(start)
-        optimizer = PSILoRA(model, 0.1, backend="triton", **kind)
+        optimizer = bare(model, 0.1, backend="triton", **kind)
         for x in batches:
             step(model, optimizer, x)
         runs.append(factors(model))
@@ -95,8 +96,8 @@ def test_a_thousand_layers(device: str) -> None:
     exact = copy.deepcopy(model).cpu().double()
     x = torch.randn(9, width)
     for net, optimizer in (
-        (model, PSILoRA(model, 0.1, backend="triton")),
-        (exact, PSILoRA(exact, 0.1, backend="reference")),
+        (model, bare(model, 0.1, backend="triton")),
+        (exact, bare(exact, 0.1, backend="reference")),
     ):
         data = x.to(next(net.parameters()))
         for _ in range(2):
@@ -110,7 +111,7 @@ def test_a_thousand_layers(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_non_finite_gradient_changes_nothing(device: str) -> None:
     model = network(device, 8)
-    optimizer = PSILoRA(model, 0.1, backend="triton", metric="kfac")
+    optimizer = bare(model, 0.1, backend="triton", metric="kfac")
     x = torch.randn(20, model[0].base.in_features, device=device)
     step(model, optimizer, x)
     before = factors(model) + [v.clone() for s in optimizer.state.values() for v in s.values()]
@@ -128,7 +129,7 @@ def test_a_non_finite_gradient_changes_nothing(device: str) -> None:
 @pytest.mark.gpu
 def test_a_step_does_not_wait_for_the_device() -> None:
     model = network("cuda", 8)
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     x = torch.randn(64, model[0].base.in_features, device="cuda")
     for _ in range(3):  # compiles, and checks the first captures, which may wait
         step(model, optimizer, x)
@@ -150,8 +151,8 @@ def test_a_graph_of_a_whole_training_step_replays_as_eager_steps(kind: dict[str,
     batches = [torch.randn(96, model[0].base.in_features, device="cuda") for _ in range(6)]
     rates = [0.0, 0.05, 0.1, 0.1, 0.03, 0.01]
     lr, other_lr = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
-    optimizer = PSILoRA(model, lr, backend="triton", **kind)
-    other = PSILoRA(twin, other_lr, backend="triton", **kind)
+    optimizer = bare(model, lr, backend="triton", **kind)
+    other = bare(twin, other_lr, backend="triton", **kind)
     x = torch.empty_like(batches[0])
     warm_up = torch.cuda.Stream()
     warm_up.wait_stream(torch.cuda.current_stream())

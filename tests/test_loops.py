@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import data, factors, mse, peft_mlp, plain_mlp
-
-from psilora import PSILoRA
+from models import bare, data, factors, mse, peft_mlp, plain_mlp
 
 
 @pytest.mark.parametrize("kind", [{}, {"gradient": "tangent", "metric": "kfac"}], ids=str)
@@ -14,7 +12,7 @@ def test_grad_scaler_with_an_overflow(kind: dict) -> None:
     """GradScaler scales S, unscales only .grad, and skips step() on an overflow: scale right, nothing stale."""
     scaled, plain = peft_mlp(dtype=torch.float32), peft_mlp(dtype=torch.float32)
     plain.load_state_dict(scaled.state_dict())
-    ours, theirs = PSILoRA(scaled, 0.1, **kind), PSILoRA(plain, 0.1, **kind)
+    ours, theirs = bare(scaled, 0.1, **kind), bare(plain, 0.1, **kind)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     for step in range(4):
         batch = data(8 + step, dtype=torch.float32)
@@ -41,7 +39,7 @@ def test_a_compiled_model_trains_the_same(backend: str) -> None:
     eager, other = plain_mlp(), plain_mlp()
     other.load_state_dict(eager.state_dict())
     torch._dynamo.reset()
-    ours, theirs = PSILoRA(other, 0.1), PSILoRA(eager, 0.1)
+    ours, theirs = bare(other, 0.1), bare(eager, 0.1)
     compiled = torch.compile(other, backend=backend)
     for _ in range(2):
         batch = data()

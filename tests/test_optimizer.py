@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import MLP, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
+from models import MLP, bare, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
 from peft import LoraConfig, get_peft_model
 from test_lorsum import literal
 from torch import Tensor, nn
@@ -64,7 +64,7 @@ def test_two_steps_match_the_formulas(
     (d_out, d_in), rows = shape, 12
     layer = one_layer(d_out, d_in, rank, alpha)
     lr, prox, beta, damping, power = 0.05, 0.5, 0.9, 1e-3, 0.5
-    optimizer = PSILoRA(
+    optimizer = bare(
         layer, lr, num_iters=num_iters, first=first, metric=metric, metric_bias_correction=corrected,
         gradient=gradient, momentum=momentum, momentum_rank=momentum_rank, weight_decay=wd, prox=prox,
         metric_beta=beta, damping=damping, metric_power=power, loss_reduction=reduction, maximize=maximize,
@@ -144,7 +144,7 @@ def test_lr_zero_is_a_bitwise_no_op(kind: dict, B_zero: bool, dtype: torch.dtype
     if B_zero:
         randomise_B(model, 0.0)
     before = factors(model)
-    optimizer = PSILoRA(model, 0.0, **kind)
+    optimizer = bare(model, 0.0, **kind)
     train(model, optimizer, [data(dtype=dtype)] * 3)
     after = factors(model)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -158,7 +158,7 @@ def test_a_zero_gradient_is_a_bitwise_no_op(kind: dict, B_zero: bool) -> None:
     if B_zero:
         randomise_B(model, 0.0)
     before = factors(model)
-    optimizer = PSILoRA(model, 0.5, **kind)
+    optimizer = bare(model, 0.5, **kind)
     for _ in range(3):
         optimizer.zero_grad()
         (model(data(dtype=torch.float32)[0]) * 0.0).sum().backward()
@@ -181,7 +181,7 @@ def test_alpha_does_not_change_the_trajectory_of_the_weight(kind: dict) -> None:
             for name, parameter in model.named_parameters():
                 if "lora_" in name:
                     parameter.div_((alpha / 4) ** 0.5)
-        train(model, PSILoRA(model, 0.1, **kind), batches)
+        train(model, bare(model, 0.1, **kind), batches)
         layers = [m for m in model.modules() if hasattr(m, "get_delta_weight")]
         products.append([m.get_delta_weight("default").detach() for m in layers])
     for other in products[1:]:
@@ -192,7 +192,7 @@ def test_alpha_does_not_change_the_trajectory_of_the_weight(kind: dict) -> None:
 def test_accumulation_equals_one_large_batch(kind: dict) -> None:
     whole, parts = peft_mlp(), peft_mlp()
     parts.load_state_dict(whole.state_dict())
-    one, many = PSILoRA(whole, 0.1, **kind), PSILoRA(parts, 0.1, **kind)
+    one, many = bare(whole, 0.1, **kind), bare(parts, 0.1, **kind)
     for _ in range(3):
         x, y = data(32)
         train(whole, one, [(x, y)])
@@ -210,8 +210,8 @@ def test_accumulation_equals_one_large_batch(kind: dict) -> None:
 def test_checkpointing_equals_no_checkpointing(use_reentrant: bool) -> None:
     plain, checked = plain_mlp(), plain_mlp()
     checked.load_state_dict(plain.state_dict())
-    train(plain, PSILoRA(plain, 0.1, metric="kfac"), [data()] * 2)
-    optimizer = PSILoRA(checked, 0.1, metric="kfac")
+    train(plain, bare(plain, 0.1, metric="kfac"), [data()] * 2)
+    optimizer = bare(checked, 0.1, metric="kfac")
     torch.manual_seed(0)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -224,7 +224,7 @@ def test_checkpointing_equals_no_checkpointing(use_reentrant: bool) -> None:
     other = plain_mlp()
     other.load_state_dict(checked.state_dict())
     train(checked, optimizer, [batch] * 3, loss)
-    train(other, PSILoRA(other, 0.1, metric="kfac"), [batch] * 3)
+    train(other, bare(other, 0.1, metric="kfac"), [batch] * 3)
     a, b = factors(checked), factors(other)
     assert all(torch.equal(a[name], b[name]) for name in a)
 
@@ -233,7 +233,7 @@ def test_zero_iterations_equals_preconditioned_lora() -> None:
     layer = one_layer(9, 7, 3, alpha=3)
     x, y = torch.randn(20, 7, dtype=F64), torch.randn(20, 9, dtype=F64)
     B, A, lr, prox = layer.lora_B.weight.detach().clone(), layer.lora_A.weight.detach().clone(), 0.1, 0.5
-    optimizer = PSILoRA(layer, lr, num_iters=0, momentum=0.0, prox=prox)
+    optimizer = bare(layer, lr, num_iters=0, momentum=0.0, prox=prox)
     (layer(x) - y).square().mean().backward()
     dA, dB = layer.lora_A.weight.grad.clone(), layer.lora_B.weight.grad.clone()
     optimizer.step()
@@ -250,7 +250,7 @@ def test_many_iterations_reach_svdlora() -> None:
     W = layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
     U, sigma, Vt = torch.linalg.svd(W - lr * G)
     best = U[:, :4] @ torch.diag(sigma[:4]) @ Vt[:4]
-    optimizer = PSILoRA(layer, lr, num_iters=400, momentum=0.0, prox=0.0)
+    optimizer = bare(layer, lr, num_iters=400, momentum=0.0, prox=0.0)
     (layer(x) - y).square().mean().backward()
     optimizer.step()
     got = layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
@@ -278,7 +278,7 @@ def test_activations_are_read_as_rarely_as_possible(kind: dict, reads: int, monk
 
     monkeypatch.setattr(ActivationGradient, "__init__", spy)
     layer = one_layer(9, 7, 3, alpha=3)
-    optimizer = PSILoRA(layer, 0.1, **kind)
+    optimizer = bare(layer, 0.1, **kind)
     train(layer, optimizer, [(torch.randn(5, 7, dtype=F64), torch.randn(5, 9, dtype=F64))])
     assert [gradient.reads for gradient in made] == [reads]
 
@@ -288,11 +288,11 @@ def test_activations_are_read_as_rarely_as_possible(kind: dict, reads: int, monk
 def test_resuming_is_bit_exact(kind: dict, dtype: torch.dtype, tmp_path) -> None:
     batches = [data(dtype=dtype) for _ in range(6)]
     model = peft_mlp(dtype=dtype)
-    optimizer = PSILoRA(model, 0.1, **kind)
+    optimizer = bare(model, 0.1, **kind)
     train(model, optimizer, batches[:3])
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "checkpoint.pt")
     resumed = peft_mlp(dtype=dtype)
-    fresh = PSILoRA(resumed, 0.7, **kind)
+    fresh = bare(resumed, 0.7, **kind)
     saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     resumed.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
@@ -316,14 +316,14 @@ def test_the_same_inputs_give_bitwise_the_same_step(kind: dict) -> None:
     for _ in range(2):
         model = peft_mlp(dtype=torch.float32)
         model.load_state_dict(start)
-        train(model, PSILoRA(model, 0.1, **kind), batches)
+        train(model, bare(model, 0.1, **kind), batches)
         runs.append(factors(model))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
 def test_state_layout_and_init_state() -> None:
     model = peft_mlp(dtype=torch.bfloat16)
-    optimizer = PSILoRA(model, 0.1, momentum_rank=5, metric="kfac")
+    optimizer = bare(model, 0.1, momentum_rank=5, metric="kfac")
     optimizer.init_state()
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -368,7 +368,7 @@ def test_other_parameters_follow_torch_adamw_under_the_same_schedule() -> None:
     ours, theirs = headed(), headed()
     theirs.load_state_dict(ours.state_dict())
     settings_ = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
-    optimizer = PSILoRA(ours, 0.0, **{f"adamw_{k}": v for k, v in settings_.items()})
+    optimizer = bare(ours, 0.0, **{f"adamw_{k}": v for k, v in settings_.items()})
     rest = [p for n, p in theirs.named_parameters() if p.requires_grad and "lora_" not in n]
     assert len(rest) == 4
     adamw = torch.optim.AdamW(rest, **settings_)
@@ -389,10 +389,10 @@ def test_other_parameters_follow_torch_adamw_under_the_same_schedule() -> None:
 def test_resuming_with_a_head_is_bit_exact() -> None:
     batches = [data(dtype=torch.float32) for _ in range(6)]
     model, resumed = headed(), headed()
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     train(model, optimizer, batches[:3])
     resumed.load_state_dict(model.state_dict())
-    fresh = PSILoRA(resumed, 0.1)
+    fresh = bare(resumed, 0.1)
     fresh.load_state_dict(optimizer.state_dict())
     train(model, optimizer, batches[3:])
     train(resumed, fresh, batches[3:])
@@ -401,7 +401,7 @@ def test_resuming_with_a_head_is_bit_exact() -> None:
 
 def test_groups_set_their_own_rate_and_momentum_rank() -> None:
     model = peft_mlp()
-    optimizer = PSILoRA(
+    optimizer = bare(
         model, 0.1, groups=[{"layers": r"\.l2$", "lr": 0.0}, {"layers": ["base_model.model.l3"], "momentum_rank": 2}]
     )
     assert [len(group["params"]) for group in optimizer.param_groups] == [2, 2, 2]
@@ -420,12 +420,12 @@ def test_groups_of_equal_layers_with_different_numbers_share_a_bucket_correctly(
     numbers = {"l1": 0.1, "l2": 0.02, "l3": 0.3}
     groups = [{"layers": name, "lr": lr, "momentum": 0.5 + lr, "prox": lr} for name, lr in numbers.items()]
     batch = data(16, 8, 8)
-    train(together, PSILoRA(together, 1.0, groups=groups), [batch])
+    train(together, bare(together, 1.0, groups=groups), [batch])
     for name, lr in numbers.items():  # one layer at a time, from the same start
         model = copy.deepcopy(alone)
         for other, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in other and name in other)
-        train(model, PSILoRA(model, lr, momentum=0.5 + lr, prox=lr), [batch])
+        train(model, bare(model, lr, momentum=0.5 + lr, prox=lr), [batch])
         want, got = factors(model), factors(together)
         for key in want:
             torch.testing.assert_close(got[key], want[key], rtol=1e-11, atol=1e-12)
@@ -437,7 +437,7 @@ def test_scaling_the_gradient_after_backward_is_honoured(kind: dict, factor: flo
     """clip_grad_norm_ and GradScaler change .grad but not X and S: the step must be that of the scaled loss."""
     want, got = peft_mlp(), peft_mlp()
     got.load_state_dict(want.state_dict())
-    scaled, plain = PSILoRA(want, 0.1, **kind), PSILoRA(got, 0.1, **kind)
+    scaled, plain = bare(want, 0.1, **kind), bare(got, 0.1, **kind)
     for _ in range(3):
         batch = data()
         train(want, scaled, [batch], lambda m, b: mse(m, b) * factor)
@@ -458,11 +458,11 @@ def test_clip_grad_norm_of_torch_is_honoured_with_B_at_zero() -> None:
     for model in (want, got):
         randomise_B(model, 0.0)
     batch = data()
-    optimizer = PSILoRA(got, 0.1)
+    optimizer = bare(got, 0.1)
     mse(got, batch).backward()
     norm = torch.nn.utils.clip_grad_norm_(got.parameters(), 0.01)
     optimizer.step()
-    train(want, PSILoRA(want, 0.1), [batch], lambda m, b: mse(m, b) * 0.01 / (norm + 1e-6))
+    train(want, bare(want, 0.1), [batch], lambda m, b: mse(m, b) * 0.01 / (norm + 1e-6))
     a, b = factors(want), factors(got)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-7, atol=1e-9)
@@ -471,7 +471,7 @@ def test_clip_grad_norm_of_torch_is_honoured_with_B_at_zero() -> None:
 def test_own_clipping_equals_clipping_outside() -> None:
     ours, theirs = headed(F64), headed(F64)
     theirs.load_state_dict(ours.state_dict())
-    a, b = PSILoRA(ours, 0.1, max_grad_norm=0.05), PSILoRA(theirs, 0.1)
+    a, b = bare(ours, 0.1, max_grad_norm=0.05), bare(theirs, 0.1)
     for _ in range(3):
         batch = data()
         train(ours, a, [batch])
@@ -489,7 +489,7 @@ def test_own_clipping_equals_clipping_outside() -> None:
 @pytest.mark.parametrize("gradient", ["exact", "tangent"])
 def test_a_wrong_capture_is_refused_by_name_and_residual(gradient: str) -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1, gradient=gradient)
+    optimizer = bare(model, 0.1, gradient=gradient)
     before = factors(model)
     mse(model, data()).backward()
     model.l2.lora_B.weight.grad = torch.randn_like(model.l2.lora_B.weight)
@@ -504,7 +504,7 @@ def test_a_wrong_capture_is_refused_by_name_and_residual(gradient: str) -> None:
 
 def test_closure_runs_once_with_gradients() -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     calls = []
 
     def closure() -> Tensor:
@@ -522,7 +522,7 @@ def test_closure_runs_once_with_gradients() -> None:
 
 def test_captures_do_not_outlive_the_step() -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     mse(model, data()).backward()
     assert optimizer.capture_bytes() > 0
     optimizer.step()
@@ -539,7 +539,7 @@ def test_pairs_without_gradients_are_left_alone() -> None:
             return self.used(x)
 
     model = Two().double()
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     train(model, optimizer, [data()])
     assert model.idle.lora_A.weight not in optimizer.state or not optimizer.state[model.idle.lora_A.weight]
     assert optimizer.state[model.used.lora_A.weight]
@@ -577,8 +577,8 @@ def test_lr_may_be_a_tensor() -> None:
     a, b = plain_mlp(), plain_mlp()
     b.load_state_dict(a.state_dict())
     batch = data()
-    train(a, PSILoRA(a, torch.tensor(0.1, dtype=F64)), [batch])
-    train(b, create_psilora_optimizer(b, 0.1), [batch])
+    train(a, bare(a, torch.tensor(0.1, dtype=F64)), [batch])
+    train(b, create_psilora_optimizer(b, 0.1, step="gradient"), [batch])
     left, right = factors(a), factors(b)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -593,7 +593,7 @@ def test_training_lowers_the_loss() -> None:
     x = torch.randn(512, 24, dtype=F64)
     with torch.no_grad():
         batch = (x, target(x))
-    optimizer = PSILoRA(adapted, 1.0)
+    optimizer = bare(adapted, 1.0)
     start = mse(adapted, batch).item()
     train(adapted, optimizer, [batch] * 60)
     assert mse(adapted, batch).item() < 0.1 * start
@@ -603,7 +603,7 @@ def test_a_change_of_grad_through_data_is_honoured() -> None:
     """`.data` does not touch the version counter, as in hand-written averaging: the trap of watching that alone."""
     want, got = peft_mlp(), peft_mlp()
     got.load_state_dict(want.state_dict())
-    scaled, plain = PSILoRA(want, 0.1), PSILoRA(got, 0.1)
+    scaled, plain = bare(want, 0.1), bare(got, 0.1)
     for _ in range(2):
         batch = data()
         train(want, scaled, [batch], lambda m, b: mse(m, b) * -0.25)
@@ -620,7 +620,7 @@ def test_a_change_of_grad_through_data_is_honoured() -> None:
 
 def test_a_change_of_grad_that_is_no_factor_is_refused() -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     train(model, optimizer, [data()])
     before = factors(model)
     optimizer.zero_grad()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import MLP, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
+from models import MLP, bare, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -53,7 +53,7 @@ BAD_SETTINGS = [
 def test_bad_settings_name_the_value_and_leave_no_hooks(change: dict[str, Any], message: str) -> None:
     model = peft_mlp()
     with pytest.raises(ValueError, match=message):
-        PSILoRA(model, **{"lr": 0.1, **change})
+        bare(model, **{"lr": 0.1, **change})
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -61,55 +61,55 @@ def test_a_bad_rate_of_the_other_parameters_is_named() -> None:
     model = plain_mlp()
     model.l1.base.bias.requires_grad_()
     with pytest.raises(ValueError, match=r"Invalid learning rate: -1"):
-        PSILoRA(model, 0.1, adamw_lr=-1.0)
+        bare(model, 0.1, adamw_lr=-1.0)
 
 
 def test_the_model_is_required_not_its_parameters() -> None:
     with pytest.raises(TypeError, match="model must be an nn.Module, got generator"):
-        PSILoRA(plain_mlp().parameters(), 0.1)  # type: ignore[arg-type]
+        bare(plain_mlp().parameters(), 0.1)  # type: ignore[arg-type]
 
 
 def test_no_pair_is_an_error() -> None:
     with pytest.raises(ValueError, match="no trainable LoRA pair"):
-        PSILoRA(MLP((24, 20, 16, 6)), 0.1)
+        bare(MLP((24, 20, 16, 6)), 0.1)
     frozen = plain_mlp().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable LoRA pair"):
-        PSILoRA(frozen, 0.1)
+        bare(frozen, 0.1)
 
 
 def test_wrapped_models_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="nn.DataParallel"):
-        PSILoRA(nn.DataParallel(plain_mlp()), 0.1)
+        bare(nn.DataParallel(plain_mlp()), 0.1)
     engine = type("DeepSpeedEngine", (nn.Module,), {})()
     engine.module = plain_mlp()
     with pytest.raises(ValueError, match="DeepSpeed"):
-        PSILoRA(engine, 0.1)
+        bare(engine, 0.1)
     model = plain_mlp()
     model.l1.lora_A.weight.ds_id = 3
     with pytest.raises(ValueError, match="DeepSpeed"):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
 
 
 def test_complex_factors_are_refused() -> None:
     with pytest.raises(ValueError, match=r"l1.base.weight is complex|complex \(torch.complex64\)"):
         model = plain_mlp()
         model.l1.lora_A.weight = nn.Parameter(model.l1.lora_A.weight.cfloat())
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
 
 
 def test_factors_that_do_not_chain_are_refused_by_name() -> None:
     model = plain_mlp()
     model.l2.lora_A = nn.Linear(20, 3, bias=False).double()
     with pytest.raises(ValueError, match=r"l2 \(the shapes \(16, 4\) of lora_B and \(3, 20\) of lora_A do not chain"):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
 
 
 def test_one_frozen_factor_is_refused_or_given_to_adamw() -> None:
     model = plain_mlp()
     model.l2.lora_A.weight.requires_grad_(False)
     with pytest.raises(ValueError, match=r"l2 \(only lora_B is trainable"):
-        PSILoRA(model, 0.1)
-    optimizer = PSILoRA(model, 0.1, unsupported="adamw")
+        bare(model, 0.1)
+    optimizer = bare(model, 0.1, unsupported="adamw")
     assert optimizer.param_groups[-1]["params"] == [model.l2.lora_B.weight]
     before = model.l2.lora_B.weight.detach().clone()
     train(model, optimizer, [data()])
@@ -120,13 +120,13 @@ def test_a_factor_shared_by_two_products_is_refused() -> None:
     model = plain_mlp((24, 24, 24, 6))
     model.l2.lora_A.weight = model.l1.lora_A.weight
     with pytest.raises(ValueError, match=r"l2 \(it shares one factor with l1"):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
 
 
 def test_tied_pairs_are_one_pair_captured_at_both_modules() -> None:
     model = plain_mlp((24, 24, 24, 6))
     model.l2.lora_A.weight, model.l2.lora_B.weight = model.l1.lora_A.weight, model.l1.lora_B.weight
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
     mse(model, data()).backward()
     assert [record.calls for record in optimizer._capture.records.values()] == [2, 1]
@@ -136,7 +136,7 @@ def test_tied_pairs_are_one_pair_captured_at_both_modules() -> None:
 @pytest.mark.parametrize("name", ["lora_A", "lora_B"])
 def test_sparse_gradients_are_refused_before_anything_changes(name: str) -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     mse(model, data()).backward()
     before = factors(model)
     weight = getattr(model.l1, name).weight
@@ -184,7 +184,7 @@ def test_uncapturable_layers_fall_back_by_name_and_still_train(make: Any, layer:
     model, x = make()
     randomise_B(model)
     with pytest.warns(UserWarning, match=f"using the tangent gradient .* for {layer} "):
-        optimizer = PSILoRA(model, 0.2)
+        optimizer = bare(model, 0.2)
     loss = lambda: (model(x) - 1).square().mean()  # noqa: E731
     start = loss().item()
     before = factors(model)
@@ -201,8 +201,8 @@ def test_uncapturable_layers_fall_back_by_name_and_still_train(make: Any, layer:
 def test_a_metric_without_activations_is_refused_by_name() -> None:
     model, _ = embedding_model()
     with pytest.raises(ValueError, match=r"the metric needs activations .* base_model.model.table"):
-        PSILoRA(model, 0.1, metric="kfac")
-    PSILoRA(model, 0.1, metric="kfac", groups=[{"layers": "table", "metric": None, "gradient": "tangent"}])
+        bare(model, 0.1, metric="kfac")
+    bare(model, 0.1, metric="kfac", groups=[{"layers": "table", "metric": None, "gradient": "tangent"}])
 
 
 def test_bare_factors_of_loralib_style_fall_back() -> None:
@@ -218,7 +218,7 @@ def test_bare_factors_of_loralib_style_fall_back() -> None:
 
     model = nn.Sequential(Old()).double()
     with pytest.warns(UserWarning, match=r"0 \(its factors are bare parameters"):
-        optimizer = PSILoRA(model, 0.1)
+        optimizer = bare(model, 0.1)
     train(model, optimizer, [data()])
 
 
@@ -231,13 +231,13 @@ def test_kernels_that_bypass_the_modules_are_noticed() -> None:
 
     model = nn.Sequential(Fused(nn.Linear(24, 6), 3)).double()
     randomise_B(model)
-    optimizer = PSILoRA(model, 0.1)
+    optimizer = bare(model, 0.1)
     with pytest.warns(UserWarning, match=r"gradients without captured activations .* for 0"):
         train(model, optimizer, [data()])
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         train(model, optimizer, [data()])
-    metric = PSILoRA(model, 0.1, metric="kfac")
+    metric = bare(model, 0.1, metric="kfac")
     before = factors(model)
     with pytest.raises(RuntimeError, match="0: the metric needs activations, but none were captured"):
         train(model, metric, [data()])
@@ -268,7 +268,7 @@ def test_moe_parameters_are_refused_by_name() -> None:
     with pytest.raises(
         ValueError, match="cannot be trained as ΔW = s·B·A: .*experts .*one product for each of 4 experts"
     ):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
 
 
 # ---- non-finite gradients --------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ KINDS = [{}, {"metric": "kfac"}, {"gradient": "tangent"}, {"num_iters": 0}, {"nu
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_non_finite_gradient_skips_the_whole_step(kind: dict[str, Any], where: str, value: float) -> None:
     model = head_and_adapter()
-    optimizer = PSILoRA(model, 0.1, **kind)
+    optimizer = bare(model, 0.1, **kind)
     train(model, optimizer, [data(dtype=torch.float32)] * 2)
     before = everything(model, optimizer)
 
@@ -319,7 +319,7 @@ def test_a_non_finite_gradient_skips_the_whole_step(kind: dict[str, Any], where:
 
 def test_non_finite_can_raise_and_name_the_layers() -> None:
     model = head_and_adapter()
-    optimizer = PSILoRA(model, 0.1, nonfinite="raise")
+    optimizer = bare(model, 0.1, nonfinite="raise")
     train(model, optimizer, [data(dtype=torch.float32)])
     before = everything(model, optimizer)
     for name, weight in (("l2", model.l2.lora_A.weight), ("parameters outside", model.l3.base.bias)):
@@ -339,7 +339,7 @@ def test_repaired_pivots_are_counted_and_warned_about_once() -> None:
             layer.lora_B.weight.copy_(layer.lora_B.weight[:, :1].expand(-1, 4).clone())
             layer.lora_A.weight.zero_()
             layer.lora_A.weight[0] = 1.0
-    optimizer = PSILoRA(model, 1e-3, prox=0.0, momentum=0.0)
+    optimizer = bare(model, 1e-3, prox=0.0, momentum=0.0)
     with pytest.warns(UserWarning, match="not positive definite"):
         train(model, optimizer, [data(dtype=torch.float32)])
     assert optimizer.stats()["repaired_pivots"] > 0
@@ -350,7 +350,7 @@ def test_repaired_pivots_are_counted_and_warned_about_once() -> None:
 
 
 def test_later_groups_and_copies_are_refused() -> None:
-    optimizer = PSILoRA(plain_mlp(), 0.1)
+    optimizer = bare(plain_mlp(), 0.1)
     with pytest.raises(ValueError, match="build a new PSILoRA"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     with pytest.raises(TypeError, match="use state_dict"):

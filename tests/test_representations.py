@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import data, factors, mse, plain_mlp, randomise_B, train
+from models import bare, data, factors, mse, plain_mlp, randomise_B, train
 from torch import Tensor, nn
 
 from psilora import PSILoRA, doctor
@@ -23,7 +23,7 @@ def trained(settings: dict[str, Any], batches: Batches, *, dtype: torch.dtype = 
     model = plain_mlp(dtype=dtype)
     if loop.get("zero_B"):
         randomise_B(model, 0.0)
-    optimizer = PSILoRA(model, **{"lr": 0.1, "step": "gradient", **settings})
+    optimizer = bare(model, **{"lr": 0.1, "step": "gradient", **settings})
     for micro in batches:
         model.zero_grad()
         for batch in micro:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models import data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
+from models import bare, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
 from test_lorsum import literal as lorsum_literal
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ def test_three_steps_match_the_formulas(
     torch.manual_seed(seed)
     layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
     lr, beta, delta, gamma = 0.1, 0.8, 0.05, 0.7
-    optimizer = PSILoRA(
+    optimizer = bare(
         layer, lr, step="spectral", num_iters=num_iters, first=first, metric=metric, momentum=mu, nesterov=nesterov,
         weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma, prox=0.0,
     )  # fmt: skip
@@ -160,8 +160,8 @@ def test_the_weight_does_not_depend_on_how_it_is_factored(kind: dict, T: str, B_
     start = products(model)
     batches = [data(d_out=10) for _ in range(6)]
     prox = None if T == "orthogonal" else 1e-11
-    train(model, PSILoRA(model, 0.1, step="spectral", prox=prox, **kind), batches)
-    train(other, PSILoRA(other, 0.1, step="spectral", prox=prox, **kind), batches)
+    train(model, bare(model, 0.1, step="spectral", prox=prox, **kind), batches)
+    train(other, bare(other, 0.1, step="spectral", prox=prox, **kind), batches)
     for name, W in products(model).items():
         error = (products(other)[name] - W).norm() / (W - start[name]).norm()
         assert error < 1e-7, (name, float(error))
@@ -193,8 +193,8 @@ def test_the_size_of_the_gradient_does_not_matter(metric: str | None, factor: fl
     """From 1e-30 to 1e30 in fp32, bit for bit, whatever scales `.grad`; its sign is that of `maximize`."""
     model, other = (peft_mlp(dtype=torch.float32) for _ in range(2))
     other.load_state_dict(model.state_dict())
-    plain = PSILoRA(model, 0.1, step="spectral", metric=metric)
-    scaled = PSILoRA(other, 0.1, step="spectral", metric=metric, maximize=factor < 0)
+    plain = bare(model, 0.1, step="spectral", metric=metric)
+    scaled = bare(other, 0.1, step="spectral", metric=metric, maximize=factor < 0)
     for _ in range(4):
         batch = data(dtype=torch.float32)
         train(model, plain, [batch])
@@ -214,7 +214,7 @@ def test_own_clipping_equals_clipping_outside_in_the_momentum_too(max_grad_norm:
     model, other = (plain_mlp() for _ in range(2))
     other.load_state_dict(model.state_dict())
     kind = {"step": "spectral", "controller": "slope"}
-    a, b = PSILoRA(model, 0.3, max_grad_norm=max_grad_norm, **kind), PSILoRA(other, 0.3, **kind)
+    a, b = bare(model, 0.3, max_grad_norm=max_grad_norm, **kind), bare(other, 0.3, **kind)
     for size in (1.0, 30.0, 0.1):
         batch = data()
         train(model, a, [batch], lambda m, b, size=size: size * mse(m, b))
@@ -231,7 +231,7 @@ def test_own_clipping_equals_clipping_outside_in_the_momentum_too(max_grad_norm:
 
 def test_weight_decay_shrinks_the_weight_itself() -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.2, step="spectral", weight_decay=0.5)
+    optimizer = bare(model, 0.2, step="spectral", weight_decay=0.5)
     before = products(model)
     (model(data()[0]) * 0.0).sum().backward()
     optimizer.step()
@@ -265,8 +265,8 @@ def test_layers_of_any_shape_rank_and_dtype_step_together_as_alone(metric: str |
     together, alone = Mixed(), Mixed()
     alone.load_state_dict(together.state_dict())
     kind = {"step": "spectral", "metric": metric}
-    one = PSILoRA(together, 0.1, **kind)
-    many = [PSILoRA(layer, 0.1, **kind) for layer in alone.layers]
+    one = bare(together, 0.1, **kind)
+    many = [bare(layer, 0.1, **kind) for layer in alone.layers]
     for _ in range(3):
         inputs = [(torch.randn(8, i, dtype=t), torch.randn(8, o, dtype=t)) for o, i, _, t in Mixed.SHAPES]
         for model, optimizers in ((together, [one]), (alone, many)):
@@ -290,7 +290,7 @@ def test_groups_have_their_own_numbers_and_their_own_kind_of_step() -> None:
     ]
     batch = data(16, 8, 8)
     start = factors(model)
-    optimizer = PSILoRA(model, 0.1, step="spectral", groups=groups)
+    optimizer = bare(model, 0.1, step="spectral", groups=groups)
     train(model, optimizer, [batch])
     for layer, kind in (
         ("l1", {"lr": 0.02, "step": "spectral", "momentum": 0.5, "prox": 1e-4}),
@@ -300,7 +300,7 @@ def test_groups_have_their_own_numbers_and_their_own_kind_of_step() -> None:
         other.load_state_dict(start, strict=False)
         for name, parameter in other.named_parameters():
             parameter.requires_grad_("lora_" in name and layer in name)
-        train(other, PSILoRA(other, **kind), [batch])
+        train(other, bare(other, **kind), [batch])
         for name, value in factors(other).items():
             torch.testing.assert_close(factors(model)[name], value, rtol=1e-8, atol=1e-9)
 
@@ -310,7 +310,7 @@ def test_groups_have_their_own_numbers_and_their_own_kind_of_step() -> None:
 
 def test_nothing_is_attached_and_several_processes_just_work(monkeypatch: pytest.MonkeyPatch) -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1, step="spectral", metric="lora", controller="slope")
+    optimizer = bare(model, 0.1, step="spectral", metric="lora", controller="slope")
     for module in model.modules():
         assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
     for parameter in model.parameters():
@@ -329,8 +329,8 @@ def test_any_source_of_gradients_will_do() -> None:
     model, other = (plain_mlp() for _ in range(2))
     other.load_state_dict(model.state_dict())
     batch = data()
-    train(model, PSILoRA(model, 0.1, step="spectral"), [batch])
-    optimizer = PSILoRA(other, 0.1, step="spectral")
+    train(model, bare(model, 0.1, step="spectral"), [batch])
+    optimizer = bare(other, 0.1, step="spectral")
     wanted = [p for p in other.parameters() if p.requires_grad]
     for p, grad in zip(wanted, torch.autograd.grad(mse(other, batch), wanted), strict=True):
         p.grad = grad
@@ -348,7 +348,7 @@ def test_long_runs_from_zero_stay_finite_and_bounded(
     """B starts at 0 and one row gives gradients of rank 1, so most Grams stay singular for many steps."""
     model = plain_mlp((64, 56, 64, 50), rank=rank, alpha=rank, dtype=dtype)
     randomise_B(model, 0.0)
-    optimizer = PSILoRA(model, 0.05, step="spectral", metric=metric)
+    optimizer = bare(model, 0.05, step="spectral", metric=metric)
     previous = products(model.double())
     model.to(dtype)
     for _ in range(12):
@@ -366,7 +366,7 @@ def test_a_plain_cholesky_does_not_survive_the_same_start() -> None:
     """Why Grams are formed in float64, with a ridge: in fp32 the first B of a batch of one row has none."""
     model = plain_mlp((64, 56, 64, 50), rank=16, dtype=torch.float32)
     randomise_B(model, 0.0)
-    optimizer = PSILoRA(model, 0.05, step="spectral")
+    optimizer = bare(model, 0.05, step="spectral")
     train(model, optimizer, [data(1, 64, 50, torch.float32)] * 2)
     B = model.l2.lora_B.weight.detach()
     assert int(torch.linalg.cholesky_ex(B.T @ B)[1]) > 0
@@ -386,7 +386,7 @@ def test_a_rank_deficient_A_is_survived(dead: str, metric: str | None) -> None:
                 A[1:] = A[:1]
             else:
                 A.zero_()
-    optimizer = PSILoRA(model, 0.1, step="spectral", metric=metric)
+    optimizer = bare(model, 0.1, step="spectral", metric=metric)
     train(model, optimizer, [data(dtype=torch.float32)] * 5)
     assert all(torch.isfinite(value).all() for value in factors(model).values())
     assert optimizer.stats()["skipped_steps"] == 0
@@ -394,7 +394,7 @@ def test_a_rank_deficient_A_is_survived(dead: str, metric: str | None) -> None:
 
 def test_rank_128() -> None:
     layer = LoRALinear(nn.Linear(160, 144), 128)
-    optimizer = PSILoRA(layer, 0.05, step="spectral", metric="lora")
+    optimizer = bare(layer, 0.05, step="spectral", metric="lora")
     for _ in range(3):
         train(layer, optimizer, [data(64, 160, 144, torch.float32)])
     assert torch.isfinite(products(nn.ModuleDict({"layer": layer}))["layer"]).all()
@@ -403,7 +403,7 @@ def test_rank_128() -> None:
 
 def test_zero_gradients_leave_zero_state_and_later_the_momentum_goes_on() -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1, step="spectral", metric="lora")
+    optimizer = bare(model, 0.1, step="spectral", metric="lora")
     (model(data()[0]) * 0.0).sum().backward()
     optimizer.step()
     for layer in (model.l1, model.l2, model.l3):
@@ -431,11 +431,11 @@ def test_zero_gradients_leave_zero_state_and_later_the_momentum_goes_on() -> Non
 )
 def test_settings_of_the_other_kind_are_refused(settings_: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        PSILoRA(plain_mlp(), 0.1, **{"step": "spectral", **settings_})
+        bare(plain_mlp(), 0.1, **{"step": "spectral", **settings_})
 
 
 def test_defaults_follow_the_kind_of_step() -> None:
-    gradient, spectral = Options(0.1, step="gradient"), Options(0.1, step="spectral")
+    gradient, spectral = Options(0.1, step="gradient", gradient="exact"), Options(0.1, step="spectral")
     assert (gradient.gamma, gradient.delta, gradient.rho, gradient.tau) == (0.5, 1e-5, 1e-2, 0.0)
     assert (spectral.gamma, spectral.delta, spectral.rho, spectral.tau) == (1.0, 1e-2, 1e-6, 0.9)
     assert (gradient.captures, spectral.captures) == ("activations", None)
@@ -443,10 +443,24 @@ def test_defaults_follow_the_kind_of_step() -> None:
 
 def test_an_observed_step_has_its_figures() -> None:
     model = plain_mlp()
-    optimizer = PSILoRA(model, 0.1, step="spectral", metric="lora")
+    optimizer = bare(model, 0.1, step="spectral", metric="lora")
     train(model, optimizer, [data()])
     optimizer.observe_next_step()
     train(model, optimizer, [data()])
     figures = optimizer.stats()
     assert figures["projection_residual"] == 0 and 0 < figures["update_ratio"] < 10 and figures["capture_bytes"] == 0
     assert "momentum_kept" not in figures  # it is carried whole
+
+
+def test_defaults_are_the_spectral_step_with_its_metric_and_controller_and_groups_resolve_their_own() -> None:
+    model = plain_mlp()
+    groups = [{"layers": "l1", "step": "gradient"}, {"layers": "l2", "step": "gradient", "metric": "kfac"}]
+    optimizer = PSILoRA(model, 0.1, groups=groups)
+    found = [(g["step"], g["metric"], g["gradient"]) for g in optimizer.param_groups]
+    assert found == [("spectral", "lora", "tangent"), ("gradient", None, "exact"), ("gradient", "kfac", "exact")]
+    assert optimizer._controller is not None
+    assert PSILoRA(plain_mlp(), 0.1, step="gradient")._controller is None
+    with pytest.raises(ValueError, match=r"Invalid gradient='exact'\. Must be 'tangent' with step='spectral'\."):
+        PSILoRA(plain_mlp(), 0.1, gradient="exact")
+    with pytest.raises(ValueError, match=r"Invalid metric='kfac'\. Must be one of None, 'lora' with step='spectral'\."):
+        PSILoRA(plain_mlp(), 0.1, metric="kfac")

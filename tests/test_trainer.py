@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import MLP, factors, randomise_B
+from models import MLP, bare, factors, randomise_B
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -66,7 +66,7 @@ class Watch(TrainerCallback):
 
 def test_warm_up_accumulation_clipping_and_dropout(tmp_path: Path) -> None:
     model = adapted()
-    optimizer = PSILoRA(model, 0.5, metric="kfac")
+    optimizer = bare(model, 0.5, metric="kfac")
     watch = Watch(model)
     trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None), callbacks=[watch])
     trainer.train()
@@ -88,7 +88,7 @@ def test_accelerate_prepare_keeps_fp32_state(dtype: torch.dtype) -> None:
 
     model = adapted().to(dtype)
     randomise_B(model)
-    optimizer = PSILoRA(model, 0.1, metric="kfac")
+    optimizer = bare(model, 0.1, metric="kfac")
     optimizer.init_state()
     for state in optimizer.state.values():
         state["metric"].fill_(1 / 3)

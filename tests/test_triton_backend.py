@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 from covering import pairwise
-from models import data, factors, mse, peft_mlp, train
+from models import bare, data, factors, mse, peft_mlp, train
 from problems import in_float64, make_problem
 from torch import Tensor
 
-from psilora import PSILoRA, engine, triton_backend
+from psilora import engine, triton_backend
 from psilora.problem import Problem, Scales
 from psilora.reference import reference_update
 
@@ -299,7 +299,7 @@ def test_training_a_model_follows_the_reference(dtype: torch.dtype) -> None:
     twin = copy.deepcopy(model)
     batches = [tuple(t.to(DEVICE) for t in data(dtype=dtype)) for _ in range(3)]
     for m, backend in ((model, "triton"), (twin, "reference")):
-        optimizer = PSILoRA(m, 0.1, backend=backend, max_grad_norm=1.0)
+        optimizer = bare(m, 0.1, backend=backend, max_grad_norm=1.0)
         train(m, optimizer, batches)  # type: ignore[arg-type]
         assert optimizer.stats() == {"skipped_steps": 0, "repaired_pivots": 0}
     for name, value in factors(model).items():
@@ -309,7 +309,7 @@ def test_training_a_model_follows_the_reference(dtype: torch.dtype) -> None:
 
 def test_a_nonfinite_step_of_the_optimizer_changes_nothing_and_names_the_layer() -> None:
     model = peft_mlp(dtype=FP32).to(DEVICE)
-    optimizer = PSILoRA(model, 0.1, backend="triton", nonfinite="raise")
+    optimizer = bare(model, 0.1, backend="triton", nonfinite="raise")
     mse(model, data(dtype=FP32)).backward()
     bad = next(p for n, p in model.named_parameters() if "l2.lora_A" in n)
     bad.grad[0, 0] = float("nan")  # type: ignore[index]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from models import data, factors, mse, plain_mlp, train
+from models import bare, data, factors, mse, plain_mlp, train
 
-from psilora import PSILoRA, engine, triton_backend, trust
+from psilora import engine, triton_backend, trust
 from psilora.engine import backend_unavailable
 
 pytestmark = pytest.mark.skipif(
@@ -38,7 +38,7 @@ def test_right_kernels_are_trusted_once_and_for_all(monkeypatch: pytest.MonkeyPa
     calls: list[int] = []
     original = trust.disagreement
     monkeypatch.setattr(trust, "disagreement", lambda *a: calls.append(1) or original(*a))
-    optimizer = PSILoRA(model, 0.0)
+    optimizer = bare(model, 0.0)
     train(model, optimizer, [data(9, 12, 6, F32)])  # a warm-up from lr = 0 proves nothing
     assert trust._verdicts == {}
     optimizer.param_groups[0]["lr"] = 0.1
@@ -63,7 +63,7 @@ def test_wrong_or_failing_kernels_give_way_to_the_reference_with_one_warning(
         monkeypatch.setattr(triton_backend.Execution, "increments", wrong)
     else:
         monkeypatch.setattr(triton_backend, "compute", crash)
-    ours, theirs = PSILoRA(model, 0.1), PSILoRA(other, 0.1, backend="reference")
+    ours, theirs = bare(model, 0.1), bare(other, 0.1, backend="reference")
     reason = "off by 5.0e-02" if fault == "wrong" else "NotImplementedError: no code for this device"
     batches = [data(9, 12, 6, F32) for _ in range(2)]
     with warnings.catch_warnings(record=True) as caught:
@@ -80,5 +80,5 @@ def test_wrong_or_failing_kernels_give_way_to_the_reference_with_one_warning(
 def test_an_explicit_backend_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair_of_models()
     monkeypatch.setattr(trust, "disagreement", lambda *_: pytest.fail("was checked"))
-    train(model, PSILoRA(model, 0.1, backend="triton"), [data(9, 12, 6, F32)])
+    train(model, bare(model, 0.1, backend="triton"), [data(9, 12, 6, F32)])
     assert mse(model, data(9, 12, 6, F32)).isfinite()

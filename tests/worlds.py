@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from models import bare
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -89,7 +90,7 @@ def total(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def make_optimizer(model: nn.Module, settings: dict[str, Any]) -> PSILoRA:
-    return PSILoRA(model, **{"lr": 0.02, "step": "gradient", "prox": 0.5, "momentum": 0.0, **settings})
+    return bare(model, **{"lr": 0.02, "step": "gradient", "prox": 0.5, "momentum": 0.0, **settings})
 
 
 def after_backward(model: nn.Module, case: Case) -> None:

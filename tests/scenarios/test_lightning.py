@@ -6,13 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from models import factors
+from models import bare, factors
 from naive import PlainState
 from tiny import adapted, token_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-
-from psilora import PSILoRA
 
 lightning = pytest.importorskip("lightning.pytorch", reason="Lightning is an extra: psilora[loops]")
 MisconfigurationException = lightning.utilities.exceptions.MisconfigurationException
@@ -67,7 +65,7 @@ def fit(module: Module, tmp_path: Any) -> None:
 
 
 def plain_loop(model: nn.Module, gradient: str) -> None:
-    optimizer = PSILoRA(model, 0.1, gradient=gradient, **SETTINGS)
+    optimizer = bare(model, 0.1, gradient=gradient, **SETTINGS)
     batches = iter(DataLoader(token_rows(), batch_size=2))
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -82,7 +80,7 @@ def plain_loop(model: nn.Module, gradient: str) -> None:
 )
 @pytest.mark.parametrize("gradient", ["exact", "tangent"])
 def test_the_closure_runs_once_with_gradients(gradient: str, tmp_path: Any) -> None:
-    module = Module(lambda model: PSILoRA(model, 0.1, gradient=gradient, **SETTINGS))
+    module = Module(lambda model: bare(model, 0.1, gradient=gradient, **SETTINGS))
     fit(module, tmp_path)
     assert module.forwards == STEPS * ACCUMULATE and module.grad_modes == {True}
     expected = adapted()

@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from models import factors
+from models import bare, factors
 from naive import PlainState, WrapperHooks
 from peft import prepare_model_for_kbit_training
 from tiny import MODES, adapted, tiny_llama, tokens
@@ -83,7 +83,7 @@ def test_a_grad_scaler_with_a_forced_overflow(mode: str) -> None:
     scaled = adapted()
     plain = copy.deepcopy(scaled)
     settings: dict[str, Any] = {**MODES[mode], "momentum": 0.0}
-    ours, theirs = PSILoRA(scaled, 0.1, **settings), PSILoRA(plain, 0.1, **settings)
+    ours, theirs = bare(scaled, 0.1, **settings), bare(plain, 0.1, **settings)
     naive = WrapperHooks(scaled)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
     wrong = []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from models import factors
+from models import bare, factors
 from tiny import adapted, tokens
 from torch import nn
 
@@ -18,7 +18,7 @@ def test_data_parallel_is_refused_also_when_it_comes_later() -> None:
     """The trap: replicas share the hooks, so rows of several devices would meet in one record."""
     model = adapted()
     with pytest.raises(ValueError, match=r"nn.DataParallel.*use DistributedDataParallel"):
-        PSILoRA(nn.DataParallel(model), 0.1)
+        bare(nn.DataParallel(model), 0.1)
     optimizer = PSILoRA(model, 0.1, step="gradient")
     linear = next(module for name, module in model.named_modules() if name.endswith("lora_A.default"))
     replica = linear._replicate_for_data_parallel()  # what nn.DataParallel runs on every device
@@ -38,7 +38,7 @@ def test_deepspeed_is_refused_by_name() -> None:
     engine = type("DeepSpeedEngine", (nn.Module,), {})()
     engine.module = model
     with pytest.raises(ValueError, match="managed by DeepSpeed"):
-        PSILoRA(engine, 0.1)
+        bare(engine, 0.1)
 
     optimizer = PSILoRA(model, 0.1, step="gradient")
     before = factors(model)
@@ -52,4 +52,4 @@ def test_deepspeed_is_refused_by_name() -> None:
 
     next(p for p in model.parameters() if p.requires_grad).ds_id = 0  # the mark of a ZeRO-3 parameter
     with pytest.raises(ValueError, match="managed by DeepSpeed"):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import factors
+from models import bare, factors
 from naive import WrapperHooks
 from tiny import MODES, SENTENCES, byte_tokenizer, lora, tiny_llama
 from torch import nn
@@ -76,7 +76,7 @@ def test_sft_with_a_peft_config(mode: str, tmp_path: Path) -> None:
     """The trap: the adapters do not exist before the trainer does, so an optimizer of the bare model finds nothing."""
     model = tiny_llama()
     with pytest.raises(ValueError, match="no trainable LoRA pair"):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
     watch = Residuals()
     trainer = trl.SFTTrainer(
         model,

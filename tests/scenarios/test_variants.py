@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import factors, train
+from models import bare, factors, train
 from naive import WrapperHooks
 from peft import LoraConfig, get_peft_model
 from tiny import TARGETS, adapted, lora, tiny_gpt2, tiny_llama, tokens
@@ -126,7 +126,7 @@ def test_experts_are_refused_by_name_or_given_to_adamw() -> None:
         warnings.simplefilter("ignore")  # PEFT's own advice about target_parameters
         model = get_peft_model(MixtralForCausalLM(config), settings)
     with pytest.raises(ValueError, match=r"cannot be trained as ΔW = s·B·A: .*experts .*one product for each of 4"):
-        PSILoRA(model, 0.1)
+        bare(model, 0.1)
     optimizer = PSILoRA(model, 0.1, step="gradient", unsupported="adamw")
     before = factors(model)
     for _ in range(2):  # B = 0 at first: A's gradient comes in the second step
