@@ -344,7 +344,7 @@ def test_state_layout_and_init_state() -> None:
 @pytest.mark.parametrize(("step", "share"), [("gradient", 0.5), ("spectral", 1.0)])
 def test_the_state_is_a_share_of_that_of_adam(step: str, share: float) -> None:
     model = plain_mlp(dtype=torch.float32)
-    optimizer = PSILoRA(model, 0.1, step=step)
+    optimizer = bare(model, 0.1, step=step)
     optimizer.init_state()
     numbers = sum(v.numel() for s in optimizer.state.values() for k, v in s.items() if k != "step")
     assert numbers == share * 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
