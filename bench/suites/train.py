@@ -18,7 +18,6 @@ from bench import minilm
 from bench.measure import Row, peak_bytes, summary
 from bench.suites import Settings
 from psilora import PSILoRA
-from psilora.options import STEPS
 
 #: Steps of a block: the first is not timed.
 BLOCK = 3
@@ -62,7 +61,8 @@ def _jobs(settings: Settings) -> Iterator[Job]:
         return
     texts, length = (2, 8) if settings.small else (16, 64)
     model = minilm.adapted(settings.small)
-    yield Job("MiniLM, r 8 on q and v, fp32", model, minilm.batch(model, texts, length), texts * length)
+    name = "tiny BERT" if settings.small else "MiniLM"
+    yield Job(f"{name}, r 8 on q and v, fp32", model, minilm.batch(model, texts, length), texts * length)
     if settings.small:
         yield llama(small=True, checkpointing=True, device="cpu")
 
@@ -95,7 +95,7 @@ def _rows(job: Job, settings: Settings) -> list[Row]:
     start = {name: p.detach().clone() for name, p in job.model.named_parameters() if p.requires_grad}
     rows: dict[str, Row] = {}
     readings: dict[str, list[float]] = {}
-    methods = [name for name in METHODS if "spectral" not in name or "spectral" in STEPS]
+    methods = list(METHODS)
     for name in methods:
         _reset(job, start)
         row = rows[name] = {"case": f"{job.name}, {job.tokens} tokens", "method": name, "tokens": job.tokens}
