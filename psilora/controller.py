@@ -27,8 +27,6 @@ from psilora.numerics import compute_dtype
 from psilora.problem import Problem
 
 CONTROLLERS = (None, "slope")
-#: What controller="auto" means for each kind of step.
-CONTROLLER = {"gradient": None, "spectral": "slope"}
 THETA = 0.08
 START = 0.03
 LARGEST = 20.0

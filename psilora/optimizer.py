@@ -16,7 +16,7 @@ from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.clipping import gradient_factor
 from psilora.consensus import Joint, consensus, refuse_unshared
-from psilora.controller import CONTROLLER, CONTROLLERS, SlopeController
+from psilora.controller import CONTROLLERS, SlopeController
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
@@ -44,7 +44,7 @@ class PSILoRA(torch.optim.Optimizer):
         G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
         (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·c·msign(H),   c = √(max(d_out, d_in)/min(d_out, d_in))
 
-    whitened by a metric of the LoRA gradients, under a controller that finds one factor on all rates; 0.1 is a good lr.
+    whitened by a metric of the LoRA gradients. Good rates lie between 0.05 and 0.2.
     It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
     Without a gradient only a momentum that is already there moves anything.
 
@@ -92,7 +92,7 @@ class PSILoRA(torch.optim.Optimizer):
             tangent projection where only `.grad` is known), exact or estimated; see `psilora.norms`.
         maximize: Ascend instead.
         controller: "slope" multiplies every η by one factor that it finds (see `psilora.controller`), from the last
-            increment of every parameter, which it keeps; None leaves them. "auto": "slope" if `step` is spectral.
+            increment of every parameter, which it keeps; experimental. None leaves them.
         backend: "auto": Triton kernels on CUDA, once they have agreed with the reference there, else the reference;
             "reference": plain PyTorch; "triton".
         loss_reduction: "mean" or "sum" over the N rows; used by the metric only.
@@ -147,7 +147,7 @@ class PSILoRA(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         norm: str = "lora",
         maximize: bool = False,
-        controller: str | None = "auto",
+        controller: str | None = None,
         backend: str = "auto",
         loss_reduction: str = "mean",
         nonfinite: str = "skip",
@@ -163,8 +163,6 @@ class PSILoRA(torch.optim.Optimizer):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         Options(**resolved(settings))
-        if controller == "auto":
-            controller = CONTROLLER[step]
         engine.check_backend(backend)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")
