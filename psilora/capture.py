@@ -22,6 +22,7 @@ from psilora import compiled
 from psilora.adapters import LoRAPair
 from psilora.holdings import KINDS, Holding, Rows
 from psilora.numerics import compute_dtype
+from psilora.origins import Origin, Originals, origin_of
 
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
 
@@ -42,12 +43,13 @@ class Record:
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
     """
 
-    def __init__(self, pair: LoRAPair, holds: str, squares: bool, probes: set[Record]) -> None:
+    def __init__(self, pair: LoRAPair, holds: str, squares: bool, probes: set[Record], originals: Originals) -> None:
         self.pair = pair
         self.holds = holds
         self.squares = squares
         self.verified = False
         self._probes = probes
+        self._originals = originals
         self._lock = threading.Lock()
         self.clear()
 
@@ -61,7 +63,7 @@ class Record:
         self.missed = 0
         self.left: Tensor | None = None
         self._probes.discard(self)
-        self._pending: dict[int, list[tuple[Tensor, Tensor | None]]] = {}
+        self._pending: dict[int, list[tuple[Tensor, Tensor | None, Origin | None]]] = {}
         self._backward = -1
 
     def hold(self, kind: str, squares: bool) -> None:
@@ -86,35 +88,35 @@ class Record:
                 self._backward = backward
             self.missed += missed
 
-    def add(self, x: Tensor, s: Tensor | None) -> None:
+    def add(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
         """Hold the input and output gradient of one call, from inside backward, until lora_A's gradient accumulates.
 
         `torch.autograd.grad` passes through the nodes as well, but leaves `.grad` alone: nothing confirms its calls.
         """
         with self._lock:
-            self._pending.setdefault(torch._C._current_graph_task_id(), []).append((x, s))
+            self._pending.setdefault(torch._C._current_graph_task_id(), []).append((x, s, origin))
 
     def confirm(self) -> None:
         """Take the calls of this backward pass: lora_A's gradient, which waits for all of them, has accumulated."""
         with self._lock:
             calls = self._pending.pop(torch._C._current_graph_task_id(), [])
             self.missed += not calls  # something that bypasses the modules made this gradient
-            for x, s in calls:
-                self._take(x, s)
+            for x, s, origin in calls:
+                self._take(x, s, origin)
 
     def stand_in(self) -> None:
         """Hold no rows, for a pair that other processes captured in this step and this one did not run."""
         weight = self.pair.lora_A
         self._take(weight.new_zeros(0, self.pair.d_in), weight.new_zeros(0, self.pair.d_out))
 
-    def _take(self, x: Tensor, s: Tensor | None) -> None:
+    def _take(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
         if s is None:
             self.missed += 1
             return
         x, s = x.detach().flatten(0, -2), s.detach().flatten(0, -2)
         self.calls += 1
         self.rows += x.shape[0]
-        self.held.take(x, s, self.pair)
+        self.held.take(self._originals.share(x, origin) if self.holds == "rows" else x, s, self.pair)
         if self.squares:
             self._add_squares(x, s)
 
@@ -154,7 +156,8 @@ class Capture:
     def __init__(self, pairs: list[LoRAPair], holds: Sequence[str], squares: Sequence[bool] | None = None) -> None:
         probes: set[Record] = set()
         sums = [False] * len(pairs) if squares is None else squares
-        self.records = {id(p): Record(p, kind, s, probes) for p, kind, s in zip(pairs, holds, sums, strict=True)}
+        kinds, originals = zip(pairs, holds, sums, strict=True), Originals()
+        self.records = {id(pair): Record(pair, kind, s, probes, originals) for pair, kind, s in kinds}
         self.superseded = False
         self._handles: list[RemovableHandle] = []
         for pair in pairs:
@@ -207,11 +210,12 @@ def _release(handles: list[RemovableHandle], records: list[Record]) -> None:
 class _Token:
     """Links the two nodes of one call."""
 
-    __slots__ = ("paired", "record", "s")
+    __slots__ = ("origin", "paired", "record", "s")
 
-    def __init__(self, record: Record, paired: bool) -> None:
+    def __init__(self, record: Record, paired: bool, origin: Origin | None = None) -> None:
         self.record = record
         self.paired = paired
+        self.origin = origin
         self.s: Tensor | None = None
 
 
@@ -227,7 +231,7 @@ class _InputNode(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         token: _Token = ctx.token
         s, token.s = token.s, None
-        token.record.add(x, s)
+        token.record.add(x, s, token.origin)
         return (grad if ctx.needs_input_grad[0] else None), None, None
 
 
@@ -278,7 +282,7 @@ class _BeforeA(_Hook):
         if tracing:
             self.site.enter(x)
             return (x, *args[1:])
-        self.slot.token = _Token(self.record, paired=True)
+        self.slot.token = _Token(self.record, paired=True, origin=origin_of(x))
         return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])  # type: ignore[no-untyped-call]
 
 
