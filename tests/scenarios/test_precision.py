@@ -66,7 +66,13 @@ def test_a_bf16_base_through_prepare(adapter: torch.dtype, mixed: str) -> None:
         record = optimizer._capture.record(pair)
         assert record is not None and record.captured
         narrow = torch.bfloat16 if mixed == "bf16" or adapter == torch.bfloat16 else torch.float32
-        assert {t.dtype for chunk in record.chunks for t in chunk} == {narrow}
+        assert {s.dtype for _, s in record.chunks} == {narrow}
+        assert {x.dtype for x, _ in record.chunks} <= {torch.bfloat16, narrow}
+    inputs = [x for record in optimizer._capture.records.values() for x, _ in record.chunks]
+    wide = {x.untyped_storage().data_ptr() for x in inputs if x.dtype != torch.bfloat16}
+    shared = {x.untyped_storage().data_ptr() for x in inputs if x.dtype == torch.bfloat16}
+    assert 0 < len(shared) < len(inputs) - len(wide)  # q, k and v share one
+    assert len(wide) <= 3  # of the first block, whose input has no graph to recognise a cast by
     assert hooks.worst() < 0.1
     before = factors(model)
     prepared.step()
