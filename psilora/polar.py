@@ -48,6 +48,8 @@ def polar(X: Tensor, *, smallest: float = SMALLEST, steps: int = STEPS) -> Tenso
     Returns:
         The polar factor, (…, m, n).
     """
+    shape = X.shape
+    X = X.reshape(-1, *shape[-2:])
     largest = X.abs().amax((-2, -1), keepdim=True)
     X = X / torch.where(largest == 0, 1.0, largest)
     wide = X.shape[-2] <= X.shape[-1]
@@ -58,5 +60,5 @@ def polar(X: Tensor, *, smallest: float = SMALLEST, steps: int = STEPS) -> Tenso
     for i, (a, b) in enumerate(newton_schulz_coefficients(smallest, steps)):
         if i:
             gram = X @ X.mT if wide else X.mT @ X
-        X = a * X - b * (gram @ X if wide else X @ gram)
-    return X
+        X = torch.baddbmm(X, *((gram, X) if wide else (X, gram)), beta=a, alpha=-b)
+    return X.reshape(shape)
