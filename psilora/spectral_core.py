@@ -108,55 +108,58 @@ def mean_diagonal(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
 
 
-class Side:
-    """One side's span: Γ, the factor's roots, its orthonormal basis Q_F = Z·q, and where the columns of Z lie."""
+def roots_of(gram: Tensor, x: Tensor, ridge: float | Tensor, whole: Tensor | None = None) -> Roots:
+    """Return the roots of the Gram of Z·x; λ is `ridge` times the mean of its diagonal, or of that of Z·`whole`.
+
+    To λ is added what rounding can take from xᵀΓx when the coefficients are large and cancel.
+    """
+    inner = x.mT @ (gram @ x)
+    scale = mean_diagonal(inner if whole is None else whole.mT @ (gram @ whole)).clamp_min(0)
+    terms = (x.square() * gram.diagonal(dim1=-2, dim2=-1)[:, :, None]).sum((-2, -1))[:, None, None] / x.shape[-1]
+    unit = ROUNDING * gram.shape[-1] * torch.finfo(gram.dtype).eps
+    return Roots(inner, ridge + unit * terms / torch.where(scale == 0, 1.0, scale), scale)
+
+
+class Spans:
+    """The spans of both sides of L layers as one batch of 2L, B's before A's: what is done alike is done at once.
+
+    Attributes:
+        gram: Γ (2L, n, n).
+        base: The coefficients of F itself.
+        roots, q: T of FᵀF, and the coefficients of the orthonormal basis F·T.
+    """
 
     def __init__(self, gram: Tensor, rank: int, ridge: Tensor) -> None:
-        self.gram, self.rank, self.ridge = gram, rank, ridge
-        self.size = gram.shape[-1]
-        self.diagonal = gram.diagonal(dim1=-2, dim2=-1)[:, :, None]
-        self.failed = torch.zeros((), dtype=torch.int64, device=gram.device)
+        self.gram, self.rank = gram, rank
+        self.layers, self.size = len(gram) // 2, gram.shape[-1]
         eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
         self.base = self.place(eye.expand(len(gram), rank, rank), 0)
-        self.roots = self.roots_of(self.base, ridge)
+        self.roots = roots_of(gram, self.base, ridge)
         self.q = self.place(self.roots.T, 0)
 
     def place(self, block: Tensor, start: int) -> Tensor:
-        """Return the coefficients (L, n, k) that are `block` from row `start` on and 0 elsewhere."""
+        """Return the coefficients (2L, n, k) that are `block` from row `start` on and 0 elsewhere."""
         return torch.nn.functional.pad(block, (0, 0, start, self.size - start - block.shape[-2]))
 
-    def fresh(self, block: Tensor) -> Tensor:
-        """Return the coefficients of D·block."""
-        return self.place(block, self.size - self.rank)
+    def swapped(self, both: Tensor) -> Tensor:
+        """Return A's half before B's."""
+        return both.roll(self.layers, 0)
 
-    def old(self, block: Tensor) -> Tensor:
-        """Return the coefficients of M·block."""
-        return self.place(block, self.rank)
+    def halves(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (B's half, A's half)."""
+        return both[: self.layers], both[self.layers :]
 
-    def old_times(self, x: Tensor) -> Tensor:
-        """Return Mᵀ(Z·x), (L, 2r, k)."""
-        return self.gram[:, self.rank : self.size - self.rank] @ x
+    def gradient(self) -> Tensor:
+        """Return g: D_B·T_A and D_A·T_B."""
+        return self.place(self.swapped(self.roots.T), self.size - self.rank)
 
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return (Z·x)ᵀ(Z·y)."""
-        return x.mT @ (self.gram @ y)
+    def carried(self) -> Tensor:
+        """Return the old momentum in the new tangent space: M_B(M_AᵀQ_A) and M_A(M_BᵀQ_B)."""
+        return self.place(self.swapped(self.gram[:, self.rank : self.size - self.rank] @ self.q), self.rank)
 
-    def outside(self, x: Tensor) -> Tensor:
-        """Return x less its part in the span of the factor."""
-        return x - self.q @ self.inner(self.q, x)
-
-    def roots_of(self, x: Tensor, ridge: float | Tensor, whole: Tensor | None = None) -> Roots:
-        """Return the roots of the Gram of Z·x; λ is `ridge` times the mean of its diagonal, or of that of Z·`whole`.
-
-        To λ is added what rounding can take from xᵀΓx when the coefficients are large and cancel.
-        """
-        gram = self.inner(x, x)
-        scale = mean_diagonal(gram if whole is None else self.inner(whole, whole)).clamp_min(0)
-        terms = (x.square() * self.diagonal).sum((-2, -1))[:, None, None] / x.shape[-1]
-        noise = ROUNDING * self.size * torch.finfo(gram.dtype).eps * terms / torch.where(scale == 0, 1.0, scale)
-        roots = Roots(gram, ridge + noise, scale)
-        self.failed = self.failed + roots.failed
-        return roots
+    def along(self, x: Tensor) -> Tensor:
+        """Return (F·T)ᵀ(Z·x)."""
+        return self.q.mT @ (self.gram @ x)
 
 
 def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficients:
@@ -173,55 +176,62 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
     Q_B, H and L_A vanish and O = polar(h_B)·Q_Aᵀ without a branch. Then LoRSum of (1 − η·wd)·(B, A) − η·c·O.
     """
     n = numbers
-    B, A = Side(gram_B, n.rank, n.ridge), Side(gram_A, n.rank, n.ridge)
-    g_B, g_A = B.fresh(A.roots.T), A.fresh(B.roots.T)
-    m_B, m_A = n.fresh * g_B, n.fresh * g_A
-    if B.size > 2 * n.rank:
-        m_B = m_B + n.mu * B.old(A.old_times(A.q))
-        m_A = m_A + n.mu * A.old(B.old_times(B.q))
-    h_B, h_A = (n.mu * m_B + n.fresh * g_B, n.mu * m_A + n.fresh * g_A) if n.nesterov else (m_B, m_A)
-    o_B, o_A = _msign(B, A, h_B, h_A, n.dtype)
-    step_B, step_A = _lorsum(B, A, -n.rate * o_B, o_A, n)
+    spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
+    mu, fresh = torch.cat([n.mu] * 2), torch.cat([n.fresh] * 2)
+    g = fresh * spans.gradient()
+    m = g + mu * spans.carried() if spans.size > 2 * n.rank else g
+    h = mu * m + g if n.nesterov else m
+    o_B, o_A, residual = _msign(spans, h, n.dtype)
+    (step_B, step_A), failed = _lorsum(spans, -n.rate * o_B, o_A, n)
+    (q_B, q_A), (m_B, m_A) = spans.halves(spans.q), spans.halves(m)
+    outside_B = m_B - q_B @ (q_B.mT @ (gram_B @ m_B))
+    both = spans.roots.failed + residual.failed
     return Coefficients(
         step_B=step_B,
         step_A=step_A,
-        momentum_B=torch.cat([B.q, B.outside(m_B)], -1),
-        momentum_A=torch.cat([m_A, A.q], -1),
-        repaired=B.failed + A.failed,
+        momentum_B=torch.cat([q_B, outside_B], -1),
+        momentum_A=torch.cat([m_A, q_A], -1),
+        repaired=failed + both[: spans.layers] + both[spans.layers :],
     )
 
 
-def _msign(B: Side, A: Side, h_B: Tensor, h_A: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return the coefficients (o_B, o_A) of O = msign of the tangent [Q_B, h_B⊥]·[h_A, Q_A]ᵀ."""
-    H = A.inner(h_A, A.q)
-    outside_B, outside_A = B.outside(h_B), h_A - A.q @ H.mT
-    roots_B, roots_A = B.roots_of(outside_B, RESIDUAL_RIDGE, h_B), A.roots_of(outside_A, RESIDUAL_RIDGE, h_A)
-    top, bottom = torch.cat([H, roots_A.L], -1), torch.cat([roots_B.L.mT, torch.zeros_like(H)], -1)
-    K = torch.cat([top, bottom], -2)
+def _msign(spans: Spans, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Roots]:
+    """Return the coefficients (o_B, o_A) of O = msign of the tangent [Q_B, h_B⊥]·[h_A, Q_A]ᵀ, and the roots of h⊥."""
+    along = spans.along(h)
+    outside = h - spans.q @ along
+    roots = roots_of(spans.gram, outside, RESIDUAL_RIDGE, h)
+    (_, H), (L_B, L_A) = spans.halves(along), spans.halves(roots.L)
+    K = torch.cat([torch.cat([H.mT, L_A], -1), torch.cat([L_B.mT, torch.zeros_like(H)], -1)], -2)
     largest = K.abs().amax((-2, -1), keepdim=True)
     sign = polar((K / torch.where(largest == 0, 1.0, largest)).to(dtype)).to(K.dtype)
-    o_B = torch.cat([B.q, outside_B @ roots_B.T], -1) @ sign
-    return o_B, torch.cat([A.q, outside_A @ roots_A.T], -1)
+    basis_B, basis_A = spans.halves(torch.cat([spans.q, outside @ roots.T], -1))
+    return basis_B @ sign, basis_A, roots
 
 
-def _lorsum(B: Side, A: Side, t_B: Tensor, t_A: Tensor, n: Numbers) -> tuple[Tensor, Tensor]:
-    """Return the increments of LoRSum of (1 + decay)·(B, A) + (t_B, t_A), in increment form (see `psilora.lorsum`)."""
-    sides = {"B": (B, t_B), "A": (A, t_A)}
-    steps = {"B": torch.zeros_like(B.base), "A": torch.zeros_like(A.base)}
+def _lorsum(spans: Spans, t_B: Tensor, t_A: Tensor, n: Numbers) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Return the increments of LoRSum of (1 + decay)·(B, A) + (t_B, t_A), and how many factorisations failed.
 
-    def turn(name: str, other: str, at: Tensor) -> Tensor:
-        (side, target), (across, target_across) = sides[name], sides[other]
-        current = across.base + at
-        change = -at if n.decay is None else n.decay * across.base - at
-        weighted = across.gram @ current
-        rhs = side.base @ (change.mT @ weighted) + target @ (target_across.mT @ weighted)
-        T = across.roots_of(current, n.ridge).T
-        step: Tensor = (rhs @ T) @ T.mT
+    In increment form; see `psilora.lorsum`.
+    """
+    grams = dict(zip("BA", spans.halves(spans.gram), strict=True))
+    targets, base = {"B": t_B, "A": t_A}, spans.base[: spans.layers]
+    steps = {"B": torch.zeros_like(base), "A": torch.zeros_like(base)}
+    failed = torch.zeros(spans.layers, dtype=torch.int64, device=base.device)
+
+    def turn(name: str, at: Tensor) -> Tensor:
+        nonlocal failed
+        other = "A" if name == "B" else "B"
+        current = base + at
+        change = -at if n.decay is None else n.decay * base - at
+        weighted = grams[other] @ current
+        rhs = base @ (change.mT @ weighted) + targets[name] @ (targets[other].mT @ weighted)
+        roots = roots_of(grams[other], current, n.ridge)
+        failed = failed + roots.failed
+        step: Tensor = (rhs @ roots.T) @ roots.T.mT
         return step
 
     if n.num_iters == 0:
-        steps = {"A": turn("A", "B", steps["B"]), "B": turn("B", "A", steps["A"])}
+        steps = {"A": turn("A", steps["B"]), "B": turn("B", steps["A"])}
     for name in turns(n.num_iters, n.first):
-        other = "A" if name == "B" else "B"
-        steps[name] = turn(name, other, steps[other])
-    return steps["B"], steps["A"]
+        steps[name] = turn(name, steps["A" if name == "B" else "B"])
+    return (steps["B"], steps["A"]), failed
