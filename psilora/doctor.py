@@ -146,9 +146,10 @@ def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
         f"gradient='exact': X {_size(shared_X)} (shared) to {_size(X)}, S {_size(S)}, held from backward to step",
         f"gradient='dense': {_size(sum(4 * p.d_in * p.d_out for p in captured))}, whatever the rows",
         f"gradient='backward': {_size(sum(8 * p.rank * p.d_out for p in captured))}, for K = 1 alone",
-        "gradient='tangent': no captures",
-        f"momentum, momentum_rank = r: {_size(4 * factors)} (AdamW on the same parameters: {_size(8 * factors)})",
-        f"metric: {_size(4 * diagonal)}",
+        "step='spectral' and gradient='tangent': no captures",
+        f"momentum of step='spectral' (rank 2r): {_size(8 * factors)}, as AdamW on the same parameters",
+        f"momentum of step='gradient' (rank r): {_size(4 * factors)}",
+        f"metric of either: {_size(4 * diagonal)}",
     ]
 
 
@@ -184,11 +185,12 @@ class Result:
 
 
 _CASES: tuple[dict[str, Any], ...] = (
-    {"momentum": 0.0},
     {},
-    {"num_iters": 2, "first": "B"},
-    {"metric": "kfac"},
-    {"gradient": "tangent"},
+    {"step": "gradient", "momentum": 0.0},
+    {"step": "gradient"},
+    {"step": "gradient", "num_iters": 2, "first": "B"},
+    {"step": "gradient", "metric": "kfac"},
+    {"step": "gradient", "gradient": "tangent"},
 )
 
 

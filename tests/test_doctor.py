@@ -42,7 +42,7 @@ def test_memory_counts_shared_inputs_once() -> None:
     total_X, total_S = (32 + 16 + 8) * 1024 * 2, (16 + 8 + 4) * 1024 * 2
     assert f"to {total_X / 1024:.3g} KiB" in lines[0] and f"S {total_S / 1024:.3g} KiB" in lines[0]
     state = 2 * ((32 + 16) + (16 + 8) + (8 + 4)) * 4
-    assert f"{state} B" in lines[4] and f"{2 * state / 1024:.3g} KiB" in lines[4]
+    assert f"{2 * state / 1024:.3g} KiB" in lines[4] and f"{state} B" in lines[5]
 
 
 def test_the_layers_of_a_model_without_its_weights(tmp_path, capsys: pytest.CaptureFixture) -> None:
