@@ -32,6 +32,11 @@ STYLE = (
     "td,th{border-bottom:1px solid #ccc;padding:.2em .6em;text-align:left}"
     "td.n{text-align:right;font-variant-numeric:tabular-nums}.red{color:#b00}img{max-width:100%}"
 )
+LEGEND = (
+    "ms: median, with its 20 and 80 % quantiles, of runs in alternation. check: relative error of the result that was "
+    "checked before the timing; a red one has no time. of floor: the bytes that must move, at the rate of a copy "
+    "beyond the caches, over the time; work that fits the caches can be above 1. Predicted: see bench/suites/scaling.py."
+)
 
 
 def write(folder: Path) -> Path:
@@ -126,7 +131,7 @@ def page(records: Records) -> str:
         "Memory of the optimizers": plots.memory(rows_of(records, "step")),
         "Scaling of the step": plots.scaling(rows_of(records, "scaling")),
     }
-    parts = ["<h1>psilora: benchmarks</h1>", "<h2>Goals</h2>", _html_table(verdicts(records))]
+    parts = ["<h1>psilora: benchmarks</h1>", f"<p>{LEGEND}</p>", "<h2>Goals</h2>", _html_table(verdicts(records))]
     for title, svg in pictures.items():
         if svg is not None:
             data = base64.b64encode(svg.encode()).decode()

@@ -120,7 +120,8 @@ def _ours(work: Workload, rate: float, kinds: Sequence[str], settings: Settings)
                 facts=facts,
                 count=backend == "reference" or settings.device == "cuda",
             )
-    yield _spectral(work)
+    for backend in ["reference"] + ["triton"] * (settings.device == "cuda" and backend_unavailable("triton") is None):
+        yield _spectral(work, backend)
 
 
 def _make(kind: str, backend: str, work: Workload) -> PSILoRA:
@@ -136,25 +137,22 @@ def state_bytes_after_step(work: Workload, optimizer: torch.optim.Optimizer) -> 
     return sum(t.nbytes for t in kept if t.numel() > 1)
 
 
-def _spectral(work: Workload) -> Candidate:
+def _spectral(work: Workload, backend: str) -> Candidate:
+    """The spectral step, checked against the reference in float64: there is no loop of it."""
     mine = work.copy()
-    optimizer = PSILoRA(mine.adapters, LR, step="spectral", backend="reference")
+    optimizer = PSILoRA(mine.adapters, LR, step="spectral", backend=backend)
 
     def check() -> float:
         exact, got = work.part(work.sample(), torch.float64), work.part(work.sample())
         before = exact.weights()
-        for part in (exact, got):
-            two_steps(part, PSILoRA(part.adapters, 0.1, step="spectral", backend="reference"))
+        two_steps(exact, PSILoRA(exact.adapters, 0.1, step="spectral", backend="reference"))
+        two_steps(got, PSILoRA(got.adapters, 0.1, step="spectral", backend=backend))
         return increment_error(got, exact, before)
 
-    facts = {
-        "kind": "spectral",
-        "backend": "reference",
-        "capture_bytes": 0,
-        "state_bytes": state_bytes_after_step(mine, optimizer),
-    }
+    state = state_bytes_after_step(mine, optimizer)
+    facts = {"kind": "spectral", "backend": backend, "capture_bytes": 0, "state_bytes": state}
     run, before = optimizer.step, functools.partial(mine.prime, optimizer)
-    return Candidate("PSILoRA spectral (reference)", run, check, INCREMENT_TOLERANCE, before=before, facts=facts)
+    return Candidate(f"PSILoRA spectral ({backend})", run, check, INCREMENT_TOLERANCE, before=before, facts=facts)
 
 
 def _loops(work: Workload, kinds: Sequence[str]) -> Iterator[Candidate]:
