@@ -35,7 +35,7 @@ STYLE = (
 LEGEND = (
     "ms: median, with its 20 and 80 % quantiles, of runs in alternation. check: relative error of the result that was "
     "checked before the timing; a red one has no time. of floor: the bytes that must move, at the rate of a copy "
-    "beyond the caches, over the time; work that fits the caches can be above 1. Predicted: see bench/suites/scaling.py."
+    "beyond the caches, over the time; work that fits the caches can be above 1. predicted: bench/suites/scaling.py."
 )
 
 
@@ -75,7 +75,13 @@ def markdown(records: Records, folder: str) -> str:
     """Return the README's tables: the step, training, and the goals."""
     parts = [_step_table(rows_of(records, "step")), _train_table(rows_of(records, "train"))]
     goals = verdicts(records)
-    parts.append(_markdown_table(["where", "goal", "bound", "measured", ""], [list(row.values()) for row in goals]))
+    judged = [list(row.values()) for row in goals if row["figure"] != "–"]
+    parts.append(_markdown_table(["where", "goal", "bound", "measured", ""], judged))
+    if len(judged) < len(goals):
+        parts.append(
+            f"{len(goals) - len(judged)} goals have no figure, those for an H200 because none could be had: "
+            f"`{folder}/report.html` lists them."
+        )
     record = next(iter(records.values()))
     source = (
         f"Medians of runs in alternation, on {record['device']}, {record['threads']} threads, torch "

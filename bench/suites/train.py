@@ -6,6 +6,7 @@ check of an optimizer is that its first steps lower the loss of the batch they a
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ def llama(*, small: bool, checkpointing: bool, device: str) -> Job:
 def _rows(job: Job, settings: Settings) -> list[Row]:
     start = {name: p.detach().clone() for name, p in job.model.named_parameters() if p.requires_grad}
     rows: dict[str, Row] = {}
-    readings: dict[str, list[float]] = {}
+    readings: dict[str, list[tuple[float, float]]] = {}
     methods = list(METHODS)
     for name in methods:
         _reset(job, start)
@@ -111,7 +112,9 @@ def _rows(job: Job, settings: Settings) -> list[Row]:
         if time.perf_counter() - began > 3.5 * settings.seconds:
             break
     for name, found in readings.items():
-        rows[name].update(summary(found))
+        rows[name].update(summary([wall for wall, _ in found]))
+        if settings.device == "cpu":
+            rows[name]["cpu_ms"] = statistics.median(busy for _, busy in found)
         rows[name]["tokens_per_second"] = job.tokens / (rows[name]["ms"] * 1e-3)
     return list(rows.values())
 
@@ -136,18 +139,18 @@ def _first_steps(job: Job, name: str, device: str) -> Row:
     return row
 
 
-def _block(job: Job, name: str, device: str) -> list[float]:
-    """Return the times of a block's steps in ms, the first left out."""
+def _block(job: Job, name: str, device: str) -> list[tuple[float, float]]:
+    """Return the wall and the processor's time of a block's steps in ms, the first left out."""
     optimizer = METHODS[name](job.model)
     times = []
     for _ in range(BLOCK):
         if device == "cuda":
             torch.cuda.synchronize()
-        began = time.perf_counter()
+        began, busy = time.perf_counter(), time.process_time()
         _step(job, optimizer)
         if device == "cuda":
             torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - began))
+        times.append((1e3 * (time.perf_counter() - began), 1e3 * (time.process_time() - busy)))
     _release(optimizer)
     return times[1:]
 
