@@ -72,6 +72,8 @@ class PSILoRA(torch.optim.Optimizer):
         dampening: τ in [0, 1]; None means 0 (heavy ball) for a gradient step without a metric, and μ (an average) else.
         momentum_rank: r_m of a gradient step; None means r. A spectral step's momentum has rank 2r.
         nesterov: Take H as above; False takes H = M. Spectral only.
+        joint: Move both factors along one low-rank O; False moves each by half along the polar factor of its own
+            gradient's momentum, with half of the state, and no LoRSum. Spectral only.
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
@@ -135,6 +137,7 @@ class PSILoRA(torch.optim.Optimizer):
         dampening: float | None = None,
         momentum_rank: int | None = None,
         nesterov: bool = True,
+        joint: bool = True,
         prox: float | None = None,
         weight_decay: float = 0.0,
         metric: str | None = "auto",

@@ -60,6 +60,7 @@ class Options:
     dampening: float | None = None
     momentum_rank: int | None = None
     nesterov: bool = True
+    joint: bool = True
     prox: float | None = None
     weight_decay: float = 0.0
     metric: str | None = None
@@ -89,6 +90,8 @@ class Options:
             _integer("momentum_rank", self.momentum_rank, 1)
             if self.step == "spectral":
                 raise ValueError(f"Invalid momentum_rank={self.momentum_rank}. Must be None with step='spectral' (2r).")
+        if not self.joint and self.metric is not None:
+            raise ValueError(f"Invalid metric={self.metric!r}. Must be None with joint=False.")
         _at_least("prox", self.rho, 0)
         _at_least("weight_decay", self.weight_decay, 0)
         if self.metric not in METRICS[self.step]:
@@ -162,6 +165,7 @@ class Options:
             self.first,
             self.momentum > 0,
             self.nesterov,
+            self.joint,
             self.metric,
             self.metric_bias_correction,
             self.gradient,
@@ -176,7 +180,7 @@ def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
     found = dict(settings)
     _one_of("step", found["step"], STEPS)
     if found["metric"] == "auto":
-        found["metric"] = METRIC[found["step"]]
+        found["metric"] = METRIC[found["step"]] if found.get("joint", True) else None
     if found["gradient"] is None:
         found["gradient"] = GRADIENT[found["step"]]
     return found

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from psilora.batch import Batch
 from psilora.problem import Problem, Scales, Update
-from psilora.spectral_core import Coefficients, Numbers, Roots, mean_diagonal, spectral_step
+from psilora.spectral_core import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
 
 #: The least relative ridge of a factor's Gram; below it float64 factorisations could fail.
 LEAST_RIDGE = 1e-12
@@ -27,10 +27,12 @@ def spectral_updates(groups: Sequence[Sequence[Problem]], scales: Scales) -> lis
     spans = [Span(group, scales) for group in groups]
     joint: dict[tuple[object, ...], list[int]] = {}
     for i, span in enumerate(spans):
-        joint.setdefault((span.numbers.key, span.size, span.batch.device), []).append(i)
+        key = (span.numbers.key, span.size, span.batch.device, span.batch.options.joint)
+        joint.setdefault(key, []).append(i)
     found: dict[int, Coefficients] = {}
     for members in joint.values():
-        together = spectral_step(
+        step = spectral_step if spans[members[0]].batch.options.joint else factor_step
+        together = step(
             torch.cat([spans[i].gram_B for i in members]),
             torch.cat([spans[i].gram_A for i in members]),
             _joined([spans[i].numbers for i in members]),

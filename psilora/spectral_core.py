@@ -195,6 +195,40 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
     )
 
 
+def factor_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficients:
+    """Return the simpler step of each factor along the polar factor of its own gradient, whitened by the other factor.
+
+    From Grams of [F, M, D] (L, n, n), n = 3r, or of [F, D] without momentum, with M the factors' plain momenta::
+
+        m ← μ·M + (1−τ)·D,  h = μ·m + (1−τ)·D
+        B ← √(1 − η·wd)·B − ½η·c·polar(h_B·T_A)·T_Aᵀ,   A likewise      T_A·T_Aᵀ = (AAᵀ)⁻¹, T_B·T_Bᵀ = (BᵀB)⁻¹
+
+    While B = 0, T_B = 0 and A waits. For tall Y = Q·Lᵀ with orthonormal Q, polar(Y) = Q·polar(Lᵀ).
+    """
+    n = numbers
+    spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
+    mu, fresh, rate = (torch.cat([t] * 2) for t in (n.mu, n.fresh, n.rate))
+    eye = spans.base[:, : n.rank]
+    m = g = fresh * spans.place(eye, spans.size - n.rank)
+    if spans.size > 2 * n.rank:
+        m = g + mu * spans.place(eye, n.rank)
+    T = spans.swapped(spans.roots.T)
+    y = (mu * m + g if n.nesterov else m) @ T
+    roots = roots_of(spans.gram, y, RESIDUAL_RIDGE)
+    step = -0.5 * rate * (y @ (roots.T @ _polar(roots.L.mT, n.dtype))) @ T.mT
+    if n.decay is not None:
+        step = step + ((1 + torch.cat([n.decay] * 2)).clamp_min(0).sqrt() - 1) * spans.base
+    (step_B, step_A), (m_B, m_A) = spans.halves(step), spans.halves(m)
+    failed_B, failed_A = spans.halves(spans.roots.failed + roots.failed)
+    return Coefficients(step_B, step_A, m_B, m_A, failed_B + failed_A)
+
+
+def _polar(K: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the polar factor of small float64 matrices, computed in `dtype`."""
+    largest = K.abs().amax((-2, -1), keepdim=True)
+    return polar((K / torch.where(largest == 0, 1.0, largest)).to(dtype)).to(K.dtype)
+
+
 def _msign(spans: Spans, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Roots]:
     """Return the coefficients (o_B, o_A) of O = msign of the tangent [Q_B, h_B⊥]·[h_A, Q_A]ᵀ, and the roots of h⊥."""
     along = spans.along(h)
@@ -202,10 +236,8 @@ def _msign(spans: Spans, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor,
     roots = roots_of(spans.gram, outside, RESIDUAL_RIDGE, h)
     (_, H), (L_B, L_A) = spans.halves(along), spans.halves(roots.L)
     K = torch.cat([torch.cat([H.mT, L_A], -1), torch.cat([L_B.mT, torch.zeros_like(H)], -1)], -2)
-    largest = K.abs().amax((-2, -1), keepdim=True)
-    sign = polar((K / torch.where(largest == 0, 1.0, largest)).to(dtype)).to(K.dtype)
     basis_B, basis_A = spans.halves(torch.cat([spans.q, outside @ roots.T], -1))
-    return basis_B @ sign, basis_A, roots
+    return basis_B @ _polar(K, dtype), basis_A, roots
 
 
 def _lorsum(spans: Spans, t_B: Tensor, t_A: Tensor, n: Numbers) -> tuple[tuple[Tensor, Tensor], Tensor]:

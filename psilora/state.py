@@ -26,7 +26,7 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
     """Create the state of a pair that its settings need, where it does not exist yet.
 
     fp32 (fp64 for fp64 parameters): "step" 0-d; "momentum" (d_out, r_m) and (r_m, d_in), r_m = 2r and zero in a
-    spectral step; "metric" (d_out,) and (d_in,).
+    spectral step (r with joint=False); "metric" (d_out,) and (d_in,).
     """
     dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
     for state in (state_A, state_B):
@@ -35,8 +35,9 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
     spectral = options.step == "spectral"
     if options.momentum > 0 and "momentum" not in state_A:
         if spectral:
-            state_B["momentum"] = torch.zeros(pair.d_out, 2 * pair.rank, dtype=dtype, device=device)
-            state_A["momentum"] = torch.zeros(2 * pair.rank, pair.d_in, dtype=dtype, device=device)
+            rank = 2 * pair.rank if options.joint else pair.rank
+            state_B["momentum"] = torch.zeros(pair.d_out, rank, dtype=dtype, device=device)
+            state_A["momentum"] = torch.zeros(rank, pair.d_in, dtype=dtype, device=device)
         else:
             rank = momentum_rank(pair, options)
             state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)

@@ -132,6 +132,49 @@ def test_three_steps_match_the_formulas(
     assert optimizer.stats() == {"skipped_steps": 0, "repaired_pivots": 0}
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    shape=st.tuples(st.integers(4, 12), st.integers(4, 12)),
+    rank=st.integers(1, 4),
+    mu=st.sampled_from([0.0, 0.6]),
+    nesterov=st.booleans(),
+    wd=st.sampled_from([0.0, 0.3]),
+    alpha=st.sampled_from([1.0, 16.0]),
+    B_zero=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_steps_of_the_factors_by_themselves_match_their_formulas(
+    shape, rank, mu, nesterov, wd, alpha, B_zero, seed
+) -> None:
+    torch.manual_seed(seed)
+    layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
+    lr = 0.1
+    optimizer = PSILoRA(
+        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, weight_decay=wd, prox=0.0
+    )
+    s = layer.scaling**0.5
+    m_B, m_A = torch.zeros(shape[0], rank, dtype=F64), torch.zeros(rank, shape[1], dtype=F64)
+    rate, keep = 0.5 * lr * math.sqrt(max(shape) / min(shape)), math.sqrt(1 - lr * wd)
+    for _ in range(3):
+        B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s
+        optimizer.zero_grad()
+        x, y = torch.randn(20, shape[1], dtype=F64), torch.randn(20, shape[0], dtype=F64)
+        (layer(x) - y).square().mean().backward()
+        d_B, d_A = layer.lora_B.weight.grad / s, layer.lora_A.weight.grad / s
+        m_B, m_A = mu * m_B + (1 - mu) * d_B, mu * m_A + (1 - mu) * d_A
+        h_B, h_A = (mu * m_B + (1 - mu) * d_B, mu * m_A + (1 - mu) * d_A) if nesterov and mu else (m_B, m_A)
+        R_B, R_A = root(B.T @ B), root(A @ A.T)
+        want_B, want_A = keep * B - rate * msign(h_B @ R_A) @ R_A, keep * A
+        if B.any():
+            want_A = want_A - rate * R_B @ msign(R_B @ h_A)
+        optimizer.step()
+        torch.testing.assert_close(layer.lora_B.weight.detach() * s, want_B, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(layer.lora_A.weight.detach() * s, want_A, rtol=1e-6, atol=1e-8)
+        if mu:
+            state = [optimizer.state[p.weight]["momentum"] for p in (layer.lora_B, layer.lora_A)]
+            torch.testing.assert_close(state, [m_B, m_A])
+
+
 # ---- invariances -----------------------------------------------------------------------------------------------------
 
 SETTINGS: list[dict[str, Any]] = [{}, {"metric": "lora", "weight_decay": 0.1}, {"controller": "slope", "num_iters": 2}]
@@ -426,6 +469,7 @@ def test_zero_gradients_leave_zero_state_and_later_the_momentum_goes_on() -> Non
             {"step": "gradient", "metric": "lora"},
             r"Invalid metric='lora'. Must be one of None, 'kfac', 'shampoo' with step='gradient'.",
         ),
+        ({"joint": False, "metric": "lora"}, r"Invalid metric='lora'. Must be None with joint=False."),
         ({"momentum_rank": 3}, r"Invalid momentum_rank=3. Must be None with step='spectral' \(2r\)."),
     ],
 )
