@@ -53,7 +53,8 @@ class PerLayerLoop:
     def step(self) -> None:
         """Update every adapter in place, one after the other."""
         self.steps += 1
-        for i, ((A, B), (X, S)) in enumerate(zip(self.pairs, self.activations, strict=True)):
+        for i, ((A, B), (x, s)) in enumerate(zip(self.pairs, self.activations, strict=True)):
+            X, S = x.to(A.dtype), s.to(A.dtype)  # a layer at a time: all of them in fp32 would not fit a device
             gradient = (S.mT, X) if self.gradient == "exact" else tangent(A, B)
             metric = self._metric(i, X, S) if self.metric else None
             terms: list[Term] = [(-self.lr * self.fresh, *gradient)]

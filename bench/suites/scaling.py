@@ -102,7 +102,7 @@ def _candidate(work: Workload, kind: str, backend: str) -> Candidate:
     with FlopCounterMode(display=False) as flops:
         optimizer.step()
     facts = {"operations": dispatched, "bytes": moved, "flops": flops.get_total_flops()}
-    check = functools.partial(step.check_step, work, kind, functools.partial(step._make, kind, backend))
+    check = functools.partial(step.check_step, work, kind, functools.partial(step.at_check_rate, kind, backend))
     name = f"PSILoRA {kind} ({backend})"
     return Candidate(name, optimizer.step, check, step.INCREMENT_TOLERANCE, prime, facts=facts, count=False)
 

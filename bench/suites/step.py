@@ -85,10 +85,8 @@ def check_step(work: Workload, kind: str, make: Callable[[Workload], PSILoRA | P
 
 
 def loop(work: Workload, kind: str, lr: float) -> PerLayerLoop:
-    """Return the per-layer loop on a workload; fp32 products whatever the activations' dtype."""
-    wide = work.parameters()[0].dtype
-    activations = [(x.to(wide), s.to(wide)) for x, s in zip(work.X, work.S, strict=True)]
-    return PerLayerLoop(work.pairs(), activations, lr, **KINDS[kind])
+    """Return the per-layer loop on a workload."""
+    return PerLayerLoop(work.pairs(), list(zip(work.X, work.S, strict=True)), lr, **KINDS[kind])
 
 
 def ours(work: Workload, kind: str, backend: str, lr: float) -> PSILoRA:
@@ -114,7 +112,7 @@ def _ours(work: Workload, rate: float, kinds: Sequence[str], settings: Settings)
             yield Candidate(
                 f"PSILoRA {kind} ({backend})",
                 optimizer.step,
-                functools.partial(check_step, work, kind, functools.partial(_make, kind, backend)),
+                functools.partial(check_step, work, kind, functools.partial(at_check_rate, kind, backend)),
                 INCREMENT_TOLERANCE,
                 before=functools.partial(mine.prime, optimizer),
                 facts=facts,
@@ -124,7 +122,8 @@ def _ours(work: Workload, rate: float, kinds: Sequence[str], settings: Settings)
         yield _spectral(work, backend)
 
 
-def _make(kind: str, backend: str, work: Workload) -> PSILoRA:
+def at_check_rate(kind: str, backend: str, work: Workload) -> PSILoRA:
+    """Return PSILoRA at the rate of `check_step`."""
     return ours(work, kind, backend, 0.1)
 
 
