@@ -6,7 +6,8 @@ with what it was when the step was taken, p₀ < 0::
 
     z₀ ← .7·z₀ + .3·|p₀|,  z₁ ← .7·z₁ + .3·p₁,  ρ = z₁/z₀          (−1: as steep as before; > 0: past the valley)
     the first time that ρ > θ: hit = t, s ← s/2
-    u = clip((θ − ρ)/θ, −1, 1),  s ← min(20, s·exp(κ·u)),  κ = .25 before the hit, 2/(10+t−hit) after
+    u = clip((θ − ρ)/θ, −1, 1),  s ← min(20, s·exp(κ·u)),  κ = .3 if u < 0, else .25 before the hit, 1/(10+t−hit) after
+    s ← max(s, f),  f = s/4 right after the hit
 
 and s·η takes the place of η. So s starts low, grows until the first overshoot, and then follows ρ = θ ever more slowly.
 Everything is on the device, in float64, and decided there; processes that average `.grad` keep equal numbers.
@@ -31,8 +32,10 @@ THETA = 0.08
 START = 0.03
 LARGEST = 20.0
 MEMORY = 0.7
-#: Names of the numbers in the state "controller"; t counts the moves of s, and hit is −1 until there is one.
-NUMBERS = ("s", "z0", "z1", "p0", "t", "hit")
+FLOOR = 0.25
+#: Names of the numbers in the state "controller"; t counts the moves of s, and hit is −1 until there is one;
+#: floor is f, 0 until then.
+NUMBERS = ("s", "z0", "z1", "p0", "t", "hit", "floor")
 
 State = Mapping[Any, dict[str, Any]]
 
@@ -56,7 +59,7 @@ class SlopeController:
         """Create the state where it does not exist yet."""
         first = self.pairs[0].lora_A
         if "controller" not in state[first]:
-            numbers = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, -1.0], dtype=torch.float64)
+            numbers = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64)
             state[first]["controller"] = numbers.to(first.device)
         for pair in self.pairs:
             for parameter in (pair.lora_A, pair.lora_B):
@@ -146,7 +149,7 @@ def _where(ok: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> 
 
 def advanced(numbers: Tensor, p1: Tensor) -> Tensor:
     """Return `NUMBERS` after one move with the slope p₁, or unchanged where there is nothing to learn."""
-    s, z0, z1, p0, t, hit = numbers.unbind()
+    s, z0, z1, p0, t, hit, floor = numbers.unbind()
     live = (p0 != 0) & (p1 != 0) & torch.isfinite(p0) & torch.isfinite(p1)
     t = t + 1
     z0 = MEMORY * z0 + (1 - MEMORY) * p0.abs()
@@ -156,7 +159,10 @@ def advanced(numbers: Tensor, p1: Tensor) -> Tensor:
     hit = torch.where(first, t, hit)
     s = torch.where(first, s / 2, s)
     u = ((THETA - rho) / THETA).clamp(-1, 1)
-    # The same gain up and down: with a larger one down, a slope that is mostly the noise of small batches would sink s.
-    kappa = torch.where(hit < 0, 0.25, 2 / (10 + t - hit))
+    growing = torch.where(hit < 0, 0.25, 1 / (10 + t - hit))
+    kappa = torch.where(u < 0, 0.3, growing)
     s = (s * torch.exp(kappa * u)).clamp(max=LARGEST)
-    return torch.where(live, torch.stack([s, z0, z1, p0, t, hit]), numbers)
+    # Down is faster than up, so a slope that is mostly the noise of small batches would sink s without a floor.
+    floor = torch.where(first, FLOOR * s, floor)
+    s = torch.maximum(s, floor)
+    return torch.where(live, torch.stack([s, z0, z1, p0, t, hit, floor]), numbers)
