@@ -15,6 +15,7 @@ from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
 from psilora.agreement import external_scale
 from psilora.capture import Capture
 from psilora.clipping import gradient_factor
+from psilora.collect import collect
 from psilora.consensus import Joint, consensus, refuse_unshared
 from psilora.controller import CONTROLLERS, SlopeController
 from psilora.counters import Counters
@@ -27,7 +28,7 @@ from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options, resolved
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.representation import Planner
-from psilora.sharded import Gathered, is_sharded, local, refuse_sharded, whole
+from psilora.sharded import Gathered, is_sharded, local, refuse_sharded
 from psilora.state import init_state, state_dtype
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
         self._idle_steps: int | None = None  # in a row, without a gradient in any pair; None before the first with one
-        self._fell_back: set[int] = set()
+        self._fell_back: set[str] = set()
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
         refuse_sharded(self._options(), controller)
@@ -282,7 +283,6 @@ class PSILoRA(torch.optim.Optimizer):
         if not grads:
             self._capture.clear()
             return loss
-        self._refuse_gradients(problems)
         with contextlib.ExitStack() as stack:
             for device_type in sorted({grad.device.type for grad in grads}):
                 stack.enter_context(full_precision(device_type))
@@ -358,60 +358,20 @@ class PSILoRA(torch.optim.Optimizer):
         return {id(pair): joint for pair, joint in zip(pairs, consensus(pairs, self._capture, shared), strict=True)}
 
     def _problems(self, joints: Mapping[int, Joint]) -> list[Problem]:
-        """The pairs that have gradients, each with the best representation of G that is at hand."""
-        problems = []
-        newly_blind = []
+        """The pairs that have gradients; warns once about each that comes without its activations."""
         self._gathered = Gathered()
-        for pair, options in self._options():
-            dA, dB, joint = pair.lora_A.grad, pair.lora_B.grad, joints[id(pair)]
-            if dA is None or dB is None:
-                continue
-            record = self._capture.record(pair)
-            if record is not None and joint.captured and not record.captured:
-                record.stand_in()
-            if record is not None and not joint.captured:
-                if options.metric is not None:
-                    raise RuntimeError(
-                        f"{pair.name}: the metric needs activations, but none were captured in this step"
-                    )
-                if id(pair) not in self._fell_back:
-                    self._fell_back.add(id(pair))
-                    newly_blind.append(pair.name)
-                record = None
-            if record is not None and record.holds == "cross" and joint.calls > 1:
-                raise RuntimeError(
-                    f"{pair.name}: gradient='backward' takes one call of a layer per step, there were {joint.calls}; "
-                    "for accumulation and several forwards use gradient='dense' or 'exact'"
-                )
-            work = self._gathered.pair(pair)
-            init_state(work, options, self.state[pair.lora_B], self.state[pair.lora_A])
-            problems.append(
-                Problem(
-                    work,
-                    options,
-                    whole(dA.detach()).flatten(1),
-                    whole(dB.detach()).flatten(1),
-                    record,
-                    exact=record is not None and record.holds != "nothing",
-                    state_A=self.state[pair.lora_A],
-                    state_B=self.state[pair.lora_B],
-                    joint=joint,
-                )
-            )
-        if newly_blind:
+        problems, blind = collect(self._options(), self._capture, joints, self.state, self._gathered)
+        new = [name for name in blind if name not in self._fell_back]
+        self._fell_back.update(new)
+        if new:
             warnings.warn(
                 "psilora: gradients without captured activations (a fused or compiled kernel bypasses lora_A and "
-                f"lora_B, or the optimizer was detached); using the tangent gradient for {listed(newly_blind)}",
+                f"lora_B, or the optimizer was detached); using the tangent gradient for {listed(new)}",
                 stacklevel=4,
             )
-        return problems
-
-    def _refuse_gradients(self, problems: Sequence[Problem]) -> None:
-        for problem in problems:
-            if is_sparse(problem.dA) or is_sparse(problem.dB):
-                raise RuntimeError(f"{problem.pair.name}: sparse gradients are not supported; use dense ones")
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
+        return problems
 
     def _overflow(self, device: torch.device) -> Tensor:
         """Whether a GradScaler, which tells through `found_inf`, wants this step skipped; a 0-d bool."""

@@ -109,7 +109,8 @@ def train_in_world(case: Case, rank: int) -> dict[str, Any]:
     """Train under DDP in this process; return the factors, counts and traffic."""
     model = Net()
     model.mode = case.modes.get(rank, "whole")
-    ddp = DistributedDataParallel(model, find_unused_parameters=any(m == "short" for m in case.modes.values()))
+    short = any(mode == "short" for mode in case.modes.values())
+    ddp = DistributedDataParallel(model, find_unused_parameters=short, gradient_as_bucket_view=case.micro > 1)
     optimizer = make_optimizer(model, case.settings)
     warned = []
     for step in range(case.steps):
