@@ -158,7 +158,7 @@ def automatic(pairs: Sequence[LoRAPair], tokens: int, itemsize: int, budget: flo
     captured = [p for p in pairs if p.uncaptured is None]
     chosen = choose(captured, tokens, budget, itemsize)
     kinds = Counter((p.name.rsplit(".", 1)[-1], c.gradient, c.reason) for p, c in zip(captured, chosen, strict=True))
-    lines = [f"{name}: {gradient}, {reason} ({n} layers)" for (name, gradient, reason), n in kinds.items()]
+    lines = [f"{n} × {name}: {gradient}, {reason}" for (name, gradient, reason), n in kinds.items()]
     return [*lines, f"together {_size(sum(c.bytes for c in chosen))}"]
 
 
