@@ -25,9 +25,9 @@ BLOCK = 3
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda model: torch.optim.AdamW(_trainable(model), lr=1e-3, weight_decay=0.0),
     "Riemannian AdamW (PEFT)": lambda model: _riemannian(model),
-    "PSILoRA exact": lambda model: PSILoRA(model, 1e-3, step="gradient", momentum=0.0),
-    "PSILoRA exact, momentum": lambda model: PSILoRA(model, 1e-3, step="gradient"),
-    "PSILoRA tangent": lambda model: PSILoRA(model, 1e-3, step="gradient", gradient="tangent", momentum=0.0),
+    "PSILoRA exact": lambda model: PSILoRA(model, 1.0, step="gradient", momentum=0.0),
+    "PSILoRA exact, momentum": lambda model: PSILoRA(model, 1.0, step="gradient"),
+    "PSILoRA tangent": lambda model: PSILoRA(model, 1.0, step="gradient", gradient="tangent", momentum=0.0),
     "PSILoRA spectral": lambda model: PSILoRA(model, 1e-2, step="spectral"),
 }
 
