@@ -54,14 +54,13 @@ class Span:
         self.w_A: Tensor | None = None
         if batch.options.metric is not None:
             self._metric()
-        columns, rows = [batch.right], [batch.left]
+        B, A, columns, rows = batch.B, batch.A, batch.right, batch.left
         old = batch.momentum()
         if old is not None:
-            columns, rows = [old[0], *columns], [old[1], *rows]
+            columns, rows = torch.cat([old[0], columns], -1), torch.cat([old[1], rows], -2)
         if self.w_B is not None and self.w_A is not None:
-            columns, rows = [c / self.w_B for c in columns], [c / self.w_A for c in rows]
-        B, A = (batch.B, batch.A) if self.w_B is None else (self.w_B * batch.B, batch.A * self.w_A)
-        self.Z_B, self.Z_A = torch.cat([B, *columns], -1), torch.cat([A, *rows], -2)
+            B, A, columns, rows = self.w_B * B, A * self.w_A, columns / self.w_B, rows / self.w_A
+        self.Z_B, self.Z_A = torch.cat([B, columns], -1), torch.cat([A, rows], -2)
         wide_B, wide_A = self.Z_B.double(), self.Z_A.double()
         self.gram_B, self.gram_A = wide_B.mT @ wide_B, wide_A @ wide_A.mT
 
@@ -80,11 +79,11 @@ class Span:
         batch, ridge = self.batch, self.numbers.ridge
         wide_B, wide_A = batch.B.double(), batch.A.double()
         gram_B = wide_B.mT @ wide_B
-        T_B, T_A = Roots(gram_B, ridge).T, Roots(wide_A @ wide_A.mT, ridge).T
+        T_B, T_A = Roots(torch.cat([gram_B, wide_A @ wide_A.mT]), torch.cat([ridge] * 2)).T.to(batch.dtype).chunk(2)
         beta = batch.column([p.options.metric_beta for p in batch.problems]).double()
         old_B, old_A = (old[:, :, None].double() for old in batch.states("metric"))
-        new_B = (batch.right @ T_A.to(batch.dtype)).double().square().mean(-1, keepdim=True)
-        new_A = (batch.left.mT @ T_B.to(batch.dtype)).double().square().mean(-1, keepdim=True)
+        new_B = (batch.right @ T_A).double().square().mean(-1, keepdim=True)
+        new_A = (batch.left.mT @ T_B).double().square().mean(-1, keepdim=True)
         D_B, D_A = (beta * old.square() + (1 - beta) * new for old, new in ((old_B, new_B), (old_A, new_A)))
         at_zero = mean_diagonal(gram_B) == 0
         D_A = torch.where(at_zero, old_A.square(), D_A)
