@@ -59,8 +59,9 @@ def run(settings: Settings) -> list[Row]:
 
 
 def settings_of(kind: str) -> dict[str, Any]:
-    """Return the keyword arguments of a kind of gradient step."""
-    return {"step": "gradient", "prox": 1e-2, **KINDS[kind]}
+    """Return the keyword arguments of a kind of gradient step, the loop's defaults among them."""
+    defaults = {"gradient": "exact", "num_iters": 1, "momentum": 0.9, "prox": 1e-2, "metric": None}
+    return {"step": "gradient", "controller": None, **defaults, **KINDS[kind]}
 
 
 def two_steps(work: Workload, optimizer: PSILoRA | PerLayerLoop) -> Workload:

@@ -22,12 +22,13 @@ from psilora import PSILoRA
 
 #: Steps of a block: the first is not timed.
 BLOCK = 3
+GRADIENT: dict[str, Any] = {"step": "gradient", "gradient": "exact", "metric": None, "controller": None}
 METHODS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
     "AdamW": lambda model: torch.optim.AdamW(_trainable(model), lr=1e-3, weight_decay=0.0),
     "Riemannian AdamW (PEFT)": lambda model: _riemannian(model),
-    "PSILoRA exact": lambda model: PSILoRA(model, 1.0, step="gradient", momentum=0.0),
-    "PSILoRA exact, momentum": lambda model: PSILoRA(model, 1.0, step="gradient"),
-    "PSILoRA tangent": lambda model: PSILoRA(model, 1.0, step="gradient", gradient="tangent", momentum=0.0),
+    "PSILoRA exact": lambda model: PSILoRA(model, 1.0, momentum=0.0, **GRADIENT),
+    "PSILoRA exact, momentum": lambda model: PSILoRA(model, 1.0, momentum=0.9, **GRADIENT),
+    "PSILoRA tangent": lambda model: PSILoRA(model, 1.0, momentum=0.0, **{**GRADIENT, "gradient": "tangent"}),
     "PSILoRA spectral": lambda model: PSILoRA(model, 1e-2, step="spectral"),
 }
 
