@@ -106,6 +106,7 @@ class PSILoRA(torch.optim.Optimizer):
             names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
             to `loss_reduction`, without max_grad_norm, norm, controller and backend.
         tokens: Rows N that a layer sees per step in this process, for gradient="auto"; None: as in the first step.
+            The same in all processes, as every setting here.
         capture_budget: Bytes that gradient="auto" may hold from backward to step; None for no limit.
         process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
             is summed over them by small all-reduces in `step`, which they must therefore call together.

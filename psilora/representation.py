@@ -64,8 +64,9 @@ def _smallest(pair: LoRAPair, rows: int, itemsize: int) -> Choice:
 class Planner:
     """What each captured pair of an optimizer holds, fixed by its `gradient` setting or chosen for "auto".
 
-    Without a declared number of rows "auto" begins with X and S, and chooses after the first step from the rows it saw;
-    with several processes from their mean, so that all choose alike.
+    Without a declared number of rows "auto" begins with X and S, and chooses after the first step from the rows it saw.
+    With several processes it takes their mean, and the adapters' dtype for that of X and S, so that all choose alike:
+    under autocast this counts up to twice what is held.
 
     Args:
         settings: The pairs that are captured, with their options.
@@ -85,10 +86,10 @@ class Planner:
         self.choices: dict[str, Choice] = {}
         self._auto = [pair for pair, options in settings if options.gradient == "auto"]
         if tokens is not None:
-            self._choose(tokens, None)
+            self._choose(tokens)
 
-    def _choose(self, rows: int, itemsize: int | None) -> None:
-        chosen = choose(self._auto, rows, self.budget, itemsize)
+    def _choose(self, rows: int) -> None:
+        chosen = choose(self._auto, rows, self.budget)
         self.choices = {pair.name: choice for pair, choice in zip(self._auto, chosen, strict=True)}
 
     def gradients(self) -> dict[str, str]:
@@ -109,8 +110,7 @@ class Planner:
         """Choose, if that is still to be done, after a step of `rows` rows; captures of that step are dropped."""
         if self.choices or not self._auto or rows == 0:
             return
-        chunks = (chunk for pair in self._auto if (record := capture.record(pair)) for chunk in record.chunks)
-        self._choose(rows, max((t.element_size() for chunk in chunks for t in chunk), default=None))
+        self._choose(rows)
         capture.clear()
         for (pair, options), gradient in zip(self.settings, self.gradients().values(), strict=True):
             record = capture.record(pair)
