@@ -174,7 +174,8 @@ class Capture:
                 owner.close()
             _owners[lora_A] = weakref.ref(self)
             slot, site = threading.local(), compiled.connect(lora_A, record)
-            self._handles.append(lora_A.register_forward_pre_hook(_BeforeA(record, slot, site)))
+            self._handles.append(lora_A.register_forward_pre_hook(_BeforeA(record, slot)))
+            self._handles.append(lora_A.register_forward_hook(_AfterA()))
             self._handles.append(lora_B.register_forward_hook(_AfterB(record, slot, site)))
         self._handles.append(pair.lora_A.register_post_accumulate_grad_hook(_AfterAccumulateA(record)))
         self._handles.append(pair.lora_B.register_post_accumulate_grad_hook(_AfterAccumulateB(record)))
@@ -262,8 +263,8 @@ class _Inert:
 
 
 class _BeforeA(_Hook):
-    def __init__(self, record: Record, slot: threading.local, site: compiled.Site) -> None:
-        self.record, self.slot, self.site = record, slot, site
+    def __init__(self, record: Record, slot: threading.local) -> None:
+        self.record, self.slot = record, slot
 
     def __call__(self, module: nn.Linear, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         tracing = torch.compiler.is_dynamo_compiling()
@@ -280,10 +281,15 @@ class _BeforeA(_Hook):
         if torch.is_autocast_enabled(x.device.type):  # cast here, so that the tensor saved is the one the linear saves
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if tracing:
-            self.site.enter(x)
             return (x, *args[1:])
         self.slot.token = _Token(self.record, paired=True, origin=origin_of(x))
         return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])  # type: ignore[no-untyped-call]
+
+
+class _AfterA(_Hook):
+    def __call__(self, module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> None:
+        if torch.compiler.is_dynamo_compiling() and torch.is_grad_enabled() and module.weight.requires_grad:
+            compiled.pass_on(args[0], output)
 
 
 class _AfterB(_Hook):
@@ -293,7 +299,7 @@ class _AfterB(_Hook):
     def __call__(self, module: nn.Linear, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
         if torch.compiler.is_dynamo_compiling():
             traced = torch.is_grad_enabled() and output.requires_grad
-            return self.site.leave(output, module.weight) if traced else None
+            return self.site.capture(args[0], output, module.weight) if traced else None
         token = getattr(self.slot, "token", None)
         self.slot.token = None
         if not torch.is_grad_enabled() or not output.requires_grad:

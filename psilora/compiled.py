@@ -29,27 +29,31 @@ class Recorder(Protocol):
         ...
 
 
+_INPUT = "_psilora_input"
 _numbers = itertools.count()
 _sites: weakref.WeakKeyDictionary[nn.Module, Site] = weakref.WeakKeyDictionary()
 _recorders: weakref.WeakValueDictionary[int, Recorder] = weakref.WeakValueDictionary()
 
 
 class Site:
-    """One pair of inner linears, seen by the tracer; `x` carries lora_A's input to lora_B while a graph is traced."""
+    """One pair of inner linears, by its number."""
 
     def __init__(self) -> None:
         self.number = torch.tensor(next(_numbers), device="cpu")
-        self.x: Tensor | None = None
 
-    def enter(self, x: Tensor) -> None:
-        """Remember the input of lora_A."""
-        self.x = x
-
-    def leave(self, y: Tensor, weight: Tensor) -> Tensor:
-        """Return lora_B's output `y` (…, d_out), through the capturing node; `weight` is lora_B's."""
-        x, self.x = self.x, None
+    def capture(self, h: Tensor, y: Tensor, weight: Tensor) -> Tensor:
+        """Return lora_B's output `y` (…, d_out) through the capturing node; `h` is its input, `weight` its weight."""
+        x: Tensor | None = getattr(h, _INPUT, None)
         node = _Node.apply(y, y.new_empty(0) if x is None else x, weight, self.number, x is None)  # type: ignore[no-untyped-call]
         return node  # type: ignore[no-any-return]
+
+
+def pass_on(x: Tensor, h: Tensor) -> None:
+    """Let lora_A's output `h` carry its input to lora_B, for `Site.capture`.
+
+    On a tensor of the graph itself, because a checkpointed region must not change anything outside.
+    """
+    setattr(h, _INPUT, x)
 
 
 def connect(lora_A: nn.Module, recorder: Recorder) -> Site:

@@ -310,11 +310,11 @@ def test_hooks_leave_with_detach_and_with_the_optimizer() -> None:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
     optimizer = optimizer_of(model)
-    assert hooks() == 6
+    assert hooks() == 9
     optimizer.detach()
     assert hooks() == 0
     optimizer = optimizer_of(model)
-    assert hooks() == 6
+    assert hooks() == 9
     del optimizer
     gc.collect()
     assert hooks() == 0

@@ -9,6 +9,7 @@ import torch
 from models import data, factors, mse, peft_mlp, plain_mlp, train
 from tiny import adapted, tokens
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from psilora import PSILoRA
 
@@ -99,6 +100,27 @@ def test_no_graph_break_is_ours_in_a_language_model() -> None:
     torch._dynamo.reset()
     torch.compile(model, backend="aot_eager")(**batch).loss.backward()
     assert max(residuals(optimizer)) < 1e-4
+
+
+@pytest.mark.scenario(12, "torch.compile", gradient="exact", tested="checkpointed regions inside a full graph: X once")
+def test_a_checkpointed_region_inside_a_full_graph() -> None:
+    """The trap: a region that is recomputed may change nothing outside it, so hooks cannot keep X on their objects."""
+    model = plain_mlp()
+    held: dict[str, Tensor] = {}
+    naive = model.l1.lora_A.register_forward_pre_hook(lambda _m, args: held.update(x=args[0]))
+
+    def region(x: Tensor) -> Tensor:
+        return checkpoint(model, x, use_reentrant=False)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="side effect"):
+        torch.compile(region, backend="aot_eager", fullgraph=True)(data()[0])
+    naive.remove()
+    torch._dynamo.reset()
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    x, y = data()
+    (torch.compile(region, backend="aot_eager", fullgraph=True)(x) - y).square().mean().backward()
+    assert max(residuals(optimizer)) < 1e-12
+    assert all(record.calls == 1 for record in optimizer._capture.records.values())
 
 
 @pytest.mark.scenario(
