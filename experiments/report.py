@@ -156,7 +156,8 @@ def quality_table(folder: Path) -> list[str]:
         cells = [cell(methods.get(REFERENCE)), cell(best, named=True), *(cell(methods.get(m)) for m in own)]
         lines.append(f"| {plots.name(setting)} | {' | '.join(cells)} |")
     note = (
-        "Mean test loss at the rate with the lowest validation loss, ± its 95 % interval over seeds (none: one seed)."
+        "Mean test loss at the rate with the lowest validation loss, ± its 95 % interval over seeds (none: one seed). "
+        f'Where fewer than {FULL_GRID} rates were run, "tried" says how many: that comparison is not a tuned one.'
     )
     return [*lines, "", note]
 
