@@ -28,7 +28,7 @@ class Method:
 
 METHODS = {
     "adamw": Method("AdamW", 1e-2, (1e-3, 3e-3, 5e-3, 1e-2, 1.5e-2, 2e-2), "#777777", "s"),
-    "psilora": Method("PSILoRA", 0.1, (0.1,), "#D55E00", "^"),
+    "psilora": Method("PSILoRA", 0.05, (0.05, 0.1), "#D55E00", "^"),
     "psilora-gradient": Method("PSILoRA gradient", 0.03, (0.01, 0.03, 0.3), "#0072B2", "o"),
 }
 
@@ -95,8 +95,9 @@ def tuning_note(runs: list[Run], default_data: bool) -> str:
         else ("the docstring task: choose them again for your data")
     )
     return (
-        f"The default rates have the lowest loss of those tried ({grids}), chosen on {where}; for PSILoRA a dozen "
-        "other settings (momentum, prox, warm-up) were tried at some of these rates, and the momentum left off."
+        f"The default rates have the lowest loss of those tried ({grids}), chosen on {where}; for the gradient "
+        "step a dozen other settings (momentum, prox, warm-up) were tried as well and the momentum left off, for the "
+        "default its controller and two simpler forms."
     )
 
 
