@@ -22,7 +22,7 @@ MARKED = [
     pytest.param(name, target, marks=pytest.mark.slow if VARIANTS[name].slow and target != SLOW_TARGET else ())
     for name, target in JOBS
 ]
-MUST_REGISTER = ("xv", "stz", "squares", "reduce")
+MUST_REGISTER = ("xv", "stz", "squares", "reduce", "span", "moments", "spread")
 
 
 @pytest.fixture(scope="module")

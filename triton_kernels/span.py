@@ -37,7 +37,7 @@ from psilora.triton_kernels.layout import (
     address,
     element,
 )
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
 # Columns of the numbers (float64, one row per layer) that these kernels read; the rest is their caller's.
 BETA = tl.constexpr(0)
@@ -341,6 +341,7 @@ def _variant(name: str, kernel: Any, padded: int, warps: int, constexprs: dict[s
         max_registers=REGISTERS,
         maxnreg=REGISTERS if bounded else None,
         slow=name == "span",
+        targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
     )
 
 

@@ -31,7 +31,7 @@ from psilora.triton_kernels.layout import (
     address,
     element,
 )
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
 #: Columns of a block and warps, by padded rank.
 BLOCKS = {16: (32, 4), 32: (32, 4), 64: (32, 4), 128: (32, 4)}
@@ -160,6 +160,7 @@ def _variants() -> list[Variant]:
                 num_stages=1,
                 max_registers=REGISTERS,
                 maxnreg=REGISTERS,
+                targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
             )
         )
     return found
