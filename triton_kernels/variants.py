@@ -10,8 +10,8 @@ from typing import Any
 TARGETS = (80, 89, 90, 100)
 #: The one that a variant marked as slow is always compiled for.
 SLOW_TARGET = 90
-#: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts alone
-#: and are compiled for SLOW_TARGET, since all together would take minutes.
+#: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts and
+#: are compiled for SLOW_TARGET alone, since all together would take minutes.
 EVERYWHERE = (16, 128)
 
 
