@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", options.output)
     model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.05))
-    optimizer = PSILoRA(model, lr=0.1, step="spectral")
+    optimizer = PSILoRA(model, lr=0.1)
     settings = TrainingArguments(
         options.output,
         max_steps=options.steps,

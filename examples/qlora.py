@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = get_peft_model(
         prepare_model_for_kbit_training(base), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     )
-    optimizer = PSILoRA(model, lr=0.1, step="spectral")
+    optimizer = PSILoRA(model, lr=0.1)
     data, losses = rows(), []
     for step in range(options.steps):
         picked = torch.randint(len(data), (8,)).tolist()

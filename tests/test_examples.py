@@ -33,7 +33,7 @@ def test_every_example_is_tested_and_listed() -> None:
 def test_plain_loop_learns_and_goes_on_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main = example("plain_loop")
     whole = main(["--steps", "12", "--checkpoints", str(tmp_path / "whole")])
-    assert whole[-1] < whole[0] - 0.5
+    assert whole[-1] < whole[0] - 0.3
     assert "projection_residual" in capsys.readouterr().out
     again = main(["--steps", "12", "--checkpoints", str(tmp_path / "whole")])
     assert again == whole[10:]

@@ -33,7 +33,11 @@ def spectral_problem(
 ) -> Problem:
     """A pair in the middle of training: `.grad` of 4·r random rows, a momentum of rank 2r and a metric."""
     problem = make_problem(
-        shape, dtype=dtype, rows=(4 * shape[2],), device=DEVICE, step="spectral", **{"momentum": 0.9, **settings}
+        shape,
+        dtype=dtype,
+        rows=(4 * shape[2],),
+        device=DEVICE,
+        **{"step": "spectral", "gradient": "tangent", "momentum": 0.9, **settings},
     )
     problem.exact, problem.record = False, None
     problem.dA, problem.dB = problem.dA.to(gradient_dtype), problem.dB.to(gradient_dtype)
