@@ -14,7 +14,7 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-COVERED = {"plain_loop", "hf_trainer", "trl_sft", "ddp", "qlora"}
+COVERED = {"plain_loop", "hf_trainer", "trl_sft", "ddp", "fsdp", "qlora"}
 ELSEWHERE = {"finetune", "finetune_report", "docstrings", "offline"}
 
 
@@ -56,17 +56,33 @@ def test_trl_sft_learns(tmp_path: Path) -> None:
 @pytest.mark.distributed
 @pytest.mark.scenario(6, "torchrun", gradient="exact", tested="examples/ddp.py: two gloo processes stay bitwise equal")
 def test_ddp_under_torchrun() -> None:
+    printed = torchrun("ddp.py", "--steps", "6")
+    found = re.search(r"loss ([\d.]+) -> ([\d.]+); parameters of 2 processes equal: True", printed)
+    assert found is not None and float(found[2]) < float(found[1])
+
+
+@pytest.mark.distributed
+@pytest.mark.scenario(11, "FSDP2 (gloo)", gradient="spectral", tested="examples/fsdp.py: sharded model, checkpoint")
+def test_fsdp_under_torchrun(tmp_path: Path) -> None:
+    printed = torchrun("fsdp.py", "--steps", "6", "--checkpoint", str(tmp_path / "checkpoint"))
+    found = re.search(r"loss ([\d.]+) -> ([\d.]+); process 0 of 2 holds (\d+) of (\d+) LoRA weights", printed)
+    assert found is not None and float(found[2]) < float(found[1])
+    assert 2 * int(found[3]) == int(found[4])
+    assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 2
+
+
+def torchrun(script: str, *arguments: str) -> str:
+    """Run an example on two gloo processes and return what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, str(EXAMPLES / "ddp.py"), "--steps", "6"],
+        [*command, str(EXAMPLES / script), *arguments],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
     assert done.returncode == 0, done.stderr
-    found = re.search(r"loss ([\d.]+) -> ([\d.]+); parameters of 2 processes equal: True", done.stdout)
-    assert found is not None and float(found[2]) < float(found[1])
+    return done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what happens without a CUDA device")

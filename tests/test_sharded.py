@@ -25,6 +25,9 @@ def world(folder: Path) -> list[dict[str, Any]]:
     return run_world(functools.partial(run_sharded, folder=str(folder / "checkpoint")), 2, folder)
 
 
+@pytest.mark.scenario(
+    11, "FSDP2 (gloo)", gradient="tangent, spectral", tested="two processes equal one, own and external clipping"
+)
 @pytest.mark.parametrize("name", SHARDED)
 def test_sharded_factors_are_those_of_one_process(world: list[dict[str, Any]], name: str) -> None:
     alone = train_alone(SHARDED[name], len(world), trainable_bias=True)
@@ -36,6 +39,9 @@ def test_sharded_factors_are_those_of_one_process(world: list[dict[str, Any]], n
     assert error(factors_of(Net(trainable_bias=True)), alone) > 4e-3
 
 
+@pytest.mark.scenario(
+    11, "FSDP2 (gloo)", gradient="tangent", tested="a distributed checkpoint of two processes loads into one"
+)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # it is, and dcp.load says so
 def test_a_checkpoint_of_two_processes_loads_into_one(world: list[dict[str, Any]], folder: Path) -> None:
     resumed = resumed_alone(str(folder / "checkpoint"), len(world))
@@ -45,6 +51,7 @@ def test_a_checkpoint_of_two_processes_loads_into_one(world: list[dict[str, Any]
     assert torch.equal(world[0]["saved"]["l1.lora_A.weight"], world[1]["saved"]["l1.lora_A.weight"])
 
 
+@pytest.mark.scenario(11, "FSDP2 (gloo)", gradient="refused", tested="captures and the controller: by name")
 def test_what_needs_activations_is_refused_by_name(world: list[dict[str, Any]]) -> None:
     exact, metric, controller = world[0]["refused"]
     for text in (exact, metric):
