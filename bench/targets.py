@@ -112,7 +112,7 @@ def targets() -> Iterator[Target]:
     yield Target(
         "CPU", "native solve against cholesky_ex + cholesky_solve, 224 systems, r ≤ 32, worst shape", 5, "×",
         _slowest_solve("psilora native"), at_least=True,
-        why="the worst shapes have 768 columns, where both stream the same bytes; a square right-hand side is at 3 to 6×",
+        why="with 768 columns both stream the same bytes; with a square right-hand side it is at 3 to 6×",
     )  # fmt: skip
     yield from _gpu_targets()
 
