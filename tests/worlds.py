@@ -193,6 +193,7 @@ def process_group(rank: int, world: int, store: str, timeout: float = 60.0) -> I
 def _enter(rank: int, world: int, folder: str, work: Callable[[int, int], Any]) -> None:
     with process_group(rank, world, os.path.join(folder, "store")):
         torch.save(work(rank, world), os.path.join(folder, f"{rank}.pt"))
+        os._exit(0)  # gloo's clean-up may wait for a thread that waits for the GIL, which the clean-up holds
 
 
 def run_world(work: Callable[[int, int], Any], world: int, folder: Path) -> list[Any]:
