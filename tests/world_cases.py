@@ -31,7 +31,7 @@ SOMETIMES_EMPTY = lambda rank, step: 0 if (rank + step) % 3 == 0 else 6  # noqa:
 CASES: dict[str, Case] = {
     "exact": Case({}, steps=50),
     "exact, K = 2, momentum": Case({"num_iters": 2, "momentum": 0.8}, steps=50),
-    "exact, K-FAC": Case({"metric": "kfac", "damping": 1e-2}, rows=UNEVEN),
+    "exact, K-FAC": Case({"metric": "kfac", "damping": 1e-2}, rows=UNEVEN, steps=50),
     "exact, K-FAC, K = 2, momentum, B first": Case(
         {"metric": "kfac", "damping": 1e-2, "num_iters": 2, "momentum": 0.8, "first": "B"}, steps=50
     ),
@@ -43,14 +43,14 @@ CASES: dict[str, Case] = {
     "spectral, controller": Case(
         {"step": "spectral", "momentum": 0.8, "prox": None, "controller": "slope"}, rows=UNEVEN
     ),
-    "uneven": Case({"momentum": 0.8}, rows=UNEVEN),
+    "uneven": Case({"momentum": 0.8}, rows=UNEVEN, steps=50),
     "dense": Case(
         {"gradient": "dense", "metric": "kfac", "damping": 1e-2, "momentum": 0.8}, rows=SOMETIMES_EMPTY, micro=2
     ),
     "clipped by the full norm": Case({"max_grad_norm": 0.2, "norm": "full", "num_iters": 2}, rows=UNEVEN),
     "auto": Case({"gradient": "auto", "momentum": 0.8, "capture_budget": 1500}, rows=UNEVEN),
     "sometimes empty": Case({"momentum": 0.8, "metric": "kfac", "damping": 1e-2}, rows=SOMETIMES_EMPTY),
-    "no_sync": Case({"momentum": 0.8}, rows=UNEVEN, micro=3),
+    "no_sync": Case({"momentum": 0.8}, rows=UNEVEN, micro=3, steps=50),
     "clipped": Case({"momentum": 0.8}, clip=0.2),
     "scaled and clipped, no_sync": Case({"num_iters": 2}, rows=UNEVEN, micro=2, clip=0.2, loss_scale=1024.0),
     "spectral": Case(
