@@ -7,6 +7,8 @@ is itself a low-rank term, which LoRSum adds to the weight. Works on √s-scaled
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,20 +159,9 @@ def _numbers(batch: Batch) -> Numbers:
 
 def _joined(numbers: Sequence[Numbers]) -> Numbers:
     """The settings of several batches, one after the other."""
-    first = numbers[0]
-    decay = None if first.decay is None else torch.cat([n.decay for n in numbers if n.decay is not None])
-    return Numbers(
-        rank=first.rank,
-        mu=torch.cat([n.mu for n in numbers]),
-        fresh=torch.cat([n.fresh for n in numbers]),
-        nesterov=first.nesterov,
-        rate=torch.cat([n.rate for n in numbers]),
-        decay=decay,
-        ridge=torch.cat([n.ridge for n in numbers]),
-        num_iters=first.num_iters,
-        first=first.first,
-        dtype=first.dtype,
-    )
+    tensors = {name: [getattr(n, name) for n in numbers] for name in ("mu", "fresh", "rate", "decay", "ridge")}
+    joined: dict[str, Any] = {name: torch.cat(values) for name, values in tensors.items() if values[0] is not None}
+    return replace(numbers[0], **joined)
 
 
 def _split(found: Coefficients, sizes: list[int]) -> list[Coefficients]:
