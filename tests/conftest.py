@@ -1,6 +1,9 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
@@ -14,6 +17,16 @@ import pytest
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def checkout_on_path() -> Iterator[None]:
+    """The checkout on the path, for its folders that are not installed, and off it again afterwards: other libraries
+    would find ours when they look for a package called triton_kernels."""
+    root = str(Path(__file__).parent.parent)
+    sys.path.insert(0, root)
+    yield
+    sys.path.remove(root)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

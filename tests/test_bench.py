@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -17,12 +16,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _on_path() -> Iterator[None]:
-    """`bench` is a folder of the checkout; off the path afterwards, where other libraries look for triton_kernels."""
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+pytestmark = pytest.mark.usefixtures("checkout_on_path")
 
 
 def module(name: str) -> ModuleType:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +15,7 @@ ROOT = Path(__file__).parent.parent
 LOOP, MINE = "per-layer loop, exact, momentum", "PSILoRA exact, momentum (reference)"
 
 
-@pytest.fixture(autouse=True)
-def _on_path() -> Iterator[None]:
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+pytestmark = pytest.mark.usefixtures("checkout_on_path")
 
 
 def module(name: str) -> ModuleType:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import math
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,12 +19,7 @@ pytest.importorskip("pytorch_optimizer", reason="the experiments need psilora[ex
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(autouse=True)
-def _on_path() -> Iterator[None]:
-    """`experiments` is a folder of the checkout; off the path afterwards, as other libraries look there."""
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+pytestmark = pytest.mark.usefixtures("checkout_on_path")
 
 
 def module(name: str) -> ModuleType:

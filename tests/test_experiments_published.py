@@ -8,8 +8,6 @@ import json
 import math
 import pickle
 import struct
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,12 +23,7 @@ ROOT = Path(__file__).parent.parent
 WORDS = "alpha beta gamma delta one two three question context : unanswerable good bad".split()
 
 
-@pytest.fixture(autouse=True)
-def _on_path() -> Iterator[None]:
-    """`experiments` is a folder of the checkout; off the path afterwards, as other libraries look there."""
-    sys.path.insert(0, str(ROOT))
-    yield
-    sys.path.remove(str(ROOT))
+pytestmark = pytest.mark.usefixtures("checkout_on_path")
 
 
 def module(name: str) -> ModuleType:
