@@ -10,7 +10,7 @@ import os
 import time
 
 import torch
-from offline import rows, tiny_llama
+from offline import shares, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
@@ -33,13 +33,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
     model = get_peft_model(tiny_llama(), LoraConfig(r=8, target_modules="all-linear")).to(device)
     optimizer = PSILoRA(model, lr=0.5, step="gradient", gradient="exact", momentum=0.9)
     parallel = DistributedDataParallel(model)
-    data, losses = rows(), []
-    generator = torch.Generator().manual_seed(0)  # the same permutation everywhere; each process takes its part
-    for step in range(options.steps):
-        picked = torch.randperm(len(data), generator=generator)[: BATCH * world][rank::world].tolist()
-        batch = {key: torch.stack([data[i][key] for i in picked]).to(device) for key in ("input_ids", "labels")}
+    losses: list[float] = []
+    for step, batch in enumerate(shares(options.steps, BATCH, rank, world)):
         optimizer.zero_grad()
-        loss = parallel(**batch).loss
+        loss = parallel(**{key: rows.to(device) for key, rows in batch.items()}).loss
         loss.backward()
         optimizer.step()
         distributed.all_reduce(mean := loss.detach() / world)
@@ -51,9 +48,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     everywhere = [torch.empty_like(weights) for _ in range(world)]
     distributed.all_gather(everywhere, weights)
     same = all(torch.equal(everywhere[0], other) for other in everywhere)
-    time.sleep(
-        0.5
-    )  # gloo's thread drops the tensors above under the GIL, which the clean-up holds while it waits for it
+    time.sleep(0.5)  # gloo's thread drops tensors under the GIL, which the clean-up holds while it waits for it
     distributed.destroy_process_group()
     if rank == 0:
         print(f"loss {losses[0]:.3f} -> {losses[-1]:.3f}; parameters of {world} processes equal: {same}")

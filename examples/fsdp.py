@@ -10,7 +10,7 @@ import os
 import time
 
 import torch
-from offline import rows, tiny_llama
+from offline import shares, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import distributed
 from torch.distributed import checkpoint
@@ -41,13 +41,10 @@ def main(arguments: list[str] | None = None) -> list[float]:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     optimizer = PSILoRA(model, lr=0.05)  # after fully_shard, which replaces the parameters
-    data, losses = rows(), []
-    generator = torch.Generator().manual_seed(0)  # the same permutation everywhere; each process takes its part
-    for step in range(options.steps):
-        picked = torch.randperm(len(data), generator=generator)[: BATCH * world][rank::world].tolist()
-        batch = {k: torch.stack([data[i][k] for i in picked]).to(mesh.device_type) for k in ("input_ids", "labels")}
+    losses: list[float] = []
+    for step, batch in enumerate(shares(options.steps, BATCH, rank, world)):
         optimizer.zero_grad()
-        loss = model(**batch).loss
+        loss = model(**{key: rows.to(mesh.device_type) for key, rows in batch.items()}).loss
         loss.backward()
         optimizer.step()
         distributed.all_reduce(mean := loss.detach() / world)

@@ -6,6 +6,7 @@ Replace them by your own: `AutoModelForCausalLM.from_pretrained(name)`, its toke
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,3 +60,11 @@ def rows(count: int = 256, length: int = 32) -> list[dict[str, Tensor]]:
         ids = torch.tensor(tokenizer(text)["input_ids"][:length])
         found.append({"input_ids": ids, "labels": ids.clone()})
     return found
+
+
+def shares(steps: int, size: int, rank: int, world: int) -> Iterator[dict[str, Tensor]]:
+    """The batches of `size` rows of one process: all draw the same permutations, each takes its part."""
+    data, generator = rows(), torch.Generator().manual_seed(0)
+    for _ in range(steps):
+        picked = torch.randperm(len(data), generator=generator)[: size * world][rank::world].tolist()
+        yield {key: torch.stack([data[i][key] for i in picked]) for key in ("input_ids", "labels")}
