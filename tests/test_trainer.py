@@ -8,8 +8,9 @@ import pytest
 import torch
 from models import MLP, bare, factors, randomise_B
 from peft import LoraConfig, get_peft_model
+from tiny import trainer_arguments
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 
 from psilora import PSILoRA
 
@@ -37,25 +38,6 @@ def rows(count: int = 96) -> list[dict[str, Tensor]]:
     ]
 
 
-def arguments(path: Path, **changes: object) -> TrainingArguments:
-    settings = {
-        "output_dir": str(path),
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 4,
-        "max_steps": 6,
-        "warmup_steps": 2,
-        "max_grad_norm": 1.0,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**settings, **changes})
-
-
 class Watch(TrainerCallback):
     def __init__(self, model: nn.Module) -> None:
         self.model, self.history = model, [factors(model)]
@@ -68,7 +50,9 @@ def test_warm_up_accumulation_clipping_and_dropout(tmp_path: Path) -> None:
     model = adapted()
     optimizer = bare(model, 0.5, metric="kfac")
     watch = Watch(model)
-    trainer = Trainer(model, arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None), callbacks=[watch])
+    trainer = Trainer(
+        model, trainer_arguments(tmp_path), train_dataset=rows(), optimizers=(optimizer, None), callbacks=[watch]
+    )
     trainer.train()
     first, second = watch.history[0], watch.history[1]
     assert all(torch.equal(first[name], second[name]) for name in first), "the warm-up starts at lr = 0: a no-op"
@@ -104,7 +88,7 @@ def test_resuming_a_trainer_run_is_bit_exact(tmp_path: Path) -> None:
         model = adapted()
         trainer = Trainer(
             model,
-            arguments(path, save_strategy="steps", save_steps=3, **changes),
+            trainer_arguments(path, save_strategy="steps", save_steps=3, **changes),
             train_dataset=rows(),
             optimizer_cls_and_kwargs=(PSILoRA, {"model": model, "lr": 0.5}),
         )

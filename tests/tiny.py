@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from models import randomise_B
 from offline import byte_tokenizer, tiny_llama
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 __all__ = [
     "SENTENCES",
@@ -21,6 +22,7 @@ __all__ = [
     "tiny_llama",
     "token_rows",
     "tokens",
+    "trainer_arguments",
 ]
 
 # The ways to know the gradient, as settings of the optimizer.
@@ -73,3 +75,23 @@ def token_rows(count: int = 32, length: int = 12) -> list[dict[str, Tensor]]:
     """The rows of a data set."""
     batch = tokens(count, length, seed=1)
     return [{name: column[i] for name, column in batch.items()} for i in range(count)]
+
+
+def trainer_arguments(path: Path, **changes: Any) -> TrainingArguments:
+    """What a short run of the Trainer on the CPU needs: warm-up from 0, accumulation and clipping, and no output."""
+    settings = {
+        "output_dir": str(path),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "max_steps": 6,
+        "warmup_steps": 2,
+        "max_grad_norm": 1.0,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return TrainingArguments(**{**settings, **changes})

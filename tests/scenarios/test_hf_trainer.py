@@ -12,7 +12,7 @@ import pytest
 import torch
 from models import factors
 from naive import WrapperHooks, jittered_turn
-from tiny import MODES, adapted, token_rows
+from tiny import MODES, adapted, token_rows, trainer_arguments
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -21,22 +21,7 @@ from psilora.integrations.hf import PSILoRAFactory, optimizer_cls_and_kwargs
 
 
 def arguments(path: Path, **changes: Any) -> TrainingArguments:
-    settings = {
-        "output_dir": str(path),
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 4,
-        "max_steps": 4,
-        "warmup_steps": 2,
-        "max_grad_norm": 1.0,
-        "logging_steps": 1,
-        "report_to": [],
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "dataloader_pin_memory": False,
-        "seed": 3,
-    }
-    return TrainingArguments(**{**settings, **changes})
+    return trainer_arguments(path, **{"per_device_train_batch_size": 2, "max_steps": 4, **changes})
 
 
 def captured(optimizer: PSILoRA) -> dict[str, tuple[float, float]]:
