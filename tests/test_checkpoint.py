@@ -80,7 +80,10 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
     for trial in range(KILLS):
         folder = tmp_path / f"killed-{trial}"
         folder.mkdir()
-        killed += server.run(folder, kill_after=moments.uniform(0, duration)) == signal.SIGKILL
+        if server.run(folder, kill_after=moments.uniform(0, duration)) == signal.SIGKILL:
+            killed += 1
+        else:  # the first run was slower, on a machine that was busier
+            duration *= 0.8
         for path in folder.iterdir():
             assert path.suffix == ".incomplete" or whole(path) or path.name == "end.pt"
         newest = latest_checkpoint(folder)
