@@ -2,7 +2,8 @@
 
 from psilora.lora import LoRALinear
 from psilora.lorsum import lorsum
-from psilora.optimizer import OPLoRA, PSILoRA, create_psilora_optimizer
+from psilora.optimizer import PSILoRA
+from psilora.presets import OPLoRA, create_psilora_optimizer
 from psilora.rayleigh_ritz import ritz
 
 __version__ = "0.1.0"

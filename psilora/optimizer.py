@@ -23,13 +23,14 @@ from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
 from psilora.groups import checked_pairs, lora_groups
 from psilora.norms import full_squares
+from psilora.notices import Notices
 from psilora.numerics import full_precision
-from psilora.options import OPLORA, OPTION_NAMES, PAPER, Options, resolved
+from psilora.options import OPTION_NAMES, PAPER, Options, resolved
 from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.representation import Planner
 from psilora.sharded import Gathered, is_sharded, local, refuse_sharded
-from psilora.state import init_state, state_dtype
+from psilora.state import copy_loaded, init_state
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -199,8 +200,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._others = Others(self)
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
-        self._idle_steps: int | None = None  # in a row, without a gradient in any pair; None before the first with one
-        self._fell_back: set[str] = set()
+        self._notices = Notices()
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
         refuse_sharded(self._options(), controller)
@@ -279,7 +279,7 @@ class PSILoRA(torch.optim.Optimizer):
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
         joints = self._consensus()
         problems = self._problems(joints)
-        self._notice_idleness(bool(problems))
+        self._notices.trained(bool(problems))
         grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
         if not grads:
             self._capture.clear()
@@ -293,19 +293,6 @@ class PSILoRA(torch.optim.Optimizer):
         self._capture.clear()
         self._counters.poll()
         return loss
-
-    def _notice_idleness(self, trained: bool) -> None:
-        """Warn when, after steps that had some, two steps in a row find no gradient in any pair."""
-        if trained:
-            self._idle_steps = 0
-        elif self._idle_steps is not None:
-            self._idle_steps += 1
-            if self._idle_steps == 2:
-                warnings.warn(
-                    "psilora: no gradient in any LoRA pair for two steps: the adapter was replaced, merged or disabled;"
-                    " after a change of adapters build a new PSILoRA",
-                    stacklevel=4,
-                )
 
     def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
         device = self._counters.values.device
@@ -359,17 +346,10 @@ class PSILoRA(torch.optim.Optimizer):
         return {id(pair): joint for pair, joint in zip(pairs, consensus(pairs, self._capture, shared), strict=True)}
 
     def _problems(self, joints: Mapping[int, Joint]) -> list[Problem]:
-        """The pairs that have gradients; warns once about each that comes without its activations."""
+        """The pairs that have gradients."""
         self._gathered = Gathered()
         problems, blind = collect(self._options(), self._capture, joints, self.state, self._gathered)
-        new = [name for name in blind if name not in self._fell_back]
-        self._fell_back.update(new)
-        if new:
-            warnings.warn(
-                "psilora: gradients without captured activations (a fused or compiled kernel bypasses lora_A and "
-                f"lora_B, or the optimizer was detached); using the tangent gradient for {listed(new)}",
-                stacklevel=4,
-            )
+        self._notices.without_activations(blind)
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
         return problems
@@ -397,17 +377,7 @@ class PSILoRA(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype."""
         super().load_state_dict(dict(state_dict))
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        current = [(group["kind"], p) for group in self.param_groups for p in group["params"]]
-        for i, (kind, parameter) in zip(saved, current, strict=True):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if not isinstance(value, Tensor):
-                    continue
-                if kind == "lora":
-                    dtype = state_dtype(key, parameter)
-                    self.state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
-                else:  # torch keeps the loaded tensor itself, which the source would go on changing
-                    self.state[parameter][key] = self.state[parameter][key].clone()
+        copy_loaded(state_dict, self.param_groups, self.state)
         self._capture.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -439,20 +409,3 @@ class PSILoRA(torch.optim.Optimizer):
         Waits for the device.
         """
         return {**self._counters.read(), **self._observer.read()}
-
-
-class OPLoRA(PSILoRA):
-    """OPLoRA (arXiv 2509.19977): `PSILoRA` along the exact gradient, without a metric, with heavy-ball momentum.
-
-    Args:
-        model, lr: As for `PSILoRA`.
-        settings: Others of `PSILoRA`; they take precedence.
-    """
-
-    def __init__(self, model: nn.Module, lr: float | Tensor, **settings: Any) -> None:
-        super().__init__(model, lr, **{**OPLORA, **settings})
-
-
-def create_psilora_optimizer(model: nn.Module, lr: float, **kwargs: Any) -> PSILoRA:
-    """Create a `PSILoRA` in the style of PEFT's `create_*_optimizer` functions; arguments as for `PSILoRA`."""
-    return PSILoRA(model, lr, **kwargs)
