@@ -1,7 +1,8 @@
 """The spectral step on the Triton backend: all layers of a rank in a few launches, whatever their widths.
 
 The kernels form the Grams of the columns [F, M, D] of either side and, at the end, products with them; in between
-`psilora.spectral_core` works on (L, 4r, 4r) matrices of all layers at once. Nothing waits for the device.
+`psilora.spectral_core` works on (L, 4r, 4r) matrices of all layers at once, or (L, 3r, 3r) with `joint=False`. Nothing
+waits for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from psilora.execution import device_rates
 from psilora.plan import tile_map
 from psilora.problem import Problem, Scales
 from psilora.spectral import factor_ridge, width_factor
-from psilora.spectral_core import Coefficients, Numbers, Roots, mean_diagonal, spectral_step
+from psilora.spectral_core import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
 from psilora.triton_kernels import commit as commit_kernels
 from psilora.triton_kernels import layout, span, spread
 from psilora.triton_kernels.split import TRITON_DTYPES
@@ -39,8 +40,9 @@ class SpectralRun:
         pairs = [p.pair for p in problems]
         self.rank, self.count, self.device = pairs[0].rank, len(pairs), pairs[0].lora_A.device
         options = problems[0].options
-        self.momentum, self.metric = options.momentum > 0, options.metric is not None
-        self.kinds = span.FULL if self.momentum else span.PLAIN
+        self.metric, self.joint = options.metric is not None, options.joint
+        self.own = 0 if options.momentum == 0 else 2 if self.joint else 1  # blocks of r rows of the momentum
+        self.kinds = (span.PLAIN, span.SINGLE, span.FULL)[self.own]
         self.sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
         self.padded = padded(self.rank)
         tiles, parts = tile_map(self.sizes, self.padded)
@@ -51,7 +53,7 @@ class SpectralRun:
         first, count = self.parts.long().unbind(-1)
         # The tiles of a (side, layer), filled up with one tile past the last, whose sum is 0.
         self.own_tiles = torch.where(within < count[..., None], first[..., None] + within, len(tiles))
-        dims = [(self.rank, 2 * self.rank, pair.d_in, pair.d_out) for pair in pairs]
+        dims = [(self.rank, self.own * self.rank, pair.d_in, pair.d_out) for pair in pairs]
         self.dims = int32_table(dims, int(layout.DIMS.value), self.device)
         self.widths = torch.tensor(self.sizes, dtype=torch.float64, device=self.device)
         self.places = {kinds: span.places(kinds, self.device) for kinds in {span.ALONE, self.kinds}}
@@ -62,13 +64,13 @@ class SpectralRun:
         self._allocate(len(tiles))
 
     def _allocate(self, tiles: int) -> None:
-        rank, factors = self.rank, 3 if self.momentum else 1
+        rank = self.rank
 
         def buffers(rows: int) -> list[list[Tensor]]:
             shapes = [[(rows, size) for size in side] for side in self.sizes]
             return [[t for t in partial_buffers(side, self.device) if t is not None] for side in shapes]
 
-        self.steps, self.rows = buffers(rank), buffers(rank * factors)
+        self.steps, self.rows = buffers(rank), buffers(rank * (1 + self.own))
         self.averages = buffers(1) if self.metric else [[], []]
         self.weights = [
             [torch.empty(2, size, dtype=torch.float64, device=self.device) for size in side if self.metric]
@@ -93,14 +95,15 @@ class SpectralRun:
                 clip = clip * scales.clip.to(self.device, torch.float64)
             inverse = self._moments(numbers, clip)
             grams, scale, spread_by = self._grams(numbers, clip, inverse)
-            found = spectral_step(grams[1], grams[0], self._settings(numbers))
+            step = spectral_step if self.joint else factor_step
+            found = step(grams[1], grams[0], self._settings(numbers))
             self.coefficients = self._folded(found, scale, spread_by)
             self.info = found.repaired
             self.finite = torch.isfinite(grams).flatten(2).all(2).all(0)
             self.finite = self.finite & torch.isfinite(self.coefficients).flatten(2).all(2).all(0)
             spread.spread(
                 self.addresses.device, self.dims, self.tiles, self.coefficients,
-                momentum=self.momentum, metric=self.metric,
+                own=self.own, metric=self.metric,
             )  # fmt: skip
 
     def _stage(self) -> None:
@@ -117,7 +120,7 @@ class SpectralRun:
             self.addresses.set(g.STEPS.value + side, self.steps[side])
             self.addresses.set(g.ROWS.value + side, self.rows[side])
             self.addresses.set(g.COUNT.value + side, [state["step"] for state in states])
-            if self.momentum:
+            if self.own:
                 self.addresses.set(g.MOMENTUM.value + side, [state["momentum"] for state in states])
             if self.metric:
                 self.addresses.set(g.METRIC.value + side, [state["metric"] for state in states])
@@ -158,7 +161,7 @@ class SpectralRun:
             rank=self.rank,
             mu=columns[MU],
             fresh=columns[FRESH],
-            nesterov=options.nesterov and self.momentum,
+            nesterov=options.nesterov and self.own > 0,
             rate=lr * columns[WIDTH],
             decay=-lr * columns[DECAY] if options.weight_decay > 0 else None,
             ridge=columns[RIDGE],
@@ -204,16 +207,14 @@ class SpectralRun:
         grams = span.summed(self.partials, self.parts, self.places[self.kinds], self.rank)
         root = numbers[:, ROOT]
         c = self._means().rsqrt() if self.metric else torch.ones_like(self.widths)
-        blocks = [(root * c, self.rank), (1 / c, 2 * self.rank), (clip / (root * c), self.rank)]
-        if not self.momentum:
-            del blocks[1]
+        blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
         scale = torch.cat([value[..., None].expand(*value.shape, size) for value, size in blocks], -1)
         return scale[..., :, None] * grams * scale[..., None, :], scale, c
 
     def _folded(self, found: Coefficients, scale: Tensor, c: Tensor) -> Tensor:
         """The coefficients of the raw blocks, rows [ΔF; M⁺], of sides A and B in fp32, as `spread` takes them."""
         steps = torch.stack([found.step_A.mT, found.step_B.mT]) / c[..., None, None]
-        if self.momentum:
+        if self.own:
             own = torch.stack([found.momentum_A.mT, found.momentum_B.mT]) * c[..., None, None]
             steps = torch.cat([steps, own], -2)
         return (steps * scale[..., None, :]).float().contiguous()
@@ -240,7 +241,7 @@ class SpectralRun:
                 self.addresses.device, self.scalars.device.view(torch.float32), self.dims, self.tiles,
                 self.no_grams, ok.view(torch.uint8), self.no_grams,
                 A_TYPE=TRITON_DTYPES[pair.lora_A.dtype], B_TYPE=TRITON_DTYPES[pair.lora_B.dtype],
-                HAS_MOMENTUM=self.momentum, HAS_METRIC=self.metric, OWN=2,
+                HAS_MOMENTUM=self.own > 0, HAS_METRIC=self.metric, OWN=max(self.own, 1),
                 EMIT_A=False, EMIT_B=False, MASK_A=0, MASK_B=0,
             )  # fmt: skip
         states = [state for p in self.problems for state in (p.state_A, p.state_B)]

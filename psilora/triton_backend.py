@@ -51,8 +51,6 @@ def unsupported(problem: Problem) -> str | None:
     tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
     if problem.exact and problem.record is not None:
         tensors += [t for chunk in problem.record.chunks for t in chunk]
-    if not problem.options.joint:
-        return "joint=False"
     if problem.options.solver != "als":
         return f"solver={problem.options.solver!r}"
     if any(t.dtype not in _FLOATS for t in tensors):

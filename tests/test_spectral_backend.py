@@ -31,7 +31,7 @@ FACTOR, FLOOR = 2.0, 2e-6
 def spectral_problem(
     shape: tuple[int, int, int], *, dtype: torch.dtype = FP32, gradient_dtype: torch.dtype = FP32, **settings: Any
 ) -> Problem:
-    """A pair in the middle of training: `.grad` of 4·r random rows, a momentum of rank 2r and a metric."""
+    """A pair in the middle of training: `.grad` of 4·r random rows, a momentum of rank 2r (r apart) and a metric."""
     problem = make_problem(
         shape,
         dtype=dtype,
@@ -42,9 +42,9 @@ def spectral_problem(
     problem.exact, problem.record = False, None
     problem.dA, problem.dB = problem.dA.to(gradient_dtype), problem.dB.to(gradient_dtype)
     if problem.options.momentum > 0:
-        rank = shape[2]
-        problem.state_B["momentum"] = torch.randn(shape[0], 2 * rank, device=DEVICE) / shape[0] ** 0.5
-        problem.state_A["momentum"] = torch.randn(2 * rank, shape[1], device=DEVICE) * problem.dB.float().norm()
+        rank = 2 * shape[2] if problem.options.joint else shape[2]
+        problem.state_B["momentum"] = torch.randn(shape[0], rank, device=DEVICE) / shape[0] ** 0.5
+        problem.state_A["momentum"] = torch.randn(rank, shape[1], device=DEVICE) * problem.dB.float().norm()
     return problem
 
 
@@ -72,7 +72,13 @@ CASES: list[Any] = [
     ([(24, 40, 6)], {"dtype": BF16, "prox": 1e-4}),
     ([(24, 40, 6)], {"dtype": BF16, "gradient_dtype": BF16, "metric": "lora", "prox": 1e-4}),
     ([(70, 68, 33)], {"metric": "lora"}),
+    ([(40, 33, 5), (96, 150, 5), (30, 41, 8)], {"joint": False}),
+    ([(33, 17, 1), (17, 90, 1)], {"joint": False, "nesterov": False, "dampening": 0.5, "weight_decay": 0.1}),
+    ([(70, 68, 33)], {"joint": False, "maximize": True}),
+    ([(24, 40, 6), (40, 24, 6)], {"joint": False, "momentum": 0.0}),
+    ([(24, 40, 6)], {"joint": False, "dtype": BF16, "gradient_dtype": BF16, "prox": 1e-4}),
     pytest.param([(300, 500, 70), (128, 200, 128)], {"metric": "lora"}, marks=pytest.mark.gpu),
+    pytest.param([(300, 500, 70), (128, 200, 128)], {"joint": False}, marks=pytest.mark.gpu),
 ]
 
 
@@ -115,7 +121,7 @@ def values(model: nn.Module) -> list[Tensor]:
     return list(factors(model).values())
 
 
-@pytest.mark.parametrize("kind", [{}, {"metric": "lora", "controller": "slope"}], ids=str)
+@pytest.mark.parametrize("kind", [{}, {"metric": "lora", "controller": "slope"}, {"joint": False}], ids=str)
 def test_training_from_zero_agrees_with_the_reference_and_repeats_bitwise(kind: dict[str, Any]) -> None:
     """From B = 0, where half of the step is missing, over several steps."""
     model, batches = model_and_batches()
@@ -135,9 +141,10 @@ def test_training_from_zero_agrees_with_the_reference_and_repeats_bitwise(kind: 
 
 
 @pytest.mark.parametrize("cause", ["lr", "gradient"])
-def test_nothing_moves_without_a_rate_or_a_gradient(cause: str) -> None:
+@pytest.mark.parametrize("joint", [True, False])
+def test_nothing_moves_without_a_rate_or_a_gradient(cause: str, joint: bool) -> None:
     model, batches = model_and_batches()
-    optimizer = PSILoRA(model, 0.0 if cause == "lr" else 0.1, step="spectral", backend="triton", metric="lora")
+    optimizer = PSILoRA(model, 0.0 if cause == "lr" else 0.1, step="spectral", backend="triton", joint=joint)
     before = values(model)
     for batch in batches:
         optimizer.zero_grad()
@@ -146,9 +153,10 @@ def test_nothing_moves_without_a_rate_or_a_gradient(cause: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, values(model), strict=True))
 
 
-def test_a_non_finite_gradient_changes_nothing() -> None:
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_non_finite_gradient_changes_nothing(joint: bool) -> None:
     model, batches = model_and_batches()
-    optimizer = PSILoRA(model, 0.1, step="spectral", backend="triton", metric="lora")
+    optimizer = PSILoRA(model, 0.1, step="spectral", backend="triton", joint=joint)
     train(model, optimizer, batches[:1])
     before = values(model) + [v.clone() for s in optimizer.state.values() for v in s.values()]
     optimizer.zero_grad()
@@ -161,8 +169,9 @@ def test_a_non_finite_gradient_changes_nothing() -> None:
     assert optimizer.stats()["skipped_steps"] == 1
 
 
-def test_nothing_is_read_before_it_is_written() -> None:
-    problems = [spectral_problem((24, 40, 6), metric="lora"), spectral_problem((40, 20, 6), metric="lora")]
+@pytest.mark.parametrize("settings", [{"metric": "lora"}, {"joint": False}], ids=str)
+def test_nothing_is_read_before_it_is_written(settings: dict[str, Any]) -> None:
+    problems = [spectral_problem((24, 40, 6), **settings), spectral_problem((40, 20, 6), **settings)]
     (execution,) = triton_backend.compute(problems, Scales())
     before = [step.clone() for pair in execution.increments() for step in pair]
     run = execution._run

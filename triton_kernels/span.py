@@ -1,7 +1,7 @@
 """Grams of a spectral step: what the columns [F, M, D] of a side have to do with each other, in float64.
 
-F (r, d) is a factor as rows, A or Bᵀ; M (2r, d) its momentum in two halves M₁, M₂; D (r, d) its gradient as rows. With
-v > 0 the squared weights of the side's columns, the whitened blocks are F·√v, M/√v and D/√v, so that their Grams are
+F (r, d) is a factor as rows, A or Bᵀ; M its momentum, of one or two blocks M₁, M₂ of r rows; D (r, d) its gradient as
+rows. With v > 0 the squared weights of the side's columns, the whitened blocks are F·√v, M/√v and D/√v; their Grams are
 
     F diag(v) Fᵀ,   F Mᵀ,   F Dᵀ,   M diag(1/v) Mᵀ,   M diag(1/v) Dᵀ,   D diag(1/v) Dᵀ.
 
@@ -29,6 +29,7 @@ from psilora.triton_kernels.layout import (
     GRAD,
     METRIC,
     MOMENTUM,
+    MOMENTUM_RANK,
     RANK,
     SIZE,
     TILE,
@@ -46,9 +47,11 @@ POWER = tl.constexpr(2)
 NUMBERS = tl.constexpr(12)
 
 #: Pairs of blocks of [F, M₁, M₂, D] whose Grams are formed, in the order of the partials.
-PAIRS = ((0, 0), (0, 3), (3, 3), (0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (2, 2), (2, 3))
-#: How many of them: of F alone, without a momentum, and with one.
-ALONE, PLAIN, FULL = 1, 3, len(PAIRS)
+PAIRS = ((0, 0), (0, 3), (3, 3), (0, 1), (1, 1), (1, 3), (0, 2), (1, 2), (2, 2), (2, 3))
+#: How many of them: of F alone, and with D and a momentum of no, one and two blocks of r rows.
+ALONE, PLAIN, SINGLE, FULL = 1, 3, 6, len(PAIRS)
+#: Blocks in Γ by the number of kinds.
+SPANNED = {ALONE: 1, PLAIN: 2, SINGLE: 3, FULL: 4}
 
 #: Columns of a block of weights or moments, columns summed at a time, and warps, by padded rank.
 BLOCKS = {16: (64, 32, 4), 32: (64, 16, 4), 64: (32, 16, 8), 128: (16, 16, 8)}
@@ -114,8 +117,8 @@ def _span_side(
     up = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
     down = up + d
     ld = d if SIDE == 0 else r
-    own = d if SIDE == 0 else 2 * r
-    half = r * d if SIDE == 0 else r
+    own = d if SIDE == 0 else tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    second = m + (r * d if SIDE == 0 else r)
     T: tl.constexpr = SIDE == 1
     W: tl.constexpr = HAS_METRIC
     Q: tl.constexpr = RP * RP
@@ -127,14 +130,15 @@ def _span_side(
     if KINDS >= 3:
         _partial(out_ptr + Q, f, ld, g, ld, up, r, start, end, T, False, RP, KS)
         _partial(out_ptr + 2 * Q, g, ld, g, ld, down, r, start, end, T, W, RP, KS)
-    if KINDS == 10:
+    if KINDS >= 6:
         _partial(out_ptr + 3 * Q, f, ld, m, own, up, r, start, end, T, False, RP, KS)
-        _partial(out_ptr + 4 * Q, f, ld, m + half, own, up, r, start, end, T, False, RP, KS)
-        _partial(out_ptr + 5 * Q, m, own, m, own, down, r, start, end, T, W, RP, KS)
-        _partial(out_ptr + 6 * Q, m, own, m + half, own, down, r, start, end, T, W, RP, KS)
-        _partial(out_ptr + 7 * Q, m, own, g, ld, down, r, start, end, T, W, RP, KS)
-        _partial(out_ptr + 8 * Q, m + half, own, m + half, own, down, r, start, end, T, W, RP, KS)
-        _partial(out_ptr + 9 * Q, m + half, own, g, ld, down, r, start, end, T, W, RP, KS)
+        _partial(out_ptr + 4 * Q, m, own, m, own, down, r, start, end, T, W, RP, KS)
+        _partial(out_ptr + 5 * Q, m, own, g, ld, down, r, start, end, T, W, RP, KS)
+    if KINDS == 10:
+        _partial(out_ptr + 6 * Q, f, ld, second, own, up, r, start, end, T, False, RP, KS)
+        _partial(out_ptr + 7 * Q, m, own, second, own, down, r, start, end, T, W, RP, KS)
+        _partial(out_ptr + 8 * Q, second, own, second, own, down, r, start, end, T, W, RP, KS)
+        _partial(out_ptr + 9 * Q, second, own, g, ld, down, r, start, end, T, W, RP, KS)
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
@@ -168,7 +172,7 @@ def span(
 
     Args:
         addresses: The address block of a step (see layout.py), FACTOR and GRAD in fp32.
-        dims: (L, 4) int32, r, 2r, d_in and d_out.
+        dims: (L, 4) int32, r, rows of the momentum, d_in and d_out.
         tiles: (tiles, 4) int32, side, layer, first and end column.
         numbers: (L, 12) float64, beginning with β₂, δ and γ.
         inverse: (L, 2) float64, per side 1/mean(D), or −1 where the side's weights are 1.
@@ -221,7 +225,7 @@ def summed(partials: Tensor, parts: Tensor, places: Tensor, rank: int) -> Tensor
         rank: r, the size of a block.
     """
     kinds, padded = partials.shape[1:3]
-    layers, n = parts.shape[1], rank * {ALONE: 1, PLAIN: 2, FULL: 4}[kinds]
+    layers, n = parts.shape[1], rank * SPANNED[kinds]
     out = torch.empty(2, layers, n, n, dtype=torch.float64, device=partials.device)
     rows = 16
     _sum_kernel[(2 * layers * kinds * (padded // rows),)](
@@ -231,8 +235,8 @@ def summed(partials: Tensor, parts: Tensor, places: Tensor, rank: int) -> Tensor
 
 
 def places(kinds: int, device: torch.device) -> Tensor:
-    """Return the (kinds, 2) int32 table of blocks for `summed`: without a momentum D follows F."""
-    last = {ALONE: 0, PLAIN: 1, FULL: 3}[kinds]
+    """Return the (kinds, 2) int32 table of blocks for `summed`: D follows the last block that is there."""
+    last = SPANNED[kinds] - 1
     table = [[min(i, last), min(j, last)] for i, j in PAIRS[:kinds]]
     return torch.tensor(table, dtype=torch.int32, device=device)
 
@@ -340,7 +344,7 @@ def _variant(name: str, kernel: Any, padded: int, warps: int, constexprs: dict[s
         num_stages=1,
         max_registers=REGISTERS,
         maxnreg=REGISTERS if bounded else None,
-        slow=name == "span",
+        slow=kernel is _span_kernel,
         targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
     )
 
@@ -350,6 +354,8 @@ def _variants() -> list[Variant]:
     for padded, (BN, KS, warps) in BLOCKS.items():
         constexprs = {"BN": BN, "KS": KS, "KINDS": FULL, "HAS_METRIC": True}
         found.append(_variant("span", _span_kernel, padded, warps, constexprs, True))
+        single = {**constexprs, "KINDS": SINGLE, "HAS_METRIC": False}
+        found.append(_variant("span_single", _span_kernel, padded, warps, single, True))
         found.append(_variant("moments", _moments_kernel, padded, warps, {"BN": BN}, True))
         found.append(_variant("span_sum", _sum_kernel, padded, 4, {"ROWS": 16, "KINDS": FULL}, False))
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psilora.triton_kernels import tables
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.layout import (
     ADDRESSES,
@@ -21,6 +22,7 @@ from psilora.triton_kernels.layout import (
     FACTOR,
     GRAD,
     MOMENTUM,
+    MOMENTUM_RANK,
     RANK,
     ROWS,
     SIZE,
@@ -58,7 +60,7 @@ def _product(
 def _spread_side(
     addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+    OWN: tl.constexpr, HAS_METRIC: tl.constexpr,
 ):  # fmt: skip
     r = tl.load(dims_ptr + problem * DIMS + RANK)
     d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
@@ -69,12 +71,12 @@ def _spread_side(
     steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
     rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
     ld = d if SIDE == 0 else r
-    own = d if SIDE == 0 else 2 * r
-    half = r * d if SIDE == 0 else r
+    own = d if SIDE == 0 else tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
+    second = m + (r * d if SIDE == 0 else r)
     T: tl.constexpr = SIDE == 1
-    OUTPUTS: tl.constexpr = 3 if HAS_MOMENTUM else 1
+    OUTPUTS: tl.constexpr = OWN + 1
     CHUNK: tl.constexpr = min(RP, 32)
-    n = 4 * r if HAS_MOMENTUM else 2 * r
+    n = (OWN + 2) * r
     c = c_ptr + (SIDE * layers + problem) * (OUTPUTS * r * n)
     for first in range(start, end, BN):
         columns = first + tl.arange(0, BN)
@@ -84,11 +86,13 @@ def _spread_side(
                 at = c + output * r * n
                 plain = _product(at, n, f, ld, row, columns, r, end, T, RP, KS, CHUNK, BN)
                 rest = _product(at + n - r, n, g, ld, row, columns, r, end, T, RP, KS, CHUNK, BN)
-                if HAS_MOMENTUM:
-                    # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103
+                # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103
+                if OWN == 2:
+                    own_2 = _product(at + 2 * r, n, second, own, row, columns, r, end, T, RP, KS, CHUNK, BN)
+                    rest = tl.fma(own_2, 1.0, rest)
+                if OWN >= 1:
                     own_1 = _product(at + r, n, m, own, row, columns, r, end, T, RP, KS, CHUNK, BN)
-                    own_2 = _product(at + 2 * r, n, m + half, own, row, columns, r, end, T, RP, KS, CHUNK, BN)
-                    rest = tl.fma(own_1, 1.0, tl.fma(own_2, 1.0, rest))
+                    rest = tl.fma(own_1, 1.0, rest)
                 if HAS_METRIC:
                     v = tl.load(weight + columns, mask=columns < end, other=0.0).to(tl.float32)
                     u = tl.load(weight + d + columns, mask=columns < end, other=0.0).to(tl.float32)
@@ -103,7 +107,7 @@ def _spread_side(
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _spread_kernel(
     addresses_ptr, dims_ptr, tiles_ptr, c_ptr, layers,
-    RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
+    RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, OWN: tl.constexpr, HAS_METRIC: tl.constexpr,
 ):  # fmt: skip
     """ΔF into STEPS and M⁺ into ROWS from row r on, for one tile of columns of one side."""
     tile = tl.program_id(0).to(tl.int64)
@@ -111,35 +115,27 @@ def _spread_kernel(
     start = tl.load(tiles_ptr + tile * TILE + 2)
     end = tl.load(tiles_ptr + tile * TILE + 3)
     if tl.load(tiles_ptr + tile * TILE) == 0:
-        _spread_side(
-            addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 0, RP, BN, KS, HAS_MOMENTUM, HAS_METRIC
-        )
+        _spread_side(addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 0, RP, BN, KS, OWN, HAS_METRIC)
     else:
-        _spread_side(
-            addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 1, RP, BN, KS, HAS_MOMENTUM, HAS_METRIC
-        )
+        _spread_side(addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 1, RP, BN, KS, OWN, HAS_METRIC)
 
 
-def spread(
-    addresses: Tensor, dims: Tensor, tiles: Tensor, coefficients: Tensor, *, momentum: bool, metric: bool
-) -> None:
+def spread(addresses: Tensor, dims: Tensor, tiles: Tensor, coefficients: Tensor, *, own: int, metric: bool) -> None:
     """Launch `_spread_kernel`.
 
     Args:
-        addresses: Of the step, as for `span`; the workspaces STEPS (r, d) and ROWS (3r, d) are written.
+        addresses: Of the step, as for `span`; the workspaces STEPS (r, d) and ROWS ((1 + own)·r, d) are written.
         dims: As for `span`.
         tiles: As for `span`.
-        coefficients: C (2, L, 3r, 4r) fp32 of sides A and B, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D; without a
-            momentum (2, L, r, 2r).
-        momentum: Whether there is one.
+        coefficients: C (2, L, (1 + own)·r, (2 + own)·r) fp32 of sides A and B, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D.
+        own: Blocks of r rows of the momentum, 0 (none), 1 or 2.
         metric: Whether to read the weights that `span` has left.
     """
-    padded = max(16, 1 << (coefficients.shape[2] // (3 if momentum else 1) - 1).bit_length())
+    padded = tables.padded(coefficients.shape[2] // (1 + own))
     BN, warps = BLOCKS[padded]
     _spread_kernel[(tiles.shape[0],)](
         addresses, dims, tiles, coefficients, coefficients.shape[1],
-        RP=padded, BN=BN, KS=16, HAS_MOMENTUM=momentum, HAS_METRIC=metric, num_warps=warps, num_stages=1,
-        maxnreg=REGISTERS,
+        RP=padded, BN=BN, KS=16, OWN=own, HAS_METRIC=metric, num_warps=warps, num_stages=1, maxnreg=REGISTERS,
     )  # fmt: skip
 
 
@@ -149,20 +145,21 @@ def _variants() -> list[Variant]:
         "addresses_ptr": "*i64", "dims_ptr": "*i32", "tiles_ptr": "*i32", "c_ptr": "*fp32", "layers": "i32",
     }  # fmt: skip
     for padded, (BN, warps) in BLOCKS.items():
-        found.append(
-            Variant(
-                name=f"spread_r{padded}",
-                kernel=_spread_kernel,
-                signature=signature,
-                constexprs={"RP": padded, "BN": BN, "KS": 16, "HAS_MOMENTUM": True, "HAS_METRIC": True},
-                aligned=("dims_ptr", "tiles_ptr", "c_ptr"),
-                num_warps=warps,
-                num_stages=1,
-                max_registers=REGISTERS,
-                maxnreg=REGISTERS,
-                targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+        for name, own in (("spread", 2), ("spread_single", 1)):
+            found.append(
+                Variant(
+                    name=f"{name}_r{padded}",
+                    kernel=_spread_kernel,
+                    signature=signature,
+                    constexprs={"RP": padded, "BN": BN, "KS": 16, "OWN": own, "HAS_METRIC": own == 2},
+                    aligned=("dims_ptr", "tiles_ptr", "c_ptr"),
+                    num_warps=warps,
+                    num_stages=1,
+                    max_registers=REGISTERS,
+                    maxnreg=REGISTERS,
+                    targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+                )
             )
-        )
     return found
 
 
