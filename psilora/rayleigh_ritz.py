@@ -13,7 +13,7 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from psilora.lorsum import Pair, Scalar, check_terms
+from psilora.lorsum import Pair, Scalar, check_terms, turns
 from psilora.numerics import compute_dtype, full_precision
 
 #: Directions of a block that keep less than this, in units of √eps of the dtype, outside of the basis are left out.
@@ -58,33 +58,100 @@ def ritz(
     if num_iters < 1:
         raise ValueError(f"Invalid num_iters={num_iters}. Must be >= 1.")
     base_B, base_A = terms[0]
-    with full_precision(base_A.device.type):
-        target = _Target(terms, coefficients, metric)
-        found = search(*target.whitened[0], num_iters=num_iters, first=first)
-        try:
-            side, factor = next(found)
-            while True:
-                side, factor = found.send(target.left(factor) if side == "left" else target.right(factor))
-        except StopIteration as end:
-            new_B, new_A = target.unwhitened(*end.value)
-    still = target.still[..., None, None]
+    dtype, device = compute_dtype(base_A.dtype), base_A.device
+    batch = torch.broadcast_shapes(*(factor.shape[:-2] for term in terms for factor in term))
+    pairs = [(B.to(dtype).expand(*batch, *B.shape[-2:]), A.to(dtype).expand(*batch, *A.shape[-2:])) for B, A in terms]
+    scale = [torch.as_tensor(c, dtype=dtype, device=device).expand(batch)[..., None, None] for c in coefficients]
+    others = list(zip(scale[1:], pairs[1:], strict=True))
+    weights = None if metric is None else (metric[0].to(device, dtype), metric[1].to(device, dtype))
+    zero_B, zero_A = (torch.zeros_like(factor) for factor in pairs[0])
+    with full_precision(device.type):
+        projection = RitzProjection(*pairs[0], num_iters=num_iters, first=first, kept=scale[0], metric=weights)
+        for turn in turns(num_iters, first):
+            factor = projection.factor
+            if factor is None:
+                break
+            if turn == "A":
+                projection.turn_A(sum((c * ((factor.mT @ B) @ A) for c, (B, A) in others), zero_A))
+            else:
+                projection.turn_B(sum((c * (B @ (A @ factor.mT)) for c, (B, A) in others), zero_B))
+    still = scale[0] == 1
+    for c, (B, A) in others:
+        still = still & ((c == 0) | _vanishes(B) | _vanishes(A))
     return (
-        torch.where(still, base_B, new_B.to(base_B.dtype)),
-        torch.where(still, base_A, new_A.to(base_A.dtype)),
+        torch.where(still, base_B, projection.B.to(base_B.dtype)),
+        torch.where(still, base_A, projection.A.to(base_A.dtype)),
     )
+
+
+class RitzProjection:
+    """One Rayleigh–Ritz in progress, for callers who supply the products, as in `psilora.lorsum.Projection`.
+
+    Turns are those of `psilora.lorsum.turns`, the last of which is not needed with `first` = "B". Works in coordinates
+    in which the metric is the identity. What is not finite makes its layer's result NaN instead of an error.
+
+    Args:
+        B, A: (B₁, A₁), (…, d_out, r) and (…, r, d_in), in the compute dtype.
+        num_iters, first, metric: As in `ritz`.
+        kept: c₁, broadcast against (…, 1, 1); None for 1.
+
+    Attributes:
+        factor: What the coming turn multiplies the terms i ≥ 2 with, U (…, d_out, k) for an A-turn and V (…, k, d_in)
+            for a B-turn; None once the new pair is found.
+        B, A: The new pair; before it is found, the old one.
+    """
+
+    def __init__(
+        self,
+        B: Tensor,
+        A: Tensor,
+        *,
+        num_iters: int,
+        first: str,
+        kept: Tensor | None = None,
+        metric: Pair | None = None,
+    ) -> None:
+        self.B, self.A, self._kept = B, A, kept
+        self._root_B = None if metric is None else _root(metric[0], B.shape[:-2])
+        self._root_A = None if metric is None else _root(metric[1], A.shape[:-2])
+        self._base = (_apply(self._root_B, B), _apply(self._root_A, A.mT).mT)
+        self._search = search(*self._base, num_iters=num_iters, first=first)
+        self._ask(*next(self._search))
+
+    def turn_A(self, left: Tensor) -> None:
+        """Go on with `left` = Σ_{i≥2} c_i (UᵀB_i) A_i, (…, k, d_in)."""
+        B, A = self._base
+        self._answer(_solve(self._root_A, left.mT), A.mT @ (B.mT @ self._asked))
+
+    def turn_B(self, right: Tensor) -> None:
+        """Go on with `right` = Σ_{i≥2} c_i B_i (A_iVᵀ), (…, d_out, k)."""
+        B, A = self._base
+        self._answer(_solve(self._root_B, right), B @ (A @ self._asked))
+
+    def _ask(self, side: str, asked: Tensor) -> None:
+        self._asked = asked
+        factor = _transposed_solve(self._root_B if side == "left" else self._root_A, asked)
+        self.factor: Tensor | None = factor if side == "left" else factor.mT
+
+    def _answer(self, product: Tensor, own: Tensor) -> None:
+        try:
+            self._ask(*self._search.send(product + (own if self._kept is None else self._kept * own)))
+        except StopIteration as end:
+            B, A = end.value
+            self.B, self.A = _transposed_solve(self._root_B, B), _transposed_solve(self._root_A, A.mT).mT
+            self.factor = None
 
 
 def search(B: Tensor, A: Tensor, *, num_iters: int, first: str) -> Generator[tuple[str, Tensor], Tensor, Pair]:
     """Find the new pair for a target T that the caller multiplies; see `ritz`.
 
     Yields ("left", U) to be sent TᵀU (…, d_in, k), and ("right", V) to be sent T·V (…, d_out, k); returns (B, A).
-    What is not finite makes its layer's result NaN instead of an error.
     """
     rank = A.shape[-2]
     start = A.mT
     if first == "A":
         product = yield "left", _basis(B, None)
-        start = torch.where((B == 0).flatten(-2).all(-1)[..., None, None], start, product)
+        start = torch.where(_vanishes(B), start, product)
     V = _basis(start, None)
     TV = yield "right", V
     for _ in range(num_iters - 1):
@@ -101,40 +168,9 @@ def search(B: Tensor, A: Tensor, *, num_iters: int, first: str) -> Generator[tup
     return (new_B @ turn).masked_fill(broken, math.nan), (turn.mT @ new_A).masked_fill(broken, math.nan)
 
 
-class _Target:
-    """T in coordinates in which the metric is the identity, as thin products."""
-
-    def __init__(self, terms: Sequence[Pair], coefficients: Sequence[Scalar], metric: Pair | None) -> None:
-        dtype = compute_dtype(terms[0][1].dtype)
-        device = terms[0][1].device
-        batch = torch.broadcast_shapes(*(factor.shape[:-2] for term in terms for factor in term))
-        self.root_B: Tensor | None = None if metric is None else _root(metric[0].to(device, dtype), batch)
-        self.root_A: Tensor | None = None if metric is None else _root(metric[1].to(device, dtype), batch)
-        self.scale = [torch.as_tensor(c, dtype=dtype, device=device).expand(batch) for c in coefficients]
-        self.whitened: list[Pair] = []
-        self.still = self.scale[0] == 1
-        for i, (B, A) in enumerate(terms):
-            B, A = (F.to(dtype).expand(*batch, *F.shape[-2:]) for F in (B, A))
-            if i:
-                nothing = (self.scale[i] == 0) | (B == 0).flatten(-2).all(-1) | (A == 0).flatten(-2).all(-1)
-                self.still = self.still & nothing
-                self.whitened.append((_solve(self.root_B, B), _solve(self.root_A, A.mT).mT))
-            else:
-                self.whitened.append((_apply(self.root_B, B), _apply(self.root_A, A.mT).mT))
-
-    def left(self, U: Tensor) -> Tensor:
-        """Return TᵀU."""
-        parts = [c[..., None, None] * (A.mT @ (B.mT @ U)) for c, (B, A) in zip(self.scale, self.whitened, strict=True)]
-        return torch.stack(parts).sum(0)
-
-    def right(self, V: Tensor) -> Tensor:
-        """Return T·V."""
-        parts = [c[..., None, None] * (B @ (A @ V)) for c, (B, A) in zip(self.scale, self.whitened, strict=True)]
-        return torch.stack(parts).sum(0)
-
-    def unwhitened(self, B: Tensor, A: Tensor) -> Pair:
-        """Return (B, A) in the weight's own coordinates."""
-        return _transposed_solve(self.root_B, B), _transposed_solve(self.root_A, A.mT).mT
+def _vanishes(F: Tensor) -> Tensor:
+    """Whether a factor is 0, (…, 1, 1)."""
+    return (F == 0).flatten(-2).all(-1)[..., None, None]
 
 
 def _basis(block: Tensor, V: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from psilora.held import CrossGradient, DenseGradient
 from psilora.holdings import Cross
 from psilora.lorsum import Projection, turns
 from psilora.problem import Problem, Scales, Update
-from psilora.rayleigh_ritz import search
+from psilora.rayleigh_ritz import RitzProjection
 from psilora.solver import spd_solve
 
 # A part of an update that may ask for sums over the processes on its way to a result.
@@ -48,14 +48,15 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     old = batch.momentum()
     memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge, solve=spd_solve)
     products = _Products(batch, weight, memory)
-    if options.solver == "ritz":
-        weight.step_B, weight.step_A = yield from products.ritz()
-    elif options.num_iters == 0:
+    if options.num_iters == 0:
         left = yield from products.weight_left()
         right = yield from products.weight_right()
         weight.simultaneous(left, right)
-    for turn in turns(max(options.num_iters, 1), options.first):
-        yield from products.take(turn, advance_weight=options.num_iters > 0 and options.solver == "als")
+    if options.solver == "ritz":
+        yield from products.ritz()
+    else:
+        for turn in turns(max(options.num_iters, 1), options.first):
+            yield from products.take(turn, advance_weight=options.num_iters > 0)
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     return Update(
@@ -154,70 +155,55 @@ class _Products:
     def weight_left(self) -> Summed:
         """Σ_{i≥2} c_i BᵀT_i of the weight's projection at its current B."""
         if self.batch.reuse and self.weight.step_B is None:
-            return self._weight_target("A", self.batch.left)
+            return self._weight_target("A", self.batch.left, self.weight.B)
         products = yield from self._ask("A", [self.weight.B])
-        return self._weight_target("A", products[0])
+        return self._weight_target("A", products[0], self.weight.B)
 
     def weight_right(self) -> Summed:
         """Σ_{i≥2} c_i T_iAᵀ of the weight's projection at its current A."""
         if self.batch.reuse and self.weight.step_A is None:
-            return self._weight_target("B", self.batch.right)
+            return self._weight_target("B", self.batch.right, self.weight.A)
         products = yield from self._ask("B", [self.weight.A])
-        return self._weight_target("B", products[0])
+        return self._weight_target("B", products[0], self.weight.A)
 
     def take(self, turn: str, *, advance_weight: bool) -> Generator[list[Tensor], list[Tensor], None]:
         """Take one turn of the weight's projection (unless it is done) and one of the momentum's."""
         batch, weight, memory = self.batch, self.weight, self.memory
         at_start = (weight.step_B if turn == "A" else weight.step_A) is None
         known = (batch.left if turn == "A" else batch.right) if batch.reuse and at_start else None
-        asking: list[Tensor] = []
-        if advance_weight and known is None:
-            asking.append(weight.B if turn == "A" else weight.A)
+        asking = [_fixed(weight, turn)] if advance_weight and known is None else []
         if memory is not None:
-            asking.append(memory.B if turn == "A" else memory.A)
+            asking.append(_fixed(memory, turn))
         answers = yield from self._ask(turn, asking)
         if advance_weight:
-            target = self._weight_target(turn, answers.pop(0) if known is None else known)
+            product = answers.pop(0) if known is None else known
+            target = self._weight_target(turn, product, _fixed(weight, turn))
             (weight.turn_A if turn == "A" else weight.turn_B)(target)
         if memory is not None:
             (memory.turn_A if turn == "A" else memory.turn_B)(batch.fresh * answers.pop())
 
-    def ritz(self) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
-        """The increments of (B, A) by Rayleigh–Ritz, in coordinates in which the metric is the identity."""
-        batch, weight = self.batch, self.weight
-        root_B, root_A = (None if M is None else M.sqrt()[:, :, None] for M in (weight.metric_B, weight.metric_A))
-        B = batch.B if root_B is None else root_B * batch.B
-        A = batch.A if root_A is None else batch.A * root_A.mT
-        found = search(B, A, num_iters=batch.options.num_iters, first=batch.options.first)
-        try:
-            side, factor = next(found)
-            while True:
-                own, other = (root_B, root_A) if side == "left" else (root_A, root_B)
-                target = yield from self._others(side, factor if own is None else factor / own)
-                kept = A.mT @ (B.mT @ factor) if side == "left" else B @ (A @ factor)
-                target = target if other is None else target / other
-                side, factor = found.send(target + (kept if batch.decay is None else (1 + batch.decay) * kept))
-        except StopIteration as end:
-            new_B, new_A = end.value
-        new_B = new_B if root_B is None else new_B / root_B
-        new_A = new_A if root_A is None else new_A / root_A.mT
+    def ritz(self) -> Generator[list[Tensor], list[Tensor], None]:
+        """Take all turns, the weight's by Rayleigh–Ritz, and set the weight's steps."""
+        batch, weight, memory, options = self.batch, self.weight, self.memory, self.batch.options
+        kept = None if batch.decay is None else 1 + batch.decay
+        metric = None if weight.metric_B is None or weight.metric_A is None else (weight.metric_B, weight.metric_A)
+        found = RitzProjection(
+            batch.B, batch.A, num_iters=options.num_iters, first=options.first, kept=kept, metric=metric
+        )
+        for turn in turns(options.num_iters, options.first):
+            factor = found.factor
+            asking = [] if factor is None else [factor]
+            if memory is not None:
+                asking.append(_fixed(memory, turn))
+            answers = yield from self._ask(turn, asking)
+            if factor is not None:
+                target = self._weight_target(turn, answers.pop(0), factor)
+                (found.turn_A if turn == "A" else found.turn_B)(target)
+            if memory is not None:
+                (memory.turn_A if turn == "A" else memory.turn_B)(batch.fresh * answers.pop())
         still = self._still()
-        return (new_B - batch.B).masked_fill(still, 0.0), (new_A - batch.A).masked_fill(still, 0.0)
-
-    def _others(self, side: str, factor: Tensor) -> Summed:
-        """Tᵀ·factor ("left") or T·factor ("right") for the terms i ≥ 2 of the weight's projection."""
-        batch, memory = self.batch, self.memory
-        if side == "left":
-            (product,) = yield from self._ask("A", [factor])
-            product = product.mT
-        else:
-            (product,) = yield from self._ask("B", [factor.mT])
-        target = -batch.lr * batch.fresh * product
-        if memory is None:
-            return target
-        B_m, A_m = memory.base_B, memory.base_A
-        old = A_m.mT @ (B_m.mT @ factor) if side == "left" else B_m @ (A_m @ factor)
-        return target - batch.lr * batch.mu * old
+        weight.step_B = (found.B - batch.B).masked_fill(still, 0.0)
+        weight.step_A = (found.A - batch.A).masked_fill(still, 0.0)
 
     def _still(self) -> Tensor:
         """Where nothing but (B, A) is in the sum, (L, 1, 1)."""
@@ -242,15 +228,20 @@ class _Products:
         sizes = [factor.shape[axis] for factor in factors]
         return list(product.split(sizes, -2 if turn == "A" else -1))
 
-    def _weight_target(self, turn: str, product: Tensor) -> Tensor:
-        """−η(1−τ)·product − ημ·(momentum's product with the weight's current factor)."""
-        batch, weight = self.batch, self.weight
+    def _weight_target(self, turn: str, product: Tensor, factor: Tensor) -> Tensor:
+        """−η(1−τ)·product − ημ·(momentum's product with the same factor)."""
+        batch = self.batch
         target = -batch.lr * batch.fresh * product
         if self.memory is not None:
             B_m, A_m = self.memory.base_B, self.memory.base_A
             scale = -batch.lr * batch.mu
             if turn == "A":
-                target.baddbmm_(scale * (weight.B.mT @ B_m), A_m)
+                target.baddbmm_(scale * (factor.mT @ B_m), A_m)
             else:
-                target.baddbmm_(B_m, scale * (A_m @ weight.A.mT))
+                target.baddbmm_(B_m, scale * (A_m @ factor.mT))
         return target
+
+
+def _fixed(projection: Projection, turn: str) -> Tensor:
+    """The factor that a turn multiplies the terms with."""
+    return projection.B if turn == "A" else projection.A

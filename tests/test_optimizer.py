@@ -267,6 +267,9 @@ def test_many_iterations_reach_svdlora() -> None:
         ({}, 2),
         ({"num_iters": 2, "momentum": 0.0}, 3),
         ({"num_iters": 2}, 4),
+        ({"solver": "ritz"}, 2),
+        ({"solver": "ritz", "num_iters": 2, "first": "B"}, 4),
+        ({"solver": "ritz", "num_iters": 2, "first": "B", "momentum": 0.0}, 3),
     ],
 )
 def test_activations_are_read_as_rarely_as_possible(kind: dict, reads: int, monkeypatch: pytest.MonkeyPatch) -> None:
