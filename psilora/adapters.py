@@ -9,17 +9,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from psilora.patches import Convolution, reading
+
 # PEFT layer classes that run `lora_B(lora_A(dropout(x)))` on the inner linears, and variants that keep G = SᵀX there.
 _PEFT_LINEAR = frozenset(
     "Linear Linear8bitLt Linear4bit GPTQLoraLinear AwqLoraLinear AqlmLoraLinear EetqLoraLinear HqqLoraLinear "
     "IncLoraLinear TorchaoLoraLinear TeLinear".split()
 )
-_EXACT_VARIANTS = frozenset({"DoraLinearVariant", "ALoraLinearVariant", "QALoraLinearVariant", "MiCALinearVariant"})
+_PEFT_CONVOLUTION = frozenset({"_ConvNd"})
+_EXACT_VARIANTS = frozenset(
+    "DoraLinearVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant ALoraLinearVariant QALoraLinearVariant "
+    "MiCALinearVariant".split()
+)
 
 # ΔW = s·B·A holds, so `.grad` is right, but the inner linears are not run on the layer's input.
 _GRAD_ONLY = {
     "MultiheadAttention": "it adds the adapter to the weight instead of calling lora_A",
-    "_ConvNd": "it is a convolution, whose input is not a matrix of rows",
     "VeloraLinearVariant": "VeLoRA keeps a compressed input",
     "MontecloraLinearVariant": "MonteCLoRA perturbs lora_A's weight in the forward pass",
 }
@@ -40,6 +45,7 @@ class LoRAPair:
         lora_A, lora_B: The parameters; `A` and `B` view them as matrices (r, d_in) and (d_out, r).
         sites: The (lora_A, lora_B) modules to capture at; more than one where modules share the parameters.
         uncaptured: Why activations cannot be captured, or None when they can.
+        convolution: How lora_A reads its input where it is a convolution, or None; see `psilora.patches`.
     """
 
     name: str
@@ -49,6 +55,7 @@ class LoRAPair:
     adapter: str | None = None
     sites: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     uncaptured: str | None = None
+    convolution: Convolution | None = None
 
     @property
     def scaling(self) -> float:
@@ -116,7 +123,7 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
                 continue
             factors = (id(found.lora_A), id(found.lora_B))
             if factors in by_factors:  # two modules tied to the same pair: one pair, captured at both
-                by_factors[factors].sites.extend(found.sites)
+                _tie(by_factors[factors], found)
                 continue
             shared = [seen[key] for key in factors if key in seen]
             if shared:
@@ -126,6 +133,14 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
             seen.update(dict.fromkeys(factors, found.name))
             pairs.append(found)
     return pairs, unsupported
+
+
+def _tie(pair: LoRAPair, other: LoRAPair) -> None:
+    """Capture at another pair's modules too, which hold the same parameters."""
+    pair.sites.extend(other.sites)
+    if pair.uncaptured is None and pair.convolution != other.convolution:
+        pair.uncaptured = f"it shares its factors with {other.name}, which reads its input in another way"
+    pair.uncaptured = pair.uncaptured or other.uncaptured
 
 
 def _candidates(path: str, module: nn.Module) -> Iterator[LoRAPair | Unsupported]:
@@ -176,6 +191,9 @@ def _refusal(pair: LoRAPair) -> str | None:
         return "it has no LoRA scaling"
     if A.is_complex() or B.is_complex():
         return f"it is complex ({A.dtype}); factors must have a real floating dtype"
+    groups = max((getattr(module, "groups", 1) for site in pair.sites for module in site), default=1)
+    if groups != 1:
+        return f"its convolution has groups={groups}, each with a product of its own"
     if A.dim() < 2 or B.dim() < 2 or B.shape[1:].numel() != A.shape[0]:
         return f"the shapes {tuple(B.shape)} of lora_B and {tuple(A.shape)} of lora_A do not chain (rank mismatch)"
     if getattr(owner, "num_experts", 1) != 1:
@@ -190,7 +208,7 @@ def _refusal(pair: LoRAPair) -> str | None:
 
 
 def _no_capture(pair: LoRAPair) -> str | None:
-    """Return why X and S cannot be captured at the pair's inner linears, or None when they can."""
+    """Return why X and S cannot be captured at the pair's inner layers, or None when they can; notes a convolution."""
     variant = _variant(pair)
     if variant in _GRAD_ONLY:
         return _GRAD_ONLY[variant]
@@ -199,12 +217,17 @@ def _no_capture(pair: LoRAPair) -> str | None:
     for cls in type(pair.owner).__mro__:
         if cls.__name__ in _GRAD_ONLY:
             return _GRAD_ONLY[cls.__name__]
-    if not all(isinstance(module, nn.Linear) for site in pair.sites for module in site):
-        return "its lora_A and lora_B are not linear layers"
+    linear = all(isinstance(module, nn.Linear) for site in pair.sites for module in site)
+    if not linear:
+        ((lora_A, lora_B),) = pair.sites
+        how = reading(lora_A, lora_B)
+        if isinstance(how, str):
+            return how
+        pair.convolution = how
     if pair.adapter is None:
         return None
     names = {cls.__name__ for cls in type(pair.owner).__mro__ if cls.__module__.startswith("peft.")}
-    if names & _PEFT_LINEAR and variant in {None, *_EXACT_VARIANTS}:
+    if names & (_PEFT_LINEAR if linear else _PEFT_CONVOLUTION) and variant in {None, *_EXACT_VARIANTS}:
         return None
     return f"{type(pair.owner).__name__} is not a layer known to run lora_B(lora_A(x))"
 

@@ -20,9 +20,10 @@ from torch.utils.hooks import RemovableHandle
 
 from psilora import compiled
 from psilora.adapters import LoRAPair
-from psilora.holdings import KINDS, Holding, Rows
+from psilora.holdings import KINDS, Holding, Input, Matrix, Rows
 from psilora.numerics import compute_dtype
 from psilora.origins import Origin, Originals, origin_of
+from psilora.patches import Patches, position_rows
 
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
 
@@ -107,22 +108,32 @@ class Record:
     def stand_in(self) -> None:
         """Hold no rows, for a pair that other processes captured in this step and this one did not run."""
         weight = self.pair.lora_A
-        self._take(weight.new_zeros(0, self.pair.d_in), weight.new_zeros(0, self.pair.d_out))
+        self._hold(Matrix(weight.new_zeros(0, self.pair.d_in)), weight.new_zeros(0, self.pair.d_out))
 
     def _take(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
         if s is None:
             self.missed += 1
             return
-        x, s = x.detach().flatten(0, -2), s.detach().flatten(0, -2)
+        conv, x = self.pair.convolution, x.detach()
+        if conv is None:
+            x = x.flatten(0, -2)
+        if self.holds == "rows":
+            x = self._originals.share(x, origin)
+        if conv is None:
+            self._hold(Matrix(x), s.detach().flatten(0, -2))
+        else:
+            self._hold(Patches(x, conv), position_rows(s.detach(), conv))
+
+    def _hold(self, x: Input, s: Tensor) -> None:
         self.calls += 1
-        self.rows += x.shape[0]
-        self.held.take(self._originals.share(x, origin) if self.holds == "rows" else x, s, self.pair)
+        self.rows += s.shape[0]
+        self.held.take(x, s, self.pair)
         if self.squares:
             self._add_squares(x, s)
 
-    def _add_squares(self, x: Tensor, s: Tensor) -> None:
+    def _add_squares(self, x: Input, s: Tensor) -> None:
         dtype = compute_dtype(self.pair.lora_A.dtype)
-        x2, s2 = x.to(dtype).square().sum(0), s.to(dtype).square().sum(0)
+        x2, s2 = x.squares(dtype), s.to(dtype).square().sum(0)
         self.sum_x2 = x2 if self.sum_x2 is None else self.sum_x2 + x2
         self.sum_s2 = s2 if self.sum_s2 is None else self.sum_s2 + s2
 

@@ -31,7 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="folder or hub name of a transformers model, or of a PEFT adapter")
     parser.add_argument("--rank", type=int, default=8, help="LoRA rank to plan with (default 8)")
     parser.add_argument("--target-modules", default="all-linear", help="as in LoraConfig, comma-separated (all-linear)")
-    parser.add_argument("--tokens", type=int, default=4096, help="rows per step N = batch × sequence (default 4096)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=4096,
+        help="rows per step N = batch × sequence, or × output positions of a convolution (default 4096)",
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget", type=float, help="capture_budget for gradient='auto', in GiB (none)")
     parser.add_argument("--self-test", action="store_true", help="only compare the backends with the float64 oracle")
@@ -121,23 +126,29 @@ def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Modul
 
 def layers(pairs: Sequence[LoRAPair], unsupported: Sequence[Unsupported]) -> list[str]:
     """Return the layers grouped by shape and capture mode, then what cannot be trained."""
-    kinds = Counter(
-        (p.name.rsplit(".", 1)[-1], p.d_out, p.d_in, p.rank, p.uncaptured or "captured exactly") for p in pairs
-    )
+    kinds = Counter((p.name.rsplit(".", 1)[-1], p.d_out, p.d_in, p.rank, _mode(p)) for p in pairs)
     lines = [f"{n} × {name} {d_out}×{d_in}, r = {r}: {mode}" for (name, d_out, d_in, r, mode), n in kinds.items()]
     lines += [f"{u.name}: not trainable here, {u.reason}" for u in unsupported]
     return lines or ["no LoRA pair found"]
+
+
+def _mode(pair: LoRAPair) -> str:
+    """Return whether a pair is captured, and over which patches."""
+    if pair.uncaptured is not None:
+        return pair.uncaptured
+    kernel = pair.convolution.kernel if pair.convolution is not None else ()
+    return "captured exactly" + (f", by patches of {'×'.join(map(str, kernel))}" if kernel else "")
 
 
 def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
     """Return the bytes of X and S (`itemsize` each number) for `tokens` rows, and of the fp32 state, by setting.
 
     Layers that hang on the same module and have the same width (q, k and v; gate and up) usually share one X: the
-    smaller figure for X counts it once.
+    smaller figure for X counts it once. Of a convolution d_in is C_in·∏k and every output position is a row.
     """
     captured = [p for p in pairs if p.uncaptured is None]
     X = sum(p.d_in for p in captured) * tokens * itemsize
-    shared = {(p.name.rpartition(".")[0], p.d_in): p.d_in for p in captured}
+    shared = {(p.name if p.convolution else p.name.rpartition(".")[0], p.d_in): p.d_in for p in captured}
     shared_X = sum(shared.values()) * tokens * itemsize
     S = sum(p.d_out for p in captured) * tokens * itemsize
     factors = sum(p.rank * (p.d_in + p.d_out) for p in pairs)

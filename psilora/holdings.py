@@ -18,10 +18,59 @@ from psilora.numerics import compute_dtype, full_precision
 HOLDS = {"exact": "rows", "dense": "dense", "backward": "cross", "tangent": "nothing"}
 
 
+class Input(Protocol):
+    """X (N, d_in) of one call, by what is asked of it."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of X."""
+        ...
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """Return X itself."""
+        ...
+
+    def left(self, P: Tensor, total: Tensor | None = None) -> Tensor:
+        """Return PᵀX (k, d_in) for P (N, k), added to `total` in place if there is one, in the dtype of P."""
+        ...
+
+    def right(self, V: Tensor) -> Tensor:
+        """Return XVᵀ (N, k) for V (k, d_in), in the dtype of V."""
+        ...
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """Return Σ_n x_n² (d_in,)."""
+        ...
+
+
+class Matrix:
+    """X of a linear layer, (N, d_in); `psilora.patches.Patches` is that of a convolution."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x, self.dtype = x, x.dtype
+
+    def rows(self, dtype: torch.dtype) -> Tensor:
+        """See `Input`."""
+        return self.x.to(dtype)
+
+    def left(self, P: Tensor, total: Tensor | None = None) -> Tensor:
+        """See `Input`."""
+        x = self.x.to(P.dtype)
+        return P.mT @ x if total is None else total.addmm_(P.mT, x)
+
+    def right(self, V: Tensor) -> Tensor:
+        """See `Input`."""
+        return self.x.to(V.dtype) @ V.mT
+
+    def squares(self, dtype: torch.dtype) -> Tensor:
+        """See `Input`."""
+        return self.x.to(dtype).square().sum(0)
+
+
 class Holding(Protocol):
     """What is kept of the calls of one pair."""
 
-    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+    def take(self, x: Input, s: Tensor, pair: LoRAPair) -> None:
         """Keep what is needed of X (N, d_in) and S_B (N, d_out) of one call."""
         ...
 
@@ -44,9 +93,9 @@ class Rows:
     def __init__(self) -> None:
         self.chunks: list[tuple[Tensor, Tensor]] = []
 
-    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+    def take(self, x: Input, s: Tensor, pair: LoRAPair) -> None:
         """See `Holding`. Under autocast X may be wider than S_B: neither is kept wider than the gradient."""
-        self.chunks.append((x.to(s.dtype) if s.element_size() < x.element_size() else x, s))
+        self.chunks.append((x.rows(s.dtype if s.element_size() < x.dtype.itemsize else x.dtype), s))
 
     def tensors(self) -> list[Tensor]:
         """See `Holding`."""
@@ -67,14 +116,11 @@ class Dense:
     def __init__(self) -> None:
         self.matrix: Tensor | None = None
 
-    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+    def take(self, x: Input, s: Tensor, pair: LoRAPair) -> None:
         """See `Holding`."""
         dtype = compute_dtype(pair.lora_A.dtype)
-        with full_precision(x.device.type):
-            if self.matrix is None:
-                self.matrix = s.to(dtype).mT @ x.to(dtype)
-            else:
-                self.matrix.addmm_(s.to(dtype).mT, x.to(dtype))
+        with full_precision(s.device.type):
+            self.matrix = x.left(s.to(dtype), self.matrix)
 
     def tensors(self) -> list[Tensor]:
         """See `Holding`."""
@@ -100,16 +146,16 @@ class Cross:
         self.right: Tensor | None = None
         self.cross: Tensor | None = None
 
-    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+    def take(self, x: Input, s: Tensor, pair: LoRAPair) -> None:
         """See `Holding`. A second call overwrites the first: the two would need products of one with the other."""
         dtype, grad = compute_dtype(pair.lora_A.dtype), pair.lora_A.grad
         A, B = pair.A.to(dtype), pair.B.to(dtype)
-        with full_precision(x.device.type):
+        with full_precision(s.device.type):
             if grad is not None and grad.dtype == dtype and grad.layout == torch.strided:
                 left = grad.detach().flatten(1)
             else:
-                left = self.left = (s.to(dtype) @ B).mT @ x.to(dtype)
-            products = s.to(dtype).mT @ (x.to(dtype) @ torch.cat([A, left]).mT)
+                left = self.left = x.left(s.to(dtype) @ B)
+            products = s.to(dtype).mT @ x.right(torch.cat([A, left]))
         self.right, self.cross = products.split(pair.rank, 1)
 
     def tensors(self) -> list[Tensor]:
@@ -126,7 +172,7 @@ class Cross:
 class Nothing:
     """Nothing: `.grad` is enough, or the sums that the metric needs."""
 
-    def take(self, x: Tensor, s: Tensor, pair: LoRAPair) -> None:
+    def take(self, x: Input, s: Tensor, pair: LoRAPair) -> None:
         """See `Holding`."""
 
     def tensors(self) -> list[Tensor]:

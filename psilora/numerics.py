@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +35,28 @@ def full_precision(device_type: str) -> Iterator[None]:
             yield
         finally:
             torch.set_float32_matmul_precision(previous)
+
+
+@contextlib.contextmanager
+def full_convolutions() -> Iterator[None]:
+    """Run a block with fp32 convolutions in true fp32, by algorithms that give the same bits every time.
+
+    `full_precision` is about matrix products; convolutions have switches of their own, and tf32 is their default.
+    """
+    cudnn = torch.backends.cudnn
+    switches: list[tuple[Any, str, object]] = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
+    if hasattr(cudnn, "conv"):  # torch 2.9 and later; there the older switch may not even be read beside it
+        switches += [(backend.conv, "fp32_precision", "ieee") for backend in (cudnn, torch.backends.mkldnn)]
+    else:
+        switches.append((cudnn, "allow_tf32", False))
+    former = [getattr(owner, name) for owner, name, _ in switches]
+    try:
+        for owner, name, value in switches:
+            setattr(owner, name, value)
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, former, strict=True):
+            setattr(owner, name, value)
 
 
 def spd_solve(gram: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,8 +106,8 @@ class PSILoRA(torch.optim.Optimizer):
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
             names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
             to `loss_reduction`, without max_grad_norm, norm, controller and backend.
-        tokens: Rows N that a layer sees per step in this process, for gradient="auto"; None: as in the first step.
-            The same in all processes, as every setting here.
+        tokens: Rows N that a layer sees per step in this process, for gradient="auto": tokens, or output positions of a
+            convolution. None: as many as each layer saw in the first step. The same in all processes, as every setting.
         capture_budget: Bytes that gradient="auto" may hold from backward to step; None for no limit.
         process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
             is summed over them by small all-reduces in `step`, which they must therefore call together.
@@ -288,8 +288,8 @@ class PSILoRA(torch.optim.Optimizer):
             for device_type in sorted({grad.device.type for grad in grads}):
                 stack.enter_context(full_precision(device_type))
             self._apply(problems, grads)
-        rows = max(joint.rows for joint in joints.values())
-        self._planner.observe(self._capture, rows // self.communicator.world_size)
+        world = self.communicator.world_size
+        self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints.items()})
         self._capture.clear()
         self._counters.poll()
         return loss

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from psilora.adapters import LoRAPair
@@ -27,8 +27,10 @@ class Choice:
     reason: str
 
 
-def choose(pairs: Sequence[LoRAPair], rows: int, budget: float | None, itemsize: int | None = None) -> list[Choice]:
-    """Return a choice per pair for `rows` = N rows per step.
+def choose(
+    pairs: Sequence[LoRAPair], rows: int | Sequence[int], budget: float | None, itemsize: int | None = None
+) -> list[Choice]:
+    """Return a choice per pair for `rows` = N rows per step: tokens, or output positions of a convolution.
 
     X and S take N·(d_in + d_out)·itemsize bytes, a dense gradient 4·d_out·d_in (8 each for fp64): the smaller one is
     taken, both being exact. While the sum exceeds `budget` bytes, the layer that holds most falls back to the tangent
@@ -36,11 +38,12 @@ def choose(pairs: Sequence[LoRAPair], rows: int, budget: float | None, itemsize:
 
     Args:
         pairs: The pairs, of any shapes.
-        rows: N, in this process.
+        rows: N, in this process; one number for all pairs, or one for each.
         budget: Bytes, or None for no limit.
         itemsize: Bytes per number of X and S; None for that of lora_B.
     """
-    chosen = [_smallest(pair, rows, itemsize or pair.lora_B.element_size()) for pair in pairs]
+    counts = [rows] * len(pairs) if isinstance(rows, int) else rows
+    chosen = [_smallest(p, n, itemsize or p.lora_B.element_size()) for p, n in zip(pairs, counts, strict=True)]
     total = sum(choice.bytes for choice in chosen)
     if budget is None:
         return chosen
@@ -64,7 +67,8 @@ def _smallest(pair: LoRAPair, rows: int, itemsize: int) -> Choice:
 class Planner:
     """What each captured pair of an optimizer holds, fixed by its `gradient` setting or chosen for "auto".
 
-    Without a declared number of rows "auto" begins with X and S, and chooses after the first step from the rows it saw.
+    Without a declared number of rows "auto" begins with X and S, of convolutions with SᵀX, and chooses after the first
+    step from the rows that each layer saw.
     With several processes it takes their mean, and the adapters' dtype for that of X and S, so that all choose alike:
     under autocast this counts up to twice what is held.
 
@@ -88,7 +92,7 @@ class Planner:
         if tokens is not None:
             self._choose(tokens)
 
-    def _choose(self, rows: int) -> None:
+    def _choose(self, rows: int | Sequence[int]) -> None:
         chosen = choose(self._auto, rows, self.budget)
         self.choices = {pair.name: choice for pair, choice in zip(self._auto, chosen, strict=True)}
 
@@ -97,7 +101,10 @@ class Planner:
         now = {}
         for pair, options in self.settings:
             choice = self.choices.get(pair.name)
-            now[pair.name] = options.gradient if options.gradient != "auto" else choice.gradient if choice else "exact"
+            undecided = "exact" if pair.convolution is None else "dense"  # patches repeat the input ∏k times
+            now[pair.name] = (
+                options.gradient if options.gradient != "auto" else choice.gradient if choice else undecided
+            )
         return now
 
     def capture(self) -> Capture:
@@ -106,11 +113,17 @@ class Planner:
         squares = [_squares(options, kind) for (_, options), kind in zip(self.settings, holds, strict=True)]
         return Capture([pair for pair, _ in self.settings], holds, squares)
 
-    def observe(self, capture: Capture, rows: int) -> None:
-        """Choose, if that is still to be done, after a step of `rows` rows; captures of that step are dropped."""
-        if self.choices or not self._auto or rows == 0:
+    def observe(self, capture: Capture, rows: Mapping[int, int]) -> None:
+        """Choose, if that is still to be done, after a step; captures of that step are dropped.
+
+        Args:
+            capture: Holds what was captured for the step.
+            rows: N by id of the pair; one that did not run is taken to see as many as the longest.
+        """
+        most = max(rows.values(), default=0)
+        if self.choices or not self._auto or most == 0:
             return
-        self._choose(rows)
+        self._choose([rows.get(id(pair), 0) or most for pair in self._auto])
         capture.clear()
         for (pair, options), gradient in zip(self.settings, self.gradients().values(), strict=True):
             record = capture.record(pair)

@@ -8,37 +8,19 @@ import weakref
 
 import pytest
 import torch
+from captures import assert_exact, captured_gradients
 from models import MLP, bare, data, mse, peft_mlp, plain_mlp, randomise_B
 from peft import LoraConfig, get_peft_model
+from tiny import adapted, tiny_gpt2, tokens
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from psilora import PSILoRA
-from psilora.adapters import LoRAPair
 
 
 def optimizer_of(model: nn.Module, **kwargs: object) -> PSILoRA:
     return bare(model, 0.1, **kwargs)  # type: ignore[arg-type]
-
-
-def captured_gradients(optimizer: PSILoRA, pair: LoRAPair) -> tuple[Tensor, Tensor]:
-    """dA = (S_B·B)ᵀX and dB = S_Bᵀ(XAᵀ) from what was captured."""
-    record = optimizer._capture.record(pair)
-    assert record is not None and record.captured
-    dA = sum((s @ pair.B).mT @ x for x, s in record.chunks)
-    dB = sum(s.mT @ (x @ pair.A.mT) for x, s in record.chunks)
-    return dA, dB
-
-
-def assert_exact(optimizer: PSILoRA, tolerance: float = 1e-12) -> None:
-    pairs = list(optimizer._pairs.values())
-    assert pairs
-    for pair in pairs:
-        dA, dB = captured_gradients(optimizer, pair)
-        assert dB.norm() > 0 and dA.norm() > 0
-        torch.testing.assert_close(dA, pair.lora_A.grad.flatten(1), rtol=tolerance, atol=tolerance)
-        torch.testing.assert_close(dB, pair.lora_B.grad.flatten(1), rtol=tolerance, atol=tolerance)
 
 
 VARIANTS = {
@@ -68,19 +50,14 @@ def test_lora_linear() -> None:
 
 
 def test_conv1d_of_transformers() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.c = Conv1D(6, 24)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.c(x)
-
-    config = LoraConfig(r=3, target_modules=["c"], fan_in_fan_out=True)
-    model = get_peft_model(Net(), config).double()
-    randomise_B(model)
+    """GPT-2's projections keep their weight transposed; the inner layers of their adapters are linear all the same."""
+    targets = ["c_attn", "c_proj", "c_fc"]
+    model = adapted(tiny_gpt2(), target_modules=targets, fan_in_fan_out=True, lora_dropout=0.1).double().train()
+    assert any(isinstance(module, Conv1D) for module in model.modules())
     optimizer = optimizer_of(model)
-    mse(model, data()).backward()
+    assert len(optimizer._pairs) == 8 and any(pair.d_in != pair.d_out for pair in optimizer._pairs.values())
+    for seed in range(2):
+        model(**tokens(seed=seed)).loss.backward()
     assert_exact(optimizer)
 
 
@@ -277,16 +254,10 @@ def test_autocast_keeps_no_wide_copy_of_x(adapter_dtype: torch.dtype) -> None:
     for pair in optimizer._pairs.values():
         for captured_x, captured_s in optimizer._capture.record(pair).chunks:
             assert captured_x.dtype == captured_s.dtype == torch.bfloat16
-        dA, dB = captured_gradients_in_float(optimizer, pair)
+        dA, dB = captured_gradients(optimizer, pair, torch.float32)
         torch.testing.assert_close(dA, pair.lora_A.grad.float(), rtol=3e-2, atol=3e-2 * dA.abs().max().item())
         torch.testing.assert_close(dB, pair.lora_B.grad.float(), rtol=3e-2, atol=3e-2 * dB.abs().max().item())
     optimizer.step()
-
-
-def captured_gradients_in_float(optimizer: PSILoRA, pair: LoRAPair) -> tuple[Tensor, Tensor]:
-    chunks = [(x.float(), s.float()) for x, s in optimizer._capture.record(pair).chunks]
-    dA = sum((s @ pair.B.float()).mT @ x for x, s in chunks)
-    return dA, sum(s.mT @ (x @ pair.A.float().mT) for x, s in chunks)
 
 
 def test_concurrent_forwards_pair_their_own_calls() -> None:

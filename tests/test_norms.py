@@ -11,7 +11,7 @@ from problems import make_problem
 from torch import Tensor
 
 from psilora import PSILoRA, norms
-from psilora.holdings import Dense
+from psilora.holdings import Dense, Matrix
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def test_the_dense_and_the_tangent_gradient() -> None:
     exact, other = make_problem((40, 24, 3)), make_problem((40, 24, 3), gradient="tangent")
     held = Dense()
     for x, s in exact.record.chunks:
-        held.take(x, s, exact.pair)
+        held.take(Matrix(x), s, exact.pair)
     want = float(dense_gradient(exact).square().sum())
     exact.record.held = held  # type: ignore[union-attr]
     exact.record.chunks = []  # type: ignore[union-attr]

@@ -158,10 +158,17 @@ class Words(nn.Module):
         return self.out(self.table(tokens))
 
 
+class CastingConv(nn.Conv2d):
+    """A convolution with a forward of its own, which PEFT gives to lora_A and lora_B as well."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.out = nn.Conv2d(3, 8, 3), nn.Linear(8, 6)
+        self.conv, self.out = CastingConv(3, 8, 3), nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.conv(x).mean((2, 3)))
