@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from psilora import compiled
 from psilora.adapters import LoRAPair
 from psilora.holdings import KINDS, Holding, Input, Matrix, Rows
-from psilora.numerics import compute_dtype
+from psilora.numerics import compute_dtype, full_precision
 from psilora.origins import Origin, Originals, origin_of
 from psilora.patches import Patches, position_rows
 
@@ -37,17 +37,18 @@ class Record:
         held: What is kept of X (N_j, d_in) and S_B (N_j, d_out) of each call; see `psilora.holdings`.
         holds: Its kind, from the next call on.
         calls, rows: number of calls and N = Σ N_j.
-        sum_x2, sum_s2: Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,), kept where `squares` asks for them.
+        sum_x2, sum_s2: Where `sums` is "squares", Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,); where it is "products",
+            XᵀX (d_in, d_in) and S_BᵀS_B (d_out, d_out); in the compute dtype, None before the first call.
         missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
             reached lora_A through neither.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
     """
 
-    def __init__(self, pair: LoRAPair, holds: str, squares: bool, probes: set[Record], originals: Originals) -> None:
+    def __init__(self, pair: LoRAPair, holds: str, sums: str | None, probes: set[Record], originals: Originals) -> None:
         self.pair = pair
         self.holds = holds
-        self.squares = squares
+        self.sums = sums
         self.verified = False
         self._probes = probes
         self._originals = originals
@@ -67,9 +68,9 @@ class Record:
         self._pending: dict[int, list[tuple[Tensor, Tensor | None, Origin | None]]] = {}
         self._backward = -1
 
-    def hold(self, kind: str, squares: bool) -> None:
+    def hold(self, kind: str, sums: str | None) -> None:
         """Forget everything captured, and keep this from the next call on."""
-        self.holds, self.squares = kind, squares
+        self.holds, self.sums = kind, sums
         self.clear()
 
     def open(self, *, missed: bool) -> None:
@@ -128,14 +129,21 @@ class Record:
         self.calls += 1
         self.rows += s.shape[0]
         self.held.take(x, s, self.pair)
-        if self.squares:
-            self._add_squares(x, s)
+        if self.sums is not None:
+            self._add_sums(x, s.to(compute_dtype(self.pair.lora_A.dtype)))
 
-    def _add_squares(self, x: Input, s: Tensor) -> None:
-        dtype = compute_dtype(self.pair.lora_A.dtype)
-        x2, s2 = x.squares(dtype), s.to(dtype).square().sum(0)
-        self.sum_x2 = x2 if self.sum_x2 is None else self.sum_x2 + x2
-        self.sum_s2 = s2 if self.sum_s2 is None else self.sum_s2 + s2
+    def _add_sums(self, x: Input, s: Tensor) -> None:
+        if self.sums == "squares":
+            x2, s2 = x.squares(s.dtype), s.square().sum(0)
+        else:
+            with full_precision(s.device.type):
+                x2, s2 = x.left(x.rows(s.dtype)), s.mT @ s
+        self.sum_x2 = x2 if self.sum_x2 is None else self.sum_x2.add_(x2)
+        self.sum_s2 = s2 if self.sum_s2 is None else self.sum_s2.add_(s2)
+
+    def tensors(self) -> list[Tensor]:
+        """Return what is held that grows faster than the width of the layer."""
+        return self.held.tensors() + [t for t in (self.sum_x2, self.sum_s2) if t is not None and t.dim() > 1]
 
     def accumulated(self) -> None:
         """Keep a copy of dB as backward leaves it, if this is one of the probes."""
@@ -161,13 +169,12 @@ class Capture:
     Args:
         pairs: Pairs whose `uncaptured` is None.
         holds: Per pair, a kind of `psilora.holdings`.
-        squares: Per pair, whether to keep Σx² and Σs² as well; None for no.
+        sums: Per pair, what to keep for the metric: "squares", "products" or None (see `Record`); None for none.
     """
 
-    def __init__(self, pairs: list[LoRAPair], holds: Sequence[str], squares: Sequence[bool] | None = None) -> None:
+    def __init__(self, pairs: list[LoRAPair], holds: Sequence[str], sums: Sequence[str | None] | None = None) -> None:
         probes: set[Record] = set()
-        sums = [False] * len(pairs) if squares is None else squares
-        kinds, originals = zip(pairs, holds, sums, strict=True), Originals()
+        kinds, originals = zip(pairs, holds, sums or [None] * len(pairs), strict=True), Originals()
         self.records = {id(pair): Record(pair, kind, s, probes, originals) for pair, kind, s in kinds}
         self.superseded = False
         self._handles: list[RemovableHandle] = []
@@ -202,7 +209,7 @@ class Capture:
 
     def nbytes(self) -> int:
         """Return the bytes held; storage shared between layers is counted once."""
-        held = (t.untyped_storage() for record in self.records.values() for t in record.held.tensors())
+        held = (t.untyped_storage() for record in self.records.values() for t in record.tensors())
         return sum({storage.data_ptr(): storage.nbytes() for storage in held}.values())
 
     def close(self) -> None:

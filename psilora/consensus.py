@@ -93,11 +93,11 @@ def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:
 
 def refuse_unshared(settings: Sequence[tuple[LoRAPair, Options]], world: int) -> None:
     """Raise ValueError, by layer, for settings that cannot be computed from thin sums over `world` processes."""
-    shampoo = [pair.name for pair, o in settings if world > 1 and o.metric == "shampoo" and o.gradient != "tangent"]
+    shampoo = [pair.name for pair, o in settings if world > 1 and o.statistics == "shampoo" and o.gradient != "tangent"]
     if shampoo:
         raise ValueError(
-            f"metric='shampoo' needs diag(GᵀG) of the gradient averaged over the {world} processes, which no thin sum "
-            f"gives, for {listed(shampoo)}; use metric='kfac', or gradient='tangent'"
+            f"a Shampoo metric needs GᵀG of the gradient averaged over the {world} processes, which no thin sum gives, "
+            f"for {listed(shampoo)}; use metric='kfac' or 'kfac-dense', or gradient='tangent'"
         )
     crossed = [pair.name for pair, o in settings if world > 1 and o.gradient == "backward" and o.captures is not None]
     if crossed:

@@ -20,6 +20,7 @@ from psilora.adapters import LoRAPair, Unsupported, find_pairs
 from psilora.engine import backend_unavailable
 from psilora.lora import LoRALinear
 from psilora.optimizer import PSILoRA
+from psilora.options import DENSE_LIMIT
 from psilora.representation import choose
 
 _PACKAGES = ("psilora", "torch", "triton", "numpy", "peft", "transformers", "accelerate")
@@ -153,6 +154,9 @@ def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
     S = sum(p.d_out for p in captured) * tokens * itemsize
     factors = sum(p.rank * (p.d_in + p.d_out) for p in pairs)
     diagonal = sum(p.d_in + p.d_out for p in pairs)
+    narrow = [p for p in pairs if max(p.d_in, p.d_out) <= DENSE_LIMIT]
+    left = len(pairs) - len(narrow)
+    wide = f", without {left} layer{'s' * (left > 1)} wider than {DENSE_LIMIT}, which it cannot take" if left else ""
     return [
         f"gradient='exact': X {_size(shared_X)} (shared) to {_size(X)}, S {_size(S)}, held from backward to step",
         f"gradient='dense': {_size(sum(4 * p.d_in * p.d_out for p in captured))}, whatever the rows",
@@ -161,6 +165,7 @@ def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
         f"momentum of step='spectral' (rank 2r): {_size(8 * factors)}, as AdamW on the same parameters",
         f"momentum of step='gradient' (rank r): {_size(4 * factors)}",
         f"metric of either: {_size(4 * diagonal)}",
+        f"metric='kfac-dense' or 'shampoo-dense': {_size(sum(4 * (p.d_in**2 + p.d_out**2) for p in narrow))}{wide}",
     ]
 
 
@@ -201,6 +206,7 @@ _CASES: tuple[dict[str, Any], ...] = (
     {"step": "gradient"},
     {"step": "gradient", "num_iters": 2, "first": "B"},
     {"step": "gradient", "metric": "kfac"},
+    {"step": "gradient", "metric": "kfac-dense", "damping": 1e-3},
     {"step": "gradient", "gradient": "tangent"},
 )
 

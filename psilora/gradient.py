@@ -130,6 +130,11 @@ class TangentGradient:
         rows = (P * (P @ (Q @ Q.mT))).sum(-1)
         return columns.clamp_min(0), rows.clamp_min(0)
 
+    def products(self) -> tuple[Tensor, Tensor]:
+        """Return G_TᵀG_T (L, d_in, d_in) and G_TG_Tᵀ (L, d_out, d_out)."""
+        P, Q = torch.cat([self.B, self.H], -1), torch.cat([self.Z, self.R], -2)
+        return Q.mT @ ((P.mT @ P) @ Q), P @ ((Q @ Q.mT) @ P.mT)
+
 
 def activation_squares(chunks: Chunks, dtype: torch.dtype, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Return diag(GᵀG) (d_in,) and diag(GGᵀ) (d_out,) of G = Σ_j S_jᵀX_j, without holding all of G.

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from psilora.adapters import LoRAPair, describe, find_pairs
-from psilora.options import OPTION_NAMES, Options, resolved
+from psilora.options import DENSE_LIMIT, OPTION_NAMES, Options, resolved
 
 
 def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
@@ -44,7 +44,7 @@ def lora_groups(
         groups.append(group)
     for pair in pairs:
         index = next((i for i, match in enumerate(matchers, start=1) if match(pair.name)), 0)
-        momentum_rank(pair, Options.from_group(groups[index]))
+        check_pair(pair, Options.from_group(groups[index]))
         groups[index]["params"] += [pair.lora_A, pair.lora_B]
     for override, group in zip(overrides, groups[1:], strict=True):
         if not group["params"]:
@@ -62,6 +62,16 @@ def _matcher(layers: object) -> Callable[[str], bool]:
         names = set(layers)
         return lambda name: name in names
     raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
+
+
+def check_pair(pair: LoRAPair, options: Options) -> None:
+    """Raise ValueError, by name, for settings that a pair of this shape cannot have."""
+    momentum_rank(pair, options)
+    if options.form == "dense" and max(pair.d_out, pair.d_in) > DENSE_LIMIT:
+        raise ValueError(
+            f"{pair.name} is {pair.d_out}×{pair.d_in}: metric={options.metric!r} keeps and decomposes matrices d×d, "
+            f"for d <= {DENSE_LIMIT} only; use metric={options.statistics!r}, or give this layer one by `groups`"
+        )
 
 
 def momentum_rank(pair: LoRAPair, options: Options) -> int:

@@ -12,10 +12,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from psilora.eigenmetric import EigenMetric
 from psilora.numerics import compute_dtype, full_precision, spd_solve
 
 Pair: TypeAlias = tuple[Tensor, Tensor]
 Scalar: TypeAlias = float | Tensor
+#: A positive diagonal (…, d), an SPD matrix (…, d, d), or one in its eigenvectors.
+Metric: TypeAlias = Tensor | EigenMetric
 
 
 @torch.no_grad()
@@ -115,15 +118,15 @@ class Projection:
         *,
         decay: Tensor | None,
         prox: Tensor,
-        metric: Pair | None = None,
+        metric: tuple[Metric, Metric] | None = None,
         solve: Callable[[Tensor, Tensor], Pair] = spd_solve,
     ) -> None:
         self.base_B, self.base_A = B, A
         self._B: Tensor | None = B
         self._A: Tensor | None = A
         self.decay, self.prox = decay, prox
-        self.metric_B: Tensor | None = None if metric is None else metric[0]
-        self.metric_A: Tensor | None = None if metric is None else metric[1]
+        self.metric_B: Metric | None = None if metric is None else metric[0]
+        self.metric_A: Metric | None = None if metric is None else metric[1]
         self.step_B: Tensor | None = None
         self.step_A: Tensor | None = None
         self.repaired = torch.zeros((), dtype=torch.int64, device=A.device)
@@ -188,17 +191,21 @@ class Projection:
         return solution
 
 
-def apply_metric(metric: Tensor | None, factor: Tensor) -> Tensor:
-    """Return M·F for F (…, d, r) and M None (identity), a diagonal (…, d) or a matrix (…, d, d)."""
+def apply_metric(metric: Metric | None, factor: Tensor) -> Tensor:
+    """Return M·F for F (…, d, r) and M None (identity), a diagonal (…, d), a matrix (…, d, d) or an `EigenMetric`."""
     if metric is None:
         return factor
+    if isinstance(metric, EigenMetric):
+        return metric.apply(factor)
     return metric @ factor if _is_matrix(metric, factor) else metric.unsqueeze(-1) * factor
 
 
-def unapply_metric(metric: Tensor | None, factor: Tensor) -> Tensor:
+def unapply_metric(metric: Metric | None, factor: Tensor) -> Tensor:
     """Return M⁻¹·F, shapes as in `apply_metric`."""
     if metric is None:
         return factor
+    if isinstance(metric, EigenMetric):
+        return metric.unapply(factor)
     if not _is_matrix(metric, factor):
         return factor / metric.unsqueeze(-1)
     return torch.cholesky_solve(factor, torch.linalg.cholesky_ex(metric)[0])

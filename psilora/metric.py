@@ -1,22 +1,26 @@
-"""Diagonal K-FAC and Shampoo metrics: running averages of statistics, damped and raised to a power."""
+"""K-FAC and Shampoo metrics, diagonal and dense: running averages of statistics, damped and raised to a power."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
+from psilora.eigenmetric import EigenMetric, eigh
 from psilora.gradient import activation_squares
 from psilora.holdings import Dense
 from psilora.problem import Problem
 
 
-def initial_metric(size: int, bias_correction: bool, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the starting running average: 0 with bias correction, else 1 as published."""
-    return (
-        torch.zeros(size, dtype=dtype, device=device)
-        if bias_correction
-        else torch.ones(size, dtype=dtype, device=device)
-    )
+def initial_metric(
+    size: int, bias_correction: bool, *, dtype: torch.dtype, device: torch.device, dense: bool = False
+) -> Tensor:
+    """Return the starting running average: 0 with bias correction, else 1, as published; (d,), or dense (d, d)."""
+    if dense and not bias_correction:
+        return torch.eye(size, dtype=dtype, device=device)
+    shape = (size, size) if dense else (size,)
+    return torch.full(shape, 0.0 if bias_correction else 1.0, dtype=dtype, device=device)
 
 
 def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -27,7 +31,7 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     record = problem.record
     if record is None:
         raise RuntimeError(f"{problem.pair.name}: the metric's statistics were not captured")
-    if problem.options.metric == "shampoo":
+    if problem.options.statistics == "shampoo":
         if isinstance(record.held, Dense):
             (matrix,) = record.held.tensors()
             return matrix.square().sum(0), matrix.square().sum(1)
@@ -37,6 +41,31 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
     x2 = sum((x.to(dtype).square().sum(0) for x, _ in record.chunks), torch.zeros((), dtype=dtype))
     s2 = sum((s.to(dtype).square().sum(0) for _, s in record.chunks), torch.zeros((), dtype=dtype))
     return x2, s2
+
+
+def layer_products(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return the sums behind one layer's dense statistics: (for D_A (d_in, d_in), for D_B (d_out, d_out)).
+
+    K-FAC: XᵀX and S_BᵀS_B. Shampoo: GᵀG and GGᵀ for G = S_BᵀX, which is formed.
+    """
+    record = problem.record
+    if record is None:
+        raise RuntimeError(f"{problem.pair.name}: the metric's statistics were not captured")
+    if problem.options.statistics == "shampoo":
+        if isinstance(record.held, Dense):
+            (matrix,) = record.held.tensors()
+        else:
+            matrix = _total([s.to(dtype).mT @ x.to(dtype) for x, s in record.chunks])
+        return matrix.mT @ matrix, matrix @ matrix.mT
+    if record.sum_x2 is not None and record.sum_s2 is not None:
+        return record.sum_x2, record.sum_s2
+    x2 = _total([x.to(dtype).mT @ x.to(dtype) for x, _ in record.chunks])
+    s2 = _total([s.to(dtype).mT @ s.to(dtype) for _, s in record.chunks])
+    return x2, s2
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    return functools.reduce(Tensor.add_, parts)
 
 
 def normalised(kind: str, squares_A: Tensor, squares_B: Tensor, rows: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -57,3 +86,12 @@ def averaged(old: Tensor, new: Tensor, beta: Tensor) -> Tensor:
 def raised(average: Tensor, correction: Tensor | None, damping: Tensor, power: Tensor) -> Tensor:
     """Return M = (D/(1 − β₂ᵗ) + δ)^γ; `correction` = 1 − β₂ᵗ, or None without bias correction."""
     return ((average if correction is None else average / correction) + damping) ** power
+
+
+def raised_dense(average: Tensor, correction: Tensor | None, damping: Tensor, power: Tensor) -> EigenMetric:
+    """Return M = (D/(1 − β₂ᵗ) + δI)^γ of symmetric D (L, d, d), by its eigenvectors; the numbers are (L, 1).
+
+    Eigenvalues that rounding made negative count as 0, so M ≥ δ^γ·I. A D that is not finite makes an M of NaN.
+    """
+    values, vectors = eigh(average)
+    return EigenMetric(vectors, raised(values.clamp_min(0), correction, damping, power))

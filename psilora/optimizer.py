@@ -79,11 +79,13 @@ class PSILoRA(torch.optim.Optimizer):
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
-        metric: None (Frobenius) or a diagonal metric. Spectral: "lora", from the LoRA gradients' second moments alone,
-            M = (D/mean(D) + δ)^γ, which "auto" takes. Gradient: "kfac" or "shampoo", F-LoRSum in M = (D + δ)^γ; "auto"
-            takes None.
+        metric: None (Frobenius) or a metric. Spectral: "lora", diagonal, from the LoRA gradients' second moments alone,
+            M = (D/mean(D) + δ)^γ, which "auto" takes. Gradient: F-LoRSum in M = (D + δ)^γ, diagonal with "kfac" or
+            "shampoo", whole matrices with "kfac-dense" or "shampoo-dense", for layers up to 4096 wide: an fp64
+            eigendecomposition of both sides per step, in plain PyTorch, CUDA is waited for. "auto" takes None.
         metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 1e-2) of the metric.
-        metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published. Gradient only.
+        metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published (I, where dense).
+            Gradient only.
         gradient: How G is known to a gradient step. None: "exact". "exact": X and S are kept from backward to step.
             "dense": SᵀX is kept instead, as exact, and less for more than about d_in·d_out/(d_in+d_out) rows.
             "backward": the products of an exact step with K = 1, A first, without momentum and metric are formed inside
@@ -114,8 +116,8 @@ class PSILoRA(torch.optim.Optimizer):
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
-    (d_out,) of a `lora_B` weight, "step" of both; the metric "lora" keeps √D; and that of the controller. It is created
-    by the first step, or by `init_state`.
+    (d_out,) of a `lora_B` weight, "step" of both; a dense metric is (d_in, d_in) and (d_out, d_out), and "lora" keeps
+    √D; and that of the controller. It is created by the first step, or by `init_state`.
 
     Attributes:
         communicator: Counts the bytes and rounds that captures cost over several processes.

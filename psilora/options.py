@@ -12,7 +12,9 @@ from torch import Tensor
 STEPS = ("gradient", "spectral")
 SOLVERS = ("als", "ritz")
 #: The metrics that each kind of step knows.
-METRICS = {"gradient": (None, "kfac", "shampoo"), "spectral": (None, "lora")}
+METRICS = {"gradient": (None, "kfac", "shampoo", "kfac-dense", "shampoo-dense"), "spectral": (None, "lora")}
+#: Largest width of a layer under a dense metric: at 4096 its state is 64 MiB a side, its eigenvectors seconds of a CPU.
+DENSE_LIMIT = 4096
 #: Defaults that differ between the kinds of step: γ, δ, ρ.
 GAMMA = {"gradient": 0.5, "spectral": 1.0}
 DELTA = {"gradient": 1e-5, "spectral": 1e-2}
@@ -145,6 +147,16 @@ class Options:
     def delta(self) -> float:
         """δ: the metric's damping, of D in the gradient step, of D/mean(D) in the spectral."""
         return DELTA[self.step] if self.damping is None else self.damping
+
+    @property
+    def statistics(self) -> str | None:
+        """What the metric is made from: "kfac", "shampoo" or "lora"; None without one."""
+        return None if self.metric is None else self.metric.partition("-")[0]
+
+    @property
+    def form(self) -> str | None:
+        """How much of the metric's matrices is kept: "diagonal" or "dense"; None without one."""
+        return None if self.metric is None else self.metric.partition("-")[2] or "diagonal"
 
     @property
     def captures(self) -> str | None:

@@ -13,7 +13,8 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from psilora.lorsum import Pair, Scalar, check_terms, turns
+from psilora.eigenmetric import EigenMetric
+from psilora.lorsum import Metric, Pair, Scalar, check_terms, turns
 from psilora.numerics import compute_dtype, full_precision
 
 #: Directions of a block that keep less than this, in units of √eps of the dtype, outside of the basis are left out.
@@ -109,7 +110,7 @@ class RitzProjection:
         num_iters: int,
         first: str,
         kept: Tensor | None = None,
-        metric: Pair | None = None,
+        metric: tuple[Metric, Metric] | None = None,
     ) -> None:
         self.B, self.A, self._kept = B, A, kept
         self._root_B = None if metric is None else _root(metric[0], B.shape[:-2])
@@ -192,8 +193,10 @@ def _first(values: Tensor, count: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, count - values.shape[-1]))
 
 
-def _root(metric: Tensor, batch: Sequence[int]) -> Tensor:
-    """Return L with M = L·Lᵀ: a column (…, d, 1) for a diagonal, else the lower Cholesky factor (…, d, d)."""
+def _root(metric: Metric, batch: Sequence[int]) -> Metric:
+    """Return L with M = L·Lᵀ: a column (…, d, 1) for a diagonal, M^½ in its eigenvectors, or a Cholesky factor."""
+    if isinstance(metric, EigenMetric):
+        return metric.root()
     size = metric.shape[-1]
     if metric.dim() == 1 or metric.shape == (*batch, size):
         return metric.sqrt()[..., None]
@@ -201,24 +204,24 @@ def _root(metric: Tensor, batch: Sequence[int]) -> Tensor:
     return factor
 
 
-def _apply(root: Tensor | None, F: Tensor) -> Tensor:
+def _apply(root: Metric | None, F: Tensor) -> Tensor:
     """Return Lᵀ·F."""
-    if root is None:
-        return F
+    if root is None or isinstance(root, EigenMetric):
+        return F if root is None else root.apply(F)
     return root.mT @ F if _is_matrix(root) else root * F
 
 
-def _solve(root: Tensor | None, F: Tensor) -> Tensor:
+def _solve(root: Metric | None, F: Tensor) -> Tensor:
     """Return L⁻¹·F."""
-    if root is None:
-        return F
+    if root is None or isinstance(root, EigenMetric):
+        return F if root is None else root.unapply(F)
     return torch.linalg.solve_triangular(root, F, upper=False) if _is_matrix(root) else F / root
 
 
-def _transposed_solve(root: Tensor | None, F: Tensor) -> Tensor:
+def _transposed_solve(root: Metric | None, F: Tensor) -> Tensor:
     """Return L⁻ᵀ·F."""
-    if root is None:
-        return F
+    if root is None or isinstance(root, EigenMetric):
+        return F if root is None else root.unapply(F)
     return torch.linalg.solve_triangular(root.mT, F, upper=True) if _is_matrix(root) else F / root
 
 

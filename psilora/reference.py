@@ -8,14 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psilora import metric
-from psilora.batch import Batch
-from psilora.capture import Record
 from psilora.distributed import Steps, lockstep
-from psilora.gradient import ActivationGradient, Gradient, TangentGradient
-from psilora.held import CrossGradient, DenseGradient
-from psilora.holdings import Cross
+from psilora.gradient_batch import GradientBatch
 from psilora.lorsum import Projection, turns
+from psilora.metric_update import updated_metric
 from psilora.problem import Problem, Scales, Update
 from psilora.rayleigh_ritz import RitzProjection
 from psilora.solver import spd_solve
@@ -41,9 +37,9 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`. What comes from X and S, products and statistics, is yielded to be summed
     over the processes; `.grad` already is the joint one.
     """
-    batch = _Batch(problems, scales)
+    batch = GradientBatch(problems, scales)
     options = problems[0].options
-    weights, metric_B, metric_A = yield from batch.metric()
+    weights, metric_B, metric_A = yield from updated_metric(batch)
     weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=weights, solve=spd_solve)
     old = batch.momentum()
     memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge, solve=spd_solve)
@@ -70,85 +66,11 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     )
 
 
-class _Batch(Batch):
-    """The stacked problems with their gradient and metric."""
-
-    def __init__(self, problems: Sequence[Problem], scales: Scales) -> None:
-        super().__init__(problems, scales)
-        self.mu = self.column([p.options.momentum for p in problems])
-        self.fresh = self.column([1 - p.options.tau for p in problems])
-        self.ridge = self.lr * self.column([p.options.rho for p in problems])
-        self.external = scales.share * (1.0 if scales.external is None else scales.external.to(self.device, self.dtype))
-        self.gradient = self._gradient()
-
-    def _gradient(self) -> Gradient:
-        if not self.problems[0].exact:
-            return TangentGradient(self.B, self.A, self.left, self.right)
-        records = [p.record for p in self.problems if p.record is not None]
-        scale = self.clip * self.external / self.scaling
-        if self.problems[0].holds == "dense":
-            return DenseGradient([matrix for record in records for matrix in record.held.tensors()], scale.flatten())
-        if self.problems[0].holds == "cross":
-            return self._cross_gradient(records, scale)
-        return ActivationGradient([record.chunks for record in records], scale.flatten())
-
-    def _cross_gradient(self, records: Sequence[Record], scale: Tensor) -> Gradient:
-        held = [record.held for record in records if isinstance(record.held, Cross)]
-        kept = [h.left for h in held if h.left is not None]
-        return CrossGradient(
-            scale * self.root * self.stack(kept) if len(kept) == len(held) else self.left,
-            scale * self.root * self.stack([h.right for h in held if h.right is not None]),
-            scale**2 * self.root * self.stack([h.cross for h in held if h.cross is not None]),
-            B=self.B,
-            rate=-self.lr * self.fresh,
-            prox=self.ridge,
-            decay=self.decay,
-        )
-
-    @property
-    def reuse(self) -> bool:
-        """Whether BᵀG and GAᵀ at the current factors are `.grad` itself: not when that was rounded to 16 bits."""
-        low = min(self.problems[0].dA.element_size(), self.problems[0].dB.element_size()) < 4
-        return not (self.problems[0].exact and low)
-
-    def metric(
-        self,
-    ) -> Generator[list[Tensor], list[Tensor], tuple[tuple[Tensor, Tensor] | None, Tensor | None, Tensor | None]]:
-        """Update the running averages; return ((M_B, M_A), new D_B, new D_A), or Nones without a metric."""
-        if self.options.metric is None:
-            return None, None, None
-        new_A, new_B = yield from self._statistics(self.options.metric)
-        beta = self.column([p.options.metric_beta for p in self.problems])[:, 0]
-        D_A = metric.averaged(self.stack([p.state_A["metric"] for p in self.problems]), new_A, beta)
-        D_B = metric.averaged(self.stack([p.state_B["metric"] for p in self.problems]), new_B, beta)
-        correction = None
-        if self.options.metric_bias_correction:
-            t = self.stack([p.state_A["step"] for p in self.problems])[:, None] + 1
-            correction = 1 - beta**t
-        damping = self.column([p.options.delta for p in self.problems])[:, 0]
-        power = self.column([p.options.gamma for p in self.problems])[:, 0]
-        M_B, M_A = (metric.raised(D, correction, damping, power) for D in (D_B, D_A))
-        return (M_B, M_A), D_B, D_A
-
-    def _statistics(self, kind: str) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
-        rows = self.column([p.record.rows if p.record is not None else 1 for p in self.problems])[:, 0]
-        if isinstance(self.gradient, TangentGradient) and kind == "shampoo":
-            squares_A, squares_B = self.gradient.squares()
-            (rows,) = yield [rows]
-        else:
-            squares = [metric.layer_squares(p, self.dtype) for p in self.problems]
-            scale = ((self.clip * self.external / self.scaling) ** 2)[:, 0]
-            squares_A = torch.stack([a for a, _ in squares]) * (scale if kind == "shampoo" else 1)
-            squares_B = torch.stack([b for _, b in squares]) * scale
-            squares_A, squares_B, rows = yield [squares_A, squares_B, rows]
-        return metric.normalised(kind, squares_A, squares_B, rows.clamp_min(1), self.options.loss_reduction)
-
-
 @dataclass
 class _Products:
     """The products BᵏᵀG and GAᵏᵀ that the turns of the two projections ask for."""
 
-    batch: _Batch
+    batch: GradientBatch
     weight: Projection
     memory: Projection | None
 

@@ -110,8 +110,8 @@ class Planner:
     def capture(self) -> Capture:
         """Hook the pairs, each to hold what its gradient needs."""
         holds = [HOLDS[gradient] for gradient in self.gradients().values()]
-        squares = [_squares(options, kind) for (_, options), kind in zip(self.settings, holds, strict=True)]
-        return Capture([pair for pair, _ in self.settings], holds, squares)
+        sums = [_sums(options, kind) for (_, options), kind in zip(self.settings, holds, strict=True)]
+        return Capture([pair for pair, _ in self.settings], holds, sums)
 
     def observe(self, capture: Capture, rows: Mapping[int, int]) -> None:
         """Choose, if that is still to be done, after a step; captures of that step are dropped.
@@ -128,9 +128,11 @@ class Planner:
         for (pair, options), gradient in zip(self.settings, self.gradients().values(), strict=True):
             record = capture.record(pair)
             if record is not None:
-                record.hold(HOLDS[gradient], _squares(options, HOLDS[gradient]))
+                record.hold(HOLDS[gradient], _sums(options, HOLDS[gradient]))
 
 
-def _squares(options: Options, holds: str) -> bool:
-    """Whether the metric's sums have to be kept because the rows are not."""
-    return options.metric is not None and holds != "rows"
+def _sums(options: Options, holds: str) -> str | None:
+    """Which sums K-FAC needs because the rows are not kept; Shampoo comes from G, however that is known."""
+    if options.statistics != "kfac" or holds == "rows":
+        return None
+    return "squares" if options.form == "diagonal" else "products"

@@ -51,6 +51,8 @@ def unsupported(problem: Problem) -> str | None:
     tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
     if problem.exact and problem.record is not None:
         tensors += [t for chunk in problem.record.chunks for t in chunk]
+    if problem.options.form not in (None, "diagonal"):
+        return f"metric={problem.options.metric!r}"
     if problem.options.solver != "als":
         return f"solver={problem.options.solver!r}"
     if any(t.dtype not in _FLOATS for t in tensors):

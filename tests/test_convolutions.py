@@ -300,20 +300,21 @@ def test_backward_and_auto_are_exact(kind: dict[str, Any]) -> None:
         assert_equal(trained({**kind, "momentum": 0.0, "gradient": "auto", "tokens": tokens}, clip=0.1), wanted)
 
 
+@pytest.mark.parametrize("metric", ["kfac", "kfac-dense"])
 @pytest.mark.parametrize("gradient", ["dense", "tangent"])
-def test_the_sums_of_k_fac_need_no_rows(gradient: str) -> None:
+def test_the_sums_of_k_fac_need_no_rows(gradient: str, metric: str) -> None:
     model, batch = peft_convnet(), images()
-    exact = bare(model, metric="kfac")
+    exact = bare(model, metric=metric)
     mse(model, batch).backward()
     chunks = [record.chunks[0] for record in exact._capture.records.values()]
     exact.detach()
     model.zero_grad()
-    sums = bare(model, metric="kfac", gradient=gradient)
+    sums = bare(model, metric=metric, gradient=gradient)
     mse(model, batch).backward()
     for (X, S), record in zip(chunks, sums._capture.records.values(), strict=True):
         assert record.chunks == [] and record.rows == len(X)
-        torch.testing.assert_close(record.sum_x2, X.square().sum(0), rtol=1e-12, atol=0)
-        torch.testing.assert_close(record.sum_s2, S.square().sum(0), rtol=1e-12, atol=0)
+        wanted = (X.T @ X, S.T @ S) if metric == "kfac-dense" else (X.square().sum(0), S.square().sum(0))
+        torch.testing.assert_close((record.sum_x2, record.sum_s2), wanted, rtol=1e-12, atol=1e-14)
 
 
 def test_a_change_of_grad_beyond_a_factor_is_refused_and_a_wrong_capture_too() -> None:

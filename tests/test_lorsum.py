@@ -22,8 +22,8 @@ def literal(terms, coefficients, num_iters, prox, metric, first):
     """LoRSum's definition word for word: values, not increments, and explicit inverses."""
     (B1, A1), rest = terms[0], list(zip(coefficients, terms, strict=True))[1:]
     c1 = coefficients[0]
-    M_B = torch.eye(B1.shape[0], dtype=F64) if metric is None else torch.diag(metric[0])
-    M_A = torch.eye(A1.shape[1], dtype=F64) if metric is None else torch.diag(metric[1])
+    metric = (torch.ones(B1.shape[0], dtype=F64), torch.ones(A1.shape[1], dtype=F64)) if metric is None else metric
+    M_B, M_A = (torch.diag(M) if M.dim() == 1 else M for M in metric)
     eye = torch.eye(B1.shape[1], dtype=F64)
 
     def turn_A(B):

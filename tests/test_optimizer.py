@@ -39,13 +39,21 @@ def tangent(G: Tensor, B: Tensor, A: Tensor) -> Tensor:
     return P_B @ G + G @ P_A - P_B @ G @ P_A
 
 
-@settings(max_examples=60, deadline=None)
+def raised(D: Tensor, damping: float, power: float) -> Tensor:
+    """(D + δ)^γ of a diagonal, or (D + δI)^γ of a symmetric matrix."""
+    if D.dim() == 1:
+        return (D + damping) ** power
+    values, vectors = torch.linalg.eigh(D + damping * torch.eye(len(D), dtype=D.dtype))
+    return vectors @ torch.diag(values**power) @ vectors.T
+
+
+@settings(max_examples=80, deadline=None)
 @given(
     shape=st.tuples(st.integers(4, 10), st.integers(4, 10)),
     rank=st.integers(1, 4),
     num_iters=st.integers(0, 3),
     first=st.sampled_from("AB"),
-    metric=st.sampled_from([None, "kfac", "shampoo"]),
+    metric=st.sampled_from([None, "kfac", "shampoo", "kfac-dense", "shampoo-dense"]),
     corrected=st.booleans(),
     gradient=st.sampled_from(["exact", "tangent"]),
     momentum=st.sampled_from([0.0, 0.6]),
@@ -74,7 +82,9 @@ def test_two_steps_match_the_formulas(
     B, A = layer.lora_B.weight.detach() * root, layer.lora_A.weight.detach() * root
     state_A, state_B = optimizer.state[layer.lora_A.weight], optimizer.state[layer.lora_B.weight]
     memory = (state_B["momentum"].clone(), state_A["momentum"].clone()) if momentum else None
-    D_A, D_B = (torch.zeros(n, dtype=F64) if corrected else torch.ones(n, dtype=F64) for n in (d_in, d_out))
+    dense = metric is not None and metric.endswith("dense")
+    D_A, D_B = ((0 if corrected else 1) * torch.eye(n, dtype=F64) for n in (d_in, d_out))
+    D_A, D_B = (D_A, D_B) if dense else (D_A.diagonal(), D_B.diagonal())
     tau = momentum if metric else 0.0
     for t in (1, 2):
         x, y = torch.randn(rows, d_in, dtype=F64), torch.randn(rows, d_out, dtype=F64)
@@ -91,13 +101,12 @@ def test_two_steps_match_the_formulas(
         weights = None
         if metric:
             scale = rows if reduction == "mean" else 1 / rows
-            if metric == "kfac":
-                new_A, new_B = x.square().mean(0), scale * S.square().sum(0)
-            else:
-                new_A, new_B = scale * (G.T @ G).diagonal(), scale * (G @ G.T).diagonal()
+            kfac = metric.startswith("kfac")
+            new_A, new_B = (x.T @ x / rows, scale * S.T @ S) if kfac else (scale * G.T @ G, scale * G @ G.T)
+            new_A, new_B = (new_A, new_B) if dense else (new_A.diagonal(), new_B.diagonal())
             D_A, D_B = beta * D_A + (1 - beta) * new_A, beta * D_B + (1 - beta) * new_B
             c = 1 - beta**t if corrected else 1.0
-            weights = ((D_B / c + damping) ** power, (D_A / c + damping) ** power)
+            weights = (raised(D_B / c, damping, power), raised(D_A / c, damping, power))
         eye = torch.eye(d_in, dtype=F64)
         terms, coefficients = [(B, A), (G, eye)], [1 - lr * wd, -lr * (1 - tau)]
         if memory is not None:
@@ -125,6 +134,8 @@ KINDS = [
     {"metric": "shampoo", "metric_bias_correction": False},
     {"gradient": "tangent"},
     {"gradient": "tangent", "metric": "kfac"},
+    {"metric": "kfac-dense", "num_iters": 2},
+    {"gradient": "tangent", "metric": "shampoo-dense"},
     {"weight_decay": 0.1, "momentum_rank": 2},
     {"prox": 0.0},
     {"solver": "ritz", "num_iters": 2, "weight_decay": 0.1},
@@ -207,12 +218,13 @@ def test_accumulation_equals_one_large_batch(kind: dict) -> None:
         torch.testing.assert_close(a[name], b[name], **({"rtol": 0, "atol": 1e-6} if spectral else TIGHT))
 
 
+@pytest.mark.parametrize("kind", [{"metric": "kfac"}, {"metric": "kfac-dense", "gradient": "tangent"}], ids=str)
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointing_equals_no_checkpointing(use_reentrant: bool) -> None:
+def test_checkpointing_equals_no_checkpointing(kind: dict, use_reentrant: bool) -> None:
     plain, checked = plain_mlp(), plain_mlp()
     checked.load_state_dict(plain.state_dict())
-    train(plain, bare(plain, 0.1, metric="kfac"), [data()] * 2)
-    optimizer = bare(checked, 0.1, metric="kfac")
+    train(plain, bare(plain, 0.1, **kind), [data()] * 2)
+    optimizer = bare(checked, 0.1, **kind)
     torch.manual_seed(0)
 
     def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -225,7 +237,7 @@ def test_checkpointing_equals_no_checkpointing(use_reentrant: bool) -> None:
     other = plain_mlp()
     other.load_state_dict(checked.state_dict())
     train(checked, optimizer, [batch] * 3, loss)
-    train(other, bare(other, 0.1, metric="kfac"), [batch] * 3)
+    train(other, bare(other, 0.1, **kind), [batch] * 3)
     a, b = factors(checked), factors(other)
     assert all(torch.equal(a[name], b[name]) for name in a)
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import data, factors, mse, plain_mlp, randomise_B
-from test_optimizer import dense_gradient, tangent
+from test_optimizer import dense_gradient, raised, tangent
 from torch import Tensor, nn
 
 from psilora import LoRALinear, PSILoRA, lorsum, rayleigh_ritz, ritz
@@ -143,7 +143,7 @@ def test_from_B_at_zero_and_a_small_step_stays_near_in_its_factors() -> None:
     rank=st.integers(1, 4),
     num_iters=st.integers(1, 3),
     first=st.sampled_from("AB"),
-    metric=st.sampled_from([None, "kfac", "shampoo"]),
+    metric=st.sampled_from([None, "kfac", "shampoo", "kfac-dense", "shampoo-dense"]),
     gradient=st.sampled_from(["exact", "tangent"]),
     momentum=st.sampled_from([0.0, 0.6]),
     wd=st.sampled_from([0.0, 0.3]),
@@ -178,7 +178,7 @@ def test_an_optimizer_step_is_the_function(rank, num_iters, first, metric, gradi
         M = None
         if metric is not None:
             t = float(state_A["step"])
-            M = tuple((s["metric"] / (1 - 0.99**t) + 1e-3) ** 0.5 for s in (state_B, state_A))
+            M = tuple(raised(s["metric"] / (1 - 0.99**t), 1e-3, 0.5) for s in (state_B, state_A))
         want_B, want_A = ritz(terms, coefficients, num_iters=num_iters, metric=M, first=first)
         torch.testing.assert_close(layer.lora_B.weight.detach() * root, want_B, rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(layer.lora_A.weight.detach() * root, want_A, rtol=1e-6, atol=1e-8)
