@@ -137,10 +137,11 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
 
 def _tie(pair: LoRAPair, other: LoRAPair) -> None:
     """Capture at another pair's modules too, which hold the same parameters."""
-    pair.sites.extend(other.sites)
+    hooked = {id(module) for site in pair.sites for module in site}
+    pair.sites.extend(site for site in other.sites if not hooked & set(map(id, site)))
+    pair.uncaptured = pair.uncaptured or other.uncaptured
     if pair.uncaptured is None and pair.convolution != other.convolution:
         pair.uncaptured = f"it shares its factors with {other.name}, which reads its input in another way"
-    pair.uncaptured = pair.uncaptured or other.uncaptured
 
 
 def _candidates(path: str, module: nn.Module) -> Iterator[LoRAPair | Unsupported]:

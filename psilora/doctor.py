@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import re
 import sys
 import time
 from collections import Counter
@@ -49,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_section("Devices", devices())
         _print_section("Backends", backends())
         if options.model:
-            targets = options.target_modules
-            model = adapted_skeleton(options.model, options.rank, targets if "," not in targets else targets.split(","))
+            model = adapted_skeleton(options.model, options.rank, _targets(options.target_modules))
             pairs, unsupported = find_pairs(model)
             width = getattr(torch, options.dtype).itemsize
             _print_section(f"Layers of {options.model}", layers(pairs, unsupported))
@@ -62,6 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [f"{r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}" for r in results]
     _print_section("Self-test against the float64 oracle", rows)
     return 0 if all(result.ok for result in results) else 1
+
+
+def _targets(argument: str) -> str | list[str]:
+    """Return names as a list, which PEFT finds at the end of a path; a regular expression is matched with all of it."""
+    names = argument != "all-linear" and re.fullmatch(r"[\w.]+(,[\w.]+)*", argument)
+    return argument.split(",") if names else argument
 
 
 def _print_section(title: str, rows: Iterable[str]) -> None:

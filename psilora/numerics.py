@@ -45,7 +45,7 @@ def full_convolutions() -> Iterator[None]:
     """
     cudnn = torch.backends.cudnn
     switches: list[tuple[Any, str, object]] = [(cudnn, "deterministic", True), (cudnn, "benchmark", False)]
-    if hasattr(cudnn, "conv"):  # torch 2.9 and later; there the older switch may not even be read beside it
+    if hasattr(cudnn, "conv"):  # a newer torch, which may not even read the older switch beside this one
         switches += [(backend.conv, "fp32_precision", "ieee") for backend in (cudnn, torch.backends.mkldnn)]
     else:
         switches.append((cudnn, "allow_tf32", False))

@@ -236,17 +236,27 @@ def test_groups_are_refused_by_name() -> None:
         bare(own)
 
 
-def test_modules_that_read_one_kernel_in_two_ways_fall_back_by_name() -> None:
-    first, second = (LoRAConv(nn.Conv2d(3, 4, 3), rank=2, stride=stride) for stride in (1, 1))
+class CastingConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
+def test_modules_that_share_a_kernel_but_read_in_two_ways_fall_back_by_name() -> None:
+    first, second = (LoRAConv(nn.Conv2d(3, 4, 3), rank=2) for _ in range(2))
     second.lora_A, second.lora_B = first.lora_A, first.lora_B
-    model = nn.Sequential(OneLayer(first), nn.Identity()).double()
-    model.other = OneLayer(second).double()
-    (pair,), _ = find_pairs(model)
-    assert pair.uncaptured is None and len(pair.sites) == 2
-    second.lora_A = nn.Conv2d(3, 2, 3, stride=2, bias=False)
-    second.lora_A.weight = first.lora_A.weight
-    with pytest.warns(UserWarning, match=r"0.conv \(it shares its factors with other.conv, which reads its input in"):
-        bare(model)
+    model = nn.ModuleList([OneLayer(first), OneLayer(second)]).double()
+    optimizer = bare(model)
+    (mse(model[0], images()) + mse(model[1], images(2))).backward()
+    assert_exact(optimizer)
+    assert [(r.calls, r.rows) for r in optimizer._capture.records.values()] == [(2, 7 * 7 * 5)]
+    for lora_A, reason in (
+        (nn.Conv2d(3, 2, 3, stride=2), "it shares its factors with 1.conv, which reads its input in another way"),
+        (CastingConv(3, 2, 3), "its CastingConv has a forward of its own"),
+    ):
+        second.lora_A = lora_A
+        lora_A.weight = first.lora_A.weight
+        with pytest.warns(UserWarning, match=rf"0.conv \({reason}"):
+            bare(model)
 
 
 # ---- steps -----------------------------------------------------------------------------------------------------------
@@ -375,7 +385,13 @@ def test_training_equals_that_of_linear_layers_on_the_patches(kind: dict[str, An
         assert (value.flatten(1) - wanted[name]).norm() <= 1e-11 * moved, name
 
 
-@pytest.mark.parametrize("kind", [{}, {"metric": "kfac", "momentum": 0.0}], ids=str)
+@pytest.mark.parametrize("gradient", ["exact", "dense"])
+def test_the_same_inputs_give_bitwise_the_same_factors(gradient: str) -> None:
+    first, second = (trained({"gradient": gradient, "metric": "kfac"}, micro=2) for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.parametrize("kind", [{}, {"metric": "kfac", "momentum": 0.0}, {"gradient": "dense"}], ids=str)
 def test_no_rate_and_no_gradient_are_bitwise_no_ops(kind: dict[str, Any]) -> None:
     model = peft_convnet(dtype=torch.float32)
     before = factors(model)

@@ -63,6 +63,21 @@ def test_the_layers_of_a_model_without_its_weights(tmp_path, capsys: pytest.Capt
     assert "X 32 KiB (shared) to 64 KiB, S 64 KiB" in out  # query and value read the same input
 
 
+def test_a_convolutional_model(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    """A single name means the layers of that name, wherever they are; "all-linear" would find none here."""
+    from transformers import ResNetConfig
+
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    config.save_pretrained(tmp_path)
+    assert doctor.main(["--model", str(tmp_path), "--target-modules", "convolution", "--tokens", "512"]) == 0
+    out = capsys.readouterr().out
+    assert "1 × convolution 8×147, r = 8: captured exactly, by patches of 7×7" in out
+    rows, dense = 512 * (147 + 8) * 2, 4 * 147 * 8
+    assert f"1 × convolution: dense, SᵀX holds {dense} bytes, X and S of 512 rows {rows}" in out
+    assert doctor.main(["--model", str(tmp_path), "--target-modules", ".*encoder.*convolution"]) == 0
+    assert "8×147" not in capsys.readouterr().out
+
+
 def test_an_unreadable_model_is_named() -> None:
     with pytest.raises(SystemExit, match="cannot read the configuration of '/nowhere'"):
         doctor.main(["--model", "/nowhere"])

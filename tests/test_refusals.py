@@ -123,9 +123,14 @@ def test_a_factor_shared_by_two_products_is_refused() -> None:
         bare(model, 0.1)
 
 
-def test_tied_pairs_are_one_pair_captured_at_both_modules() -> None:
+@pytest.mark.parametrize("modules", [False, True])
+def test_tied_pairs_are_one_pair_captured_at_both_modules(modules: bool) -> None:
+    """The trap where the inner layers themselves are shared: found under two names, they would be hooked twice."""
     model = plain_mlp((24, 24, 24, 6))
-    model.l2.lora_A.weight, model.l2.lora_B.weight = model.l1.lora_A.weight, model.l1.lora_B.weight
+    if modules:
+        model.l2.lora_A, model.l2.lora_B = model.l1.lora_A, model.l1.lora_B
+    else:
+        model.l2.lora_A.weight, model.l2.lora_B.weight = model.l1.lora_A.weight, model.l1.lora_B.weight
     optimizer = bare(model, 0.1)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
     mse(model, data()).backward()
