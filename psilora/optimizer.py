@@ -87,7 +87,8 @@ class PSILoRA(torch.optim.Optimizer):
         metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published (I, where dense).
             Gradient only.
         gradient: How G is known to a gradient step. None: "exact". "exact": X and S are kept from backward to step.
-            "dense": SᵀX is kept instead, as exact, and less for more than about d_in·d_out/(d_in+d_out) rows.
+            "dense": SᵀX is kept instead, as exact, and less for more than about d_in·d_out/(d_in+d_out) rows, as with
+            convolutions, whose X are patches: ∏k times the input.
             "backward": the products of an exact step with K = 1, A first, without momentum and metric are formed inside
             backward, and neither is kept; one call of a layer per step, in one process. "tangent": from `.grad` alone;
             without a metric, nothing is captured. "auto": exact or dense by layer, whichever is smaller, and tangent

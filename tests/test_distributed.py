@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from world_cases import CASES, LARGE, cases_of, one_dies, run_cases
-from worlds import DIMS, RANK, Case, Net, factors_of, run_world, train_alone
+from worlds import DIMS, RANK, Case, factors_of, run_world, train_alone
 
 pytestmark = pytest.mark.distributed
 
@@ -45,7 +45,7 @@ def test_factors_are_equal_everywhere_and_those_of_the_joint_batch(worlds: World
     assert all(torch.equal(factors[0][key], other[key]) for other in factors[1:] for key in other)
     alone = train_alone(CASES[name], len(world))
     assert error(factors[0], alone) <= 1e-6
-    assert error(factors_of(Net()), alone) > 4e-3  # the training has gone somewhere
+    assert error(factors_of(CASES[name].net()), alone) > 4e-3  # the training has gone somewhere
     assert all(not results[name]["warned"] for results in world)
 
 

@@ -12,6 +12,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from worlds import (
     Case,
+    ConvolvedNet,
     Net,
     factors_of,
     joint_loss,
@@ -59,6 +60,8 @@ CASES: dict[str, Case] = {
         {"step": "spectral", "metric": "lora", "momentum": 0.9, "prox": None, "controller": "slope"}, rows=UNEVEN
     ),
     "a layer that one process skips": Case({"momentum": 0.8}, modes={1: "short"}),
+    "a convolution": Case({"metric": "kfac", "damping": 1e-2}, rows=SOMETIMES_EMPTY, net=ConvolvedNet),
+    "a convolution, auto": Case({"gradient": "auto", "momentum": 0.8}, rows=UNEVEN, micro=2, net=ConvolvedNet),
 }
 
 

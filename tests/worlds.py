@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+from convnets import LoRAConv
 from models import bare
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
@@ -52,6 +53,19 @@ class Net(nn.Module):
         return self.l3(torch.tanh(x))
 
 
+class ConvolvedNet(Net):
+    """The same with a convolution, which takes a row for an image of 4 by 5, as first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.conv = LoRAConv(nn.Conv2d(1, DIMS[0], (3, 2), padding=1), RANK)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.conv(x.view(-1, 1, 4, 5)).flatten(2).mean(-1))
+
+
 @dataclass
 class Case:
     """A training run.
@@ -65,6 +79,7 @@ class Case:
         modes: `Net.mode` by rank.
         poisoned: The (rank, step) whose batch is NaN.
         steps: Number of steps.
+        net: The model.
     """
 
     settings: dict[str, Any]
@@ -75,6 +90,7 @@ class Case:
     modes: dict[int, str] = field(default_factory=dict)
     poisoned: tuple[int, int] | None = None
     steps: int = 20
+    net: Callable[[], Net] = Net
 
     def batch(self, rank: int, step: int, micro: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
@@ -107,7 +123,7 @@ def factors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def train_in_world(case: Case, rank: int) -> dict[str, Any]:
     """Train under DDP in this process; return the factors, counts and traffic."""
-    model = Net()
+    model = case.net()
     model.mode = case.modes.get(rank, "whole")
     short = any(mode == "short" for mode in case.modes.values())
     ddp = DistributedDataParallel(model, find_unused_parameters=short, gradient_as_bucket_view=case.micro > 1)
@@ -137,7 +153,7 @@ def train_in_world(case: Case, rank: int) -> dict[str, Any]:
 
 def train_alone(case: Case, world: int, *, trainable_bias: bool = False) -> dict[str, Tensor]:
     """The same training in one process: one batch of all rows, the loss being the mean of the processes' losses."""
-    model = Net(trainable_bias=trainable_bias)
+    model = Net(trainable_bias=True) if trainable_bias else case.net()
     optimizer = make_optimizer(model, case.settings)
     with one_thread(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
