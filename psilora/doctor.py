@@ -171,6 +171,7 @@ def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
         f"momentum of step='spectral' (rank 2r): {_size(8 * factors)}, as AdamW on the same parameters",
         f"momentum of step='gradient' (rank r): {_size(4 * factors)}",
         f"metric of either: {_size(4 * diagonal)}",
+        f"metric='kfac-low-rank' (rank r): {_size(4 * (factors + 2 * len(pairs)))}",
         f"metric='kfac-dense' or 'shampoo-dense': {_size(sum(4 * (p.d_in**2 + p.d_out**2) for p in narrow))}{wide}",
     ]
 

@@ -170,6 +170,7 @@ def _staged(problems: Sequence[Problem], update: Update, ok: Tensor) -> list[Cal
     for name, new_B, new_A in (
         ("momentum", update.momentum_B, update.momentum_A),
         ("metric", update.metric_B, update.metric_A),
+        ("metric_rest", update.rest_B, update.rest_A),
     ):
         for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
             if new is not None:

@@ -14,13 +14,20 @@ from psilora.problem import Problem
 
 
 def initial_metric(
-    size: int, bias_correction: bool, *, dtype: torch.dtype, device: torch.device, dense: bool = False
-) -> Tensor:
-    """Return the starting running average: 0 with bias correction, else 1, as published; (d,), or dense (d, d)."""
-    if dense and not bias_correction:
-        return torch.eye(size, dtype=dtype, device=device)
-    shape = (size, size) if dense else (size,)
-    return torch.full(shape, 0.0 if bias_correction else 1.0, dtype=dtype, device=device)
+    size: int, bias_correction: bool, *, dtype: torch.dtype, device: torch.device, form: str | None, rank: int
+) -> dict[str, Tensor]:
+    """Return the state of a running average that starts at 0 with bias correction, else at 1 (I), as published.
+
+    "metric": D (d,), or dense (d, d). Of a low-rank D = F·Fᵀ + μI "metric" is F (d, k), k = `rank`, and "metric_rest"
+    is μ (1,).
+    """
+    start = 0.0 if bias_correction else 1.0
+    if form == "low-rank":
+        rest = torch.full((1,), start, dtype=dtype, device=device)
+        return {"metric": torch.zeros(size, min(rank, size), dtype=dtype, device=device), "metric_rest": rest}
+    if form == "dense":
+        return {"metric": start * torch.eye(size, dtype=dtype, device=device)}
+    return {"metric": torch.full((size,), start, dtype=dtype, device=device)}
 
 
 def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -3,43 +3,64 @@
 from __future__ import annotations
 
 from collections.abc import Generator
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from psilora import metric
+from psilora import low_rank_metric, metric
 from psilora.gradient import TangentGradient
 from psilora.gradient_batch import GradientBatch
 from psilora.lorsum import Metric
 
-#: ((M_B, M_A), new D_B, new D_A).
-Updated: TypeAlias = tuple[tuple[Metric, Metric] | None, Tensor | None, Tensor | None]
+
+@dataclass
+class Updated:
+    """The metric of L layers after its update; all None without one.
+
+    Attributes:
+        weights: (M_B, M_A).
+        D_B, D_A: The new state "metric".
+        rest_B, rest_A: The new state "metric_rest", (L, 1), of a low-rank metric.
+    """
+
+    weights: tuple[Metric, Metric] | None = None
+    D_B: Tensor | None = None
+    D_A: Tensor | None = None
+    rest_B: Tensor | None = None
+    rest_A: Tensor | None = None
 
 
 def updated_metric(batch: GradientBatch) -> Generator[list[Tensor], list[Tensor], Updated]:
-    """Update the running averages; return ((M_B, M_A), new D_B, new D_A), or Nones without a metric.
-
-    Yields what has to be summed over the processes.
-    """
-    kind, dense = batch.options.statistics, batch.options.form == "dense"
+    """Update the running averages and raise them. Yields what has to be summed over the processes."""
+    kind, form = batch.options.statistics, batch.options.form
     if kind is None:
-        return None, None, None
+        return Updated()
+    numbers = _Numbers(batch)
+    if form == "low-rank":
+        return (yield from _low_rank(batch, kind, numbers))
+    dense = form == "dense"
     new_A, new_B = yield from _dense_statistics(batch, kind) if dense else _statistics(batch, kind)
-    options = [p.options for p in batch.problems]
-    beta = batch.column([o.metric_beta for o in options])[:, 0]
     old_B, old_A = batch.states("metric")
-    D_B, D_A = (
-        metric.averaged(old, new, beta[:, :, None] if dense else beta) for old, new in ((old_B, new_B), (old_A, new_A))
-    )
-    correction = None
-    if batch.options.metric_bias_correction:
-        t = batch.stack([p.state_A["step"] for p in batch.problems])[:, None] + 1
-        correction = 1 - beta**t
-    damping = batch.column([o.delta for o in options])[:, 0]
-    power = batch.column([o.gamma for o in options])[:, 0]
+    beta = numbers.beta[:, :, None] if dense else numbers.beta
+    D_B, D_A = metric.averaged(old_B, new_B, beta), metric.averaged(old_A, new_A, beta)
     raised = metric.raised_dense if dense else metric.raised
-    return (raised(D_B, correction, damping, power), raised(D_A, correction, damping, power)), D_B, D_A
+    weights = tuple(raised(D, numbers.correction, numbers.damping, numbers.power) for D in (D_B, D_A))
+    return Updated((weights[0], weights[1]), D_B, D_A)
+
+
+class _Numbers:
+    """β₂, δ, γ and 1 − β₂ᵗ (None without bias correction) of each layer, (L, 1)."""
+
+    def __init__(self, batch: GradientBatch) -> None:
+        options = [p.options for p in batch.problems]
+        self.beta = batch.column([o.metric_beta for o in options])[:, 0]
+        self.damping = batch.column([o.delta for o in options])[:, 0]
+        self.power = batch.column([o.gamma for o in options])[:, 0]
+        self.correction: Tensor | None = None
+        if batch.options.metric_bias_correction:
+            t = batch.stack([p.state_A["step"] for p in batch.problems])[:, None] + 1
+            self.correction = 1 - self.beta**t
 
 
 def _statistics(batch: GradientBatch, kind: str) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
@@ -71,6 +92,30 @@ def _dense_statistics(batch: GradientBatch, kind: str) -> Generator[list[Tensor]
         products_A, products_B, rows = yield [products_A, products_B, rows]
     new_A, new_B = metric.normalised(kind, products_A, products_B, rows.clamp_min(1), batch.options.loss_reduction)
     return (new_A + new_A.mT) / 2, (new_B + new_B.mT) / 2
+
+
+def _low_rank(batch: GradientBatch, kind: str, numbers: _Numbers) -> Generator[list[Tensor], list[Tensor], Updated]:
+    """The low-rank metric, from products of X and S with a few directions of each layer."""
+    (F_B, F_A), (rest_B, rest_A) = batch.states("metric"), batch.states("metric_rest")
+    Q_B, Q_A = low_rank_metric.directions(F_B), low_rank_metric.directions(F_A)
+    chunks = [p.record.chunks if p.record is not None else [] for p in batch.problems]
+    sums_A = [low_rank_metric.second_moments(Q, [x for x, _ in calls]) for Q, calls in zip(Q_A, chunks, strict=True)]
+    sums_B = [low_rank_metric.second_moments(Q, [s for _, s in calls]) for Q, calls in zip(Q_B, chunks, strict=True)]
+    (moved_A, trace_A), (moved_B, trace_B) = (
+        (torch.stack([product for product, _ in sums]), torch.stack([trace for _, trace in sums]))
+        for sums in (sums_A, sums_B)
+    )
+    moved_A, trace_A, moved_B, trace_B, rows = yield [moved_A, trace_A, moved_B, trace_B, _rows(batch)]
+    rows, scale, reduction = rows.clamp_min(1), _scale(batch), batch.options.loss_reduction
+    moved_A, moved_B = metric.normalised(kind, moved_A, moved_B * scale, rows, reduction)
+    trace_A, trace_B = metric.normalised(kind, trace_A, trace_B * scale, rows, reduction)
+    beta = numbers.beta[:, :, None]
+    F_B, rest_B = low_rank_metric.truncated(F_B, rest_B, Q_B, moved_B, trace_B, beta)
+    F_A, rest_A = low_rank_metric.truncated(F_A, rest_A, Q_A, moved_A, trace_A, beta)
+    raised = low_rank_metric.raised_low_rank
+    M_B = raised(F_B, rest_B, numbers.correction, numbers.damping, numbers.power)
+    M_A = raised(F_A, rest_A, numbers.correction, numbers.damping, numbers.power)
+    return Updated((M_B, M_A), F_B, F_A, rest_B, rest_A)
 
 
 def _rows(batch: GradientBatch) -> Tensor:

@@ -82,8 +82,10 @@ class PSILoRA(torch.optim.Optimizer):
         metric: None (Frobenius) or a metric. Spectral: "lora", diagonal, from the LoRA gradients' second moments alone,
             M = (D/mean(D) + δ)^γ, which "auto" takes. Gradient: F-LoRSum in M = (D + δ)^γ, diagonal with "kfac" or
             "shampoo", whole matrices with "kfac-dense" or "shampoo-dense", for layers up to 4096 wide: an fp64
-            eigendecomposition of both sides per step, in plain PyTorch, CUDA is waited for. "auto" takes None.
+            eigendecomposition of both sides per step, for which CUDA is waited for. "kfac-low-rank", experimental,
+            keeps D = F·Fᵀ + μI with F (d, metric_rank) instead, for gradient="exact". "auto" takes None.
         metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 1e-2) of the metric.
+        metric_rank: k of the low-rank metric; None means r.
         metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published (I, where dense).
             Gradient only.
         gradient: How G is known to a gradient step. None: "exact". "exact": X and S are kept from backward to step.
@@ -117,8 +119,9 @@ class PSILoRA(torch.optim.Optimizer):
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
-    (d_out,) of a `lora_B` weight, "step" of both; a dense metric is (d_in, d_in) and (d_out, d_out), and "lora" keeps
-    √D; and that of the controller. It is created by the first step, or by `init_state`.
+    (d_out,) of a `lora_B` weight, "step" of both; a dense metric is (d_in, d_in) and (d_out, d_out), a low-rank one
+    (d_in, k) and (d_out, k) beside a "metric_rest" (1,), and "lora" keeps √D; and that of the controller. It is created
+    by the first step, or by `init_state`.
 
     Attributes:
         communicator: Counts the bytes and rounds that captures cost over several processes.
@@ -149,6 +152,7 @@ class PSILoRA(torch.optim.Optimizer):
         metric: str | None = "auto",
         metric_power: float | None = None,
         metric_beta: float = 0.99,
+        metric_rank: int | None = None,
         metric_bias_correction: bool = True,
         damping: float | None = None,
         gradient: str | None = None,

@@ -12,7 +12,10 @@ from torch import Tensor
 STEPS = ("gradient", "spectral")
 SOLVERS = ("als", "ritz")
 #: The metrics that each kind of step knows.
-METRICS = {"gradient": (None, "kfac", "shampoo", "kfac-dense", "shampoo-dense"), "spectral": (None, "lora")}
+METRICS = {
+    "gradient": (None, "kfac", "shampoo", "kfac-dense", "shampoo-dense", "kfac-low-rank"),
+    "spectral": (None, "lora"),
+}
 #: Largest width of a layer under a dense metric: at 4096 its state is 64 MiB a side, its eigenvectors seconds of a CPU.
 DENSE_LIMIT = 4096
 #: Defaults that differ between the kinds of step: γ, δ, ρ.
@@ -68,6 +71,7 @@ class Options:
     metric: str | None = None
     metric_power: float | None = None
     metric_beta: float = 0.99
+    metric_rank: int | None = None
     metric_bias_correction: bool = True
     damping: float | None = None
     gradient: str = "tangent"
@@ -107,10 +111,20 @@ class Options:
         _one_of("gradient", self.gradient, GRADIENTS)
         if self.step == "spectral" and self.gradient != "tangent":
             raise ValueError(f"Invalid gradient={self.gradient!r}. Must be 'tangent' with step='spectral'.")
+        self._check_low_rank()
         _one_of("first", self.first, ("A", "B"))
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
         if self.gradient == "backward":
             self._check_backward()
+
+    def _check_low_rank(self) -> None:
+        if self.metric_rank is not None:
+            _integer("metric_rank", self.metric_rank, 1)
+        if self.form == "low-rank" and self.gradient != "exact":
+            raise ValueError(
+                f"Invalid gradient={self.gradient!r} with metric={self.metric!r}. Must be 'exact': the "
+                "step multiplies X and S with the metric's directions."
+            )
 
     def _check_backward(self) -> None:
         for name, needed in (("num_iters", 1), ("solver", "als"), ("momentum", 0), ("metric", None), ("first", "A")):
@@ -155,7 +169,7 @@ class Options:
 
     @property
     def form(self) -> str | None:
-        """How much of the metric's matrices is kept: "diagonal" or "dense"; None without one."""
+        """How much of the metric's matrices is kept: "diagonal", "dense" or "low-rank"; None without one."""
         return None if self.metric is None else self.metric.partition("-")[2] or "diagonal"
 
     @property
@@ -179,6 +193,7 @@ class Options:
             self.nesterov,
             self.joint,
             self.metric,
+            self.metric_rank,
             self.metric_bias_correction,
             self.gradient,
             self.maximize,

@@ -91,6 +91,7 @@ class Update:
         step_B, step_A: Increments of the parameters, (L, d_out, r) and (L, r, d_in), in the compute dtype.
         momentum_B, momentum_A, metric_B, metric_A: New state, or None where there is none.
         repaired: Number of r×r solves with a repaired pivot, 0-d int64.
+        rest_B, rest_A: New state of a low-rank metric beside the above, or None.
     """
 
     step_B: Tensor
@@ -100,6 +101,8 @@ class Update:
     metric_B: Tensor | None
     metric_A: Tensor | None
     repaired: Tensor
+    rest_B: Tensor | None = None
+    rest_A: Tensor | None = None
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
@@ -107,5 +110,6 @@ class Update:
 
     def tensors(self) -> list[Tensor]:
         """The floating tensors that will be written."""
-        every = (self.step_B, self.step_A, self.momentum_B, self.momentum_A, self.metric_B, self.metric_A)
+        steps, momentum = (self.step_B, self.step_A), (self.momentum_B, self.momentum_A)
+        every = (*steps, *momentum, self.metric_B, self.metric_A, self.rest_B, self.rest_A)
         return [t for t in every if t is not None]

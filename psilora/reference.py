@@ -39,8 +39,8 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
     """
     batch = GradientBatch(problems, scales)
     options = problems[0].options
-    weights, metric_B, metric_A = yield from updated_metric(batch)
-    weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=weights, solve=spd_solve)
+    metric = yield from updated_metric(batch)
+    weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=metric.weights, solve=spd_solve)
     old = batch.momentum()
     memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge, solve=spd_solve)
     products = _Products(batch, weight, memory)
@@ -60,9 +60,11 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
         step_A=weight.step_A.div_(batch.root),
         momentum_B=None if memory is None else memory.B,
         momentum_A=None if memory is None else memory.A,
-        metric_B=metric_B,
-        metric_A=metric_A,
+        metric_B=metric.D_B,
+        metric_A=metric.D_A,
         repaired=weight.repaired if memory is None else weight.repaired + memory.repaired,
+        rest_B=metric.rest_B,
+        rest_A=metric.rest_A,
     )
 
 

@@ -27,7 +27,8 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
     """Create the state of a pair that its settings need, where it does not exist yet.
 
     fp32 (fp64 for fp64 parameters): "step" 0-d; "momentum" (d_out, r_m) and (r_m, d_in), r_m = 2r and zero in a
-    spectral step (r with joint=False); "metric" (d_out,) and (d_in,), or dense (d_out, d_out) and (d_in, d_in).
+    spectral step (r with joint=False); "metric" (d_out,) and (d_in,), dense (d_out, d_out) and (d_in, d_in),
+    or low-rank (d_out, k) and (d_in, k) beside "metric_rest" (1,), k as far as the side allows it.
     """
     dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
     for state in (state_A, state_B):
@@ -44,10 +45,19 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
             state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
     if options.metric is not None and "metric" not in state_A:
         from_zero = spectral or options.metric_bias_correction
-        dense = options.form == "dense"
-        metric_B = initial_metric(pair.d_out, from_zero, dtype=dtype, device=device, dense=dense)
-        state_A["metric"] = initial_metric(pair.d_in, from_zero, dtype=dtype, device=device, dense=dense)
-        state_B["metric"] = metric_B
+        metric_B, metric_A = (
+            initial_metric(
+                size,
+                from_zero,
+                dtype=dtype,
+                device=device,
+                form=options.form,
+                rank=options.metric_rank or pair.rank,
+            )
+            for size in (pair.d_out, pair.d_in)
+        )
+        state_A.update(metric_A)
+        state_B.update(metric_B)
 
 
 def copy_loaded(

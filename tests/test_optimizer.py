@@ -136,6 +136,7 @@ KINDS = [
     {"gradient": "tangent", "metric": "kfac"},
     {"metric": "kfac-dense", "num_iters": 2},
     {"gradient": "tangent", "metric": "shampoo-dense"},
+    {"metric": "kfac-low-rank", "metric_rank": 3},
     {"weight_decay": 0.1, "momentum_rank": 2},
     {"prox": 0.0},
     {"solver": "ritz", "num_iters": 2, "weight_decay": 0.1},

@@ -27,6 +27,8 @@ BAD_SETTINGS = [
     ({"prox": -1e-3}, r"Invalid prox=-0.001. Must be finite and >= 0."),
     ({"weight_decay": -1}, r"Invalid weight_decay=-1. Must be finite and >= 0."),
     ({"metric": "adam"}, r"Invalid metric='adam'. Must be one of None, 'kfac', 'shampoo'."),
+    ({"metric": "kfac-low-rank", "gradient": "dense"}, "Invalid gradient='dense' with metric='kfac-low-rank'. Must be"),
+    ({"metric": "kfac-low-rank", "metric_rank": 0}, r"Invalid metric_rank=0. Must be an integer >= 1."),
     ({"metric_power": 0}, r"Invalid metric_power=0. Must be in \(0, 1\]."),
     ({"metric_beta": 1.0}, r"Invalid metric_beta=1.0. Must be in \[0, 1\)."),
     ({"damping": 0.0}, r"Invalid damping=0.0. Must be finite and > 0."),

@@ -42,6 +42,7 @@ CASES: dict[str, Case] = {
     "tangent, K = 2, K-FAC": Case({"gradient": "tangent", "num_iters": 2, "metric": "kfac", "damping": 1e-2}, steps=50),
     "tangent, Shampoo": Case({"gradient": "tangent", "metric": "shampoo", "damping": 1e-2}, rows=UNEVEN),
     "exact, dense K-FAC": Case({"metric": "kfac-dense", "damping": 1e-2, "num_iters": 2}, rows=UNEVEN),
+    "exact, low-rank K-FAC": Case({"metric": "kfac-low-rank", "damping": 1e-2, "num_iters": 2}, rows=UNEVEN),
     "tangent, dense Shampoo": Case({"gradient": "tangent", "metric": "shampoo-dense", "damping": 1e-2}, rows=UNEVEN),
     "spectral, controller": Case(
         {"step": "spectral", "momentum": 0.8, "prox": None, "controller": "slope"}, rows=UNEVEN
