@@ -323,6 +323,7 @@ KINDS: list[dict[str, Any]] = [
     {"num_iters": 2, "first": "B", "momentum": 0.0},
     {"metric": "kfac"},
     {"metric": "shampoo", "weight_decay": 0.1, "maximize": True},
+    {"metric": "kfac-dense", "damping": 1e-2},
     {"max_grad_norm": 0.05, "norm": "full"},
 ]
 
