@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from psilora.numerics import full_convolutions
 from psilora.patches import Patches, convolution, position_rows, reading, unfolded
 
 SIZES = {1: (11,), 2: (9, 7), 3: (6, 5, 4)}
@@ -132,22 +131,3 @@ def test_what_is_no_product_of_patches_is_named() -> None:
         assert isinstance(found, str) and reason in found
     with pytest.raises(TypeError, match="expected a Conv1d, Conv2d or Conv3d, got Linear"):
         convolution(nn.Linear(2, 2))
-
-
-def switches() -> tuple[object, ...]:
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    return cudnn.deterministic, cudnn.benchmark, cudnn.conv.fp32_precision, mkldnn.conv.fp32_precision
-
-
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has one switch for all of cuDNN")
-def test_convolutions_of_products_run_in_full_precision_and_the_switches_are_put_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The trap: cuDNN takes tf32 for fp32 convolutions unless told otherwise."""
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    former = switches()
-    assert former[2] == "tf32"
-    with pytest.raises(KeyError), full_convolutions():
-        assert switches() == (True, False, "ieee", "ieee")
-        raise KeyError
-    assert switches() == former and torch.backends.cudnn.allow_tf32
