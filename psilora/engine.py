@@ -12,7 +12,7 @@ from torch import Tensor
 from psilora import triton_backend, trust
 from psilora.distributed import Communicator, lockstep
 from psilora.options import BACKENDS
-from psilora.problem import Problem, Scales, Update
+from psilora.problem import Problem, Scales, Update, grouped
 from psilora.reference import reference_steps
 from psilora.spectral import spectral_updates
 
@@ -69,9 +69,9 @@ def compute(
             rest += group
         else:
             buckets += [Bucket(execution.problems, execution) for execution in executions]
-    gradient = _grouped([p for p in rest if p.options.step == "gradient"])
+    gradient = grouped([p for p in rest if p.options.step == "gradient"])
     updates = lockstep([reference_steps(group, scales) for group in gradient], communicator)
-    spectral = _grouped([p for p in rest if p.options.step == "spectral"])
+    spectral = grouped([p for p in rest if p.options.step == "spectral"])
     updates += spectral_updates(spectral, scales)
     return buckets + [Bucket(*pair) for pair in zip(gradient + spectral, updates, strict=True)]
 
@@ -89,14 +89,6 @@ def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem]
             products[name] = lr * scales.rate
         rated.append(replace(p, options=replace(p.options, lr=products[name])))
     return rated, replace(scales, rate=None)
-
-
-def _grouped(problems: Sequence[Problem]) -> list[list[Problem]]:
-    """Problems that can be stacked, together."""
-    groups: dict[tuple[object, ...], list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault(problem.key, []).append(problem)
-    return list(groups.values())
 
 
 def _takes_kernels(backend: str, device: torch.device) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
 from psilora.batch import Batch
 from psilora.capture import Record
-from psilora.gradient import ActivationGradient, Gradient, TangentGradient
+from psilora.gradient import Chunks, Gradient, TangentGradient
 from psilora.held import CrossGradient, DenseGradient
 from psilora.holdings import Cross
 from psilora.problem import Problem, Scales
+
+# What makes the gradient of captured X and S, as `psilora.gradient.ActivationGradient` does.
+FromActivations: TypeAlias = Callable[[Sequence[Chunks], Tensor], Gradient]
 
 
 class GradientBatch(Batch):
@@ -23,15 +27,15 @@ class GradientBatch(Batch):
         gradient: G of the true weights, as thin products.
     """
 
-    def __init__(self, problems: Sequence[Problem], scales: Scales) -> None:
+    def __init__(self, problems: Sequence[Problem], scales: Scales, activation_gradient: FromActivations) -> None:
         super().__init__(problems, scales)
         self.mu = self.column([p.options.momentum for p in problems])
         self.fresh = self.column([1 - p.options.tau for p in problems])
         self.ridge = self.lr * self.column([p.options.rho for p in problems])
         self.external = scales.share * (1.0 if scales.external is None else scales.external.to(self.device, self.dtype))
-        self.gradient = self._gradient()
+        self.gradient = self._gradient(activation_gradient)
 
-    def _gradient(self) -> Gradient:
+    def _gradient(self, activation_gradient: FromActivations) -> Gradient:
         if not self.problems[0].exact:
             return TangentGradient(self.B, self.A, self.left, self.right)
         records = [p.record for p in self.problems if p.record is not None]
@@ -40,7 +44,7 @@ class GradientBatch(Batch):
             return DenseGradient([matrix for record in records for matrix in record.held.tensors()], scale.flatten())
         if self.problems[0].holds == "cross":
             return self._cross_gradient(records, scale)
-        return ActivationGradient([record.chunks for record in records], scale.flatten())
+        return activation_gradient([record.chunks for record in records], scale.flatten())
 
     def _cross_gradient(self, records: Sequence[Record], scale: Tensor) -> Gradient:
         held = [record.held for record in records if isinstance(record.held, Cross)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,14 @@ class Problem:
             self.holds,
             self.options.structure,
         )
+
+
+def grouped(problems: Sequence[Problem]) -> list[list[Problem]]:
+    """Problems that can be stacked, together."""
+    groups: dict[tuple[object, ...], list[Problem]] = {}
+    for problem in problems:
+        groups.setdefault(problem.key, []).append(problem)
+    return list(groups.values())
 
 
 @dataclass

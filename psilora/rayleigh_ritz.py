@@ -164,7 +164,7 @@ def search(B: Tensor, A: Tensor, *, num_iters: int, first: str) -> Generator[tup
     P, sigma, Qt = torch.linalg.svd(TV.masked_fill(broken, 0.0), full_matrices=False)
     root = _first(sigma, rank).sqrt()
     new_B, new_A = _first(P, rank) * root[..., None, :], root[..., None] * (V @ _first(Qt.mT, rank)).mT
-    X, _, Yt = torch.linalg.svd(new_B.mT @ B + new_A @ A.mT)
+    X, _, Yt = torch.linalg.svd((new_B.mT @ B + new_A @ A.mT).masked_fill(broken, 0.0))
     turn = X @ Yt
     return (new_B @ turn).masked_fill(broken, math.nan), (turn.mT @ new_A).masked_fill(broken, math.nan)
 

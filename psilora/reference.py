@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from psilora.distributed import Steps, lockstep
-from psilora.gradient_batch import GradientBatch
+from psilora.gradient import ActivationGradient
+from psilora.gradient_batch import FromActivations, GradientBatch
 from psilora.lorsum import Projection, turns
 from psilora.metric_update import updated_metric
 from psilora.problem import Problem, Scales, Update
@@ -25,7 +26,11 @@ def reference_update(problems: Sequence[Problem], scales: Scales) -> Update:
     return lockstep([reference_steps(problems, scales)])[0]
 
 
-def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
+def reference_steps(
+    problems: Sequence[Problem],
+    scales: Scales,
+    activation_gradient: FromActivations = ActivationGradient,
+) -> Steps:
     """Compute the update of problems with equal keys, without changing anything.
 
     On B̃ = √s·B and Ã = √s·A, with λ = η·ρ and the metric M updated first::
@@ -35,9 +40,9 @@ def reference_steps(problems: Sequence[Problem], scales: Scales) -> Steps:
 
     Both projections take their turns in step, so that their products with X and S share one read; the first turn takes
     BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`. What comes from X and S, products and statistics, is yielded to be summed
-    over the processes; `.grad` already is the joint one.
+    over the processes; `.grad` already is the joint one. `activation_gradient` makes the gradient of captured X and S.
     """
-    batch = GradientBatch(problems, scales)
+    batch = GradientBatch(problems, scales, activation_gradient)
     options = problems[0].options
     metric = yield from updated_metric(batch)
     weight = Projection(batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=metric.weights, solve=spd_solve)

@@ -10,7 +10,7 @@ import collections
 import math
 import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,8 +22,11 @@ from psilora.problem import Problem, Scales
 
 if TYPE_CHECKING:
     from psilora.execution import Run, Workspace
+    from psilora.ritz_backend import Products, RitzUpdate
     from psilora.spectral_backend import SpectralRun
 
+#: The update of problems that share their launches.
+Computed: TypeAlias = "Execution | RitzUpdate"
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -53,8 +56,8 @@ def unsupported(problem: Problem) -> str | None:
         tensors += [t for chunk in problem.record.chunks for t in chunk]
     if problem.options.form not in (None, "diagonal"):
         return f"metric={problem.options.metric!r}"
-    if problem.options.solver != "als":
-        return f"solver={problem.options.solver!r}"
+    if problem.options.solver == "ritz" and not problem.exact:
+        return "solver='ritz' without X and S"
     if any(t.dtype not in _FLOATS for t in tensors):
         return "a dtype other than fp32, bf16 and fp16"
     chunks = problem.record.chunks if problem.exact and problem.record is not None else []
@@ -151,7 +154,7 @@ class Execution:
 _backends: weakref.WeakKeyDictionary[LoRAPair, Backend] = weakref.WeakKeyDictionary()
 
 
-def compute(problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+def compute(problems: Sequence[Problem], scales: Scales) -> list[Computed]:
     """Compute the updates of problems on one device, of any shapes and settings, without changing any of them."""
     backend = _backends.setdefault(problems[0].pair, Backend())
     return backend.compute(problems, scales)
@@ -164,14 +167,25 @@ class Backend:
         self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
         self._workspaces: dict[object, list[Workspace]] = {}
         self._spectral: dict[object, tuple[object, SpectralRun]] = {}
+        self._products: Products | None = None
         self._captured: list[Run | SpectralRun] = []  # a CUDA graph replays with their memory
 
-    def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+    def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
         """See the function `compute`."""
-        gradient = [p for p in problems if p.options.step == "gradient"]
+        gradient = [p for p in problems if p.options.step == "gradient" and p.options.solver == "als"]
+        ritz = [p for p in problems if p.options.solver == "ritz"]
         spectral = [p for p in problems if p.options.step == "spectral"]
-        executions = self._gradient_steps(gradient, scales) if gradient else []
-        return executions + self._spectral_steps(spectral, scales)
+        found: list[Computed] = [*self._spectral_steps(spectral, scales)]
+        found += self._gradient_steps(gradient, scales) if gradient else []
+        found += self._ritz_steps(ritz, scales) if ritz else []
+        return found
+
+    def _ritz_steps(self, problems: Sequence[Problem], scales: Scales) -> list[RitzUpdate]:
+        from psilora.ritz_backend import Products, ritz_updates
+
+        if self._products is None:
+            self._products = Products()
+        return ritz_updates(problems, scales, self._products)
 
     def _spectral_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
         groups: dict[object, list[Problem]] = {}

@@ -13,18 +13,22 @@ import torch
 from torch import Tensor
 
 from psilora import triton_backend
-from psilora.problem import Problem, Scales
+from psilora.lorsum import Pair
+from psilora.problem import Problem, Scales, grouped
 from psilora.reference import reference_update
 from psilora.spectral import spectral_updates
 
 #: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ over all layers of a step, for A and for B. Two fp32 computations of an ill-conditioned
 #: increment may differ by 1e-3; a wrong index or a lost term is off by far more.
 TOLERANCE = 1e-2
+#: What counts beside ‖Δ_ref‖, in units of ‖BA‖, where Δ is the difference of two products of factors: with the
+#: tolerance 1e-5 of them, ten times what fp32 was seen to know of it.
+ROUNDING = 1e-3
 
 _verdicts: dict[torch.device, bool] = {}
 
 
-def compute(problems: Sequence[Problem], scales: Scales) -> list[triton_backend.Execution] | None:
+def compute(problems: Sequence[Problem], scales: Scales) -> list[triton_backend.Computed] | None:
     """Return the kernels' executions for problems on one device, or None where the reference has to take them."""
     device = problems[0].pair.lora_A.device
     verdict = _verdicts.get(device)
@@ -45,28 +49,49 @@ def compute(problems: Sequence[Problem], scales: Scales) -> list[triton_backend.
     return executions
 
 
-def disagreement(executions: Sequence[triton_backend.Execution], scales: Scales) -> tuple[float, float] | None:
+def disagreement(executions: Sequence[triton_backend.Computed], scales: Scales) -> tuple[float, float] | None:
     """Return the relative error of all steps of A and of B; None where the reference's are zero or not finite.
 
     Waits for the device, and costs one step of the reference.
     """
     sums = torch.zeros(2, 2, dtype=torch.float64)
-    groups: dict[tuple[object, ...], list[tuple[Problem, tuple[Tensor, Tensor]]]] = {}
-    for execution in executions:
-        for problem, steps in zip(execution.problems, execution.increments(), strict=True):
-            groups.setdefault(problem.key, []).append((problem, steps))
-    for group in groups.values():
-        problems = [problem for problem, _ in group]
+    steps = {id(p): step for e in executions for p, step in zip(e.problems, e.increments(), strict=True)}
+    for problems in grouped([p for e in executions for p in e.problems]):
         spectral = problems[0].options.step == "spectral"
         update = spectral_updates([problems], scales)[0] if spectral else reference_update(problems, scales)
-        for i, (_, (step_B, step_A)) in enumerate(group):
-            for side, (got, want) in enumerate(((step_A, update.step_A[i]), (step_B, update.step_B[i]))):
-                sums[side, 0] += float((got.double() - want.double()).square().sum())
-                sums[side, 1] += float(want.double().square().sum())
-    if not bool(torch.isfinite(sums[:, 1]).all()) or not bool(sums[:, 1].any()):
+        compared = _weights if problems[0].options.solver == "ritz" else _factors
+        for problem, wanted in zip(problems, update.increments(), strict=True):
+            sums += compared(problem, steps[id(problem)], wanted).cpu()
+    errors, sizes = sums
+    if not bool(torch.isfinite(sizes).all()) or not bool(sizes.any()):
         return None  # a warm-up that starts at lr = 0, or a step that will be skipped, proves nothing
-    error_A, error_B = (float((error / total).sqrt()) if total > 0 else float(error) for error, total in sums)
+    error_B, error_A = (errors / torch.where(sizes > 0, sizes, 1.0)).sqrt().tolist()
     return error_A, error_B
+
+
+def _factors(problem: Problem, got: Pair, want: Pair) -> Tensor:
+    """‖Δ − Δ_ref‖² and ‖Δ_ref‖² of the steps of B and A, (2, 2)."""
+    pairs = [(a.double(), b.double()) for a, b in zip(got, want, strict=True)]
+    return torch.stack([torch.stack([(a - b).square().sum(), b.square().sum()]) for a, b in pairs], -1)
+
+
+def _weights(problem: Problem, got: Pair, want: Pair) -> Tensor:
+    """The same of the change of BA, twice; ‖Δ_ref‖² and (ROUNDING·‖BA‖)² where anything changes.
+
+    Rayleigh–Ritz balances its factors anew, by however much they are out of balance: the kernels have part in the
+    change of the weight alone.
+    """
+    B, A = problem.pair.B.double(), problem.pair.A.double()
+    new, wanted = ((B + step[0].double(), A + step[1].double()) for step in (got, want))
+    size = _square(B, A, *wanted) + ROUNDING**2 * _square(torch.zeros_like(B), A, B, A)
+    moved = torch.stack([(step != 0).any() for step in want]).any()
+    return torch.stack([_square(*new, *wanted), size * moved])[:, None].expand(2, 2)
+
+
+def _square(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor) -> Tensor:
+    """‖BA − B'A'‖² from Grams."""
+    P, Q = torch.cat([B, -other_B], -1), torch.cat([A, other_A])
+    return ((P.mT @ P) * (Q @ Q.mT)).sum().clamp_min(0)
 
 
 def _distrust(device: torch.device, reason: str) -> None:

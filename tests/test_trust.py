@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 from models import bare, data, factors, mse, plain_mlp, train
+from problems import make_problem
 
 from psilora import engine, triton_backend, trust
 from psilora.engine import backend_unavailable
+from psilora.problem import Scales
 
 pytestmark = pytest.mark.skipif(
     backend_unavailable("triton") is not None, reason=f"no Triton backend: {backend_unavailable('triton')}"
@@ -75,6 +77,31 @@ def test_wrong_or_failing_kernels_give_way_to_the_reference_with_one_warning(
     train(other, theirs, batches)
     a, b = factors(model), factors(other)
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("fault", [1.0, 1.5])
+def test_a_fault_shows_beside_factors_that_are_balanced_anew(fault: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rayleigh–Ritz moves its factors far, whatever the gradient; the change of the weight is what kernels decide."""
+    from psilora.ritz_backend import KernelGradient
+
+    right = KernelGradient.right
+    monkeypatch.setattr(KernelGradient, "right", lambda self, A: right(self, A) * fault)
+    model, _ = pair_of_models()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, bare(model, 0.01, solver="ritz"), [data(9, 12, 6, F32)])
+    assert trust._verdicts == {torch.device("cpu"): fault == 1.0}
+
+
+def test_rounding_of_two_weights_is_not_taken_for_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the difference between a new weight and an old one nearby, rounding may be all there is."""
+    problems = [make_problem((120, 100, 12), solver="ritz", rows=(48,), lr=1e-5) for _ in range(16)]
+    executions = triton_backend.compute(problems, Scales())
+    errors = trust.disagreement(executions, Scales())
+    monkeypatch.setattr(trust, "ROUNDING", 0.0)
+    without = trust.disagreement(executions, Scales())
+    assert errors is not None and without is not None
+    assert max(errors) < trust.TOLERANCE / 3 < trust.TOLERANCE < max(without)
 
 
 def test_an_explicit_backend_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
