@@ -7,10 +7,18 @@ import functools
 import torch
 from torch import Tensor
 
+from psilora.capture import Record
 from psilora.eigenmetric import EigenMetric, eigh
 from psilora.gradient import activation_squares
 from psilora.holdings import Dense
 from psilora.problem import Problem
+
+
+def metric_shape(size: int, form: str | None, rank: int) -> tuple[int, ...]:
+    """Return the shape of the state "metric": D (d,), dense (d, d), or of a low-rank D = F·Fᵀ + μI F (d, k)."""
+    if form == "diagonal":
+        return (size,)
+    return (size, size if form == "dense" else min(rank, size))
 
 
 def initial_metric(
@@ -18,16 +26,14 @@ def initial_metric(
 ) -> dict[str, Tensor]:
     """Return the state of a running average that starts at 0 with bias correction, else at 1 (I), as published.
 
-    "metric": D (d,), or dense (d, d). Of a low-rank D = F·Fᵀ + μI "metric" is F (d, k), k = `rank`, and "metric_rest"
-    is μ (1,).
+    "metric", of `metric_shape`, and for a low-rank one "metric_rest", μ (1,).
     """
-    start = 0.0 if bias_correction else 1.0
+    start, shape = 0.0 if bias_correction else 1.0, metric_shape(size, form, rank)
     if form == "low-rank":
         rest = torch.full((1,), start, dtype=dtype, device=device)
-        return {"metric": torch.zeros(size, min(rank, size), dtype=dtype, device=device), "metric_rest": rest}
-    if form == "dense":
-        return {"metric": start * torch.eye(size, dtype=dtype, device=device)}
-    return {"metric": torch.full((size,), start, dtype=dtype, device=device)}
+        return {"metric": torch.zeros(shape, dtype=dtype, device=device), "metric_rest": rest}
+    D = torch.full((size,), start, dtype=dtype, device=device)
+    return {"metric": torch.diag(D) if form == "dense" else D}
 
 
 def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -35,9 +41,7 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
     K-FAC: Σ_n x_n² and Σ_n (S_B)_n². Shampoo: diag(GᵀG) and diag(GGᵀ) for G = S_BᵀX.
     """
-    record = problem.record
-    if record is None:
-        raise RuntimeError(f"{problem.pair.name}: the metric's statistics were not captured")
+    record = _record(problem)
     if problem.options.statistics == "shampoo":
         if isinstance(record.held, Dense):
             (matrix,) = record.held.tensors()
@@ -55,9 +59,7 @@ def layer_products(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
     K-FAC: XᵀX and S_BᵀS_B. Shampoo: GᵀG and GGᵀ for G = S_BᵀX, which is formed.
     """
-    record = problem.record
-    if record is None:
-        raise RuntimeError(f"{problem.pair.name}: the metric's statistics were not captured")
+    record = _record(problem)
     if problem.options.statistics == "shampoo":
         if isinstance(record.held, Dense):
             (matrix,) = record.held.tensors()
@@ -69,6 +71,17 @@ def layer_products(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor
     x2 = _total([x.to(dtype).mT @ x.to(dtype) for x, _ in record.chunks])
     s2 = _total([s.to(dtype).mT @ s.to(dtype) for _, s in record.chunks])
     return x2, s2
+
+
+def _record(problem: Problem) -> Record:
+    """The record of a problem, whose sums, if it has any, are those of the metric."""
+    record, dims = problem.record, 2 if problem.options.form == "dense" else 1
+    if record is None or (record.sum_x2 is not None and record.sum_x2.dim() != dims):
+        raise RuntimeError(
+            f"{problem.pair.name}: the statistics of metric={problem.options.metric!r} were not captured; build the "
+            "optimizer with the metric that it is to use or to load"
+        )
+    return record
 
 
 def _total(parts: list[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psilora.adapters import LoRAPair
 from psilora.groups import momentum_rank
-from psilora.metric import initial_metric
+from psilora.metric import initial_metric, metric_shape
 from psilora.momentum import initial_momentum
 from psilora.numerics import compute_dtype
 from psilora.options import Options
@@ -43,21 +43,27 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
         else:
             rank = momentum_rank(pair, options)
             state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
-    if options.metric is not None and "metric" not in state_A:
-        from_zero = spectral or options.metric_bias_correction
-        metric_B, metric_A = (
-            initial_metric(
-                size,
-                from_zero,
-                dtype=dtype,
-                device=device,
-                form=options.form,
-                rank=options.metric_rank or pair.rank,
+    if options.metric is not None:
+        _init_metric(pair, options, state_B, state_A)
+
+
+def _init_metric(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
+    form, rank = options.form, options.metric_rank or pair.rank
+    if "metric" in state_A:
+        if state_A["metric"].shape != metric_shape(pair.d_in, form, rank):
+            raise RuntimeError(
+                f"{pair.name}: the state holds a metric of shape {tuple(state_A['metric'].shape)}, not that of "
+                f"metric={options.metric!r}; a metric cannot be changed in training: build a new optimizer"
             )
-            for size in (pair.d_out, pair.d_in)
-        )
-        state_A.update(metric_A)
-        state_B.update(metric_B)
+        return
+    dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
+    from_zero = options.step == "spectral" or options.metric_bias_correction
+    metric_B, metric_A = (
+        initial_metric(size, from_zero, dtype=dtype, device=device, form=form, rank=rank)
+        for size in (pair.d_out, pair.d_in)
+    )
+    state_A.update(metric_A)
+    state_B.update(metric_B)
 
 
 def copy_loaded(

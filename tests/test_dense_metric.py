@@ -182,6 +182,25 @@ def test_the_kernels_and_the_doctor_know_of_it(monkeypatch: pytest.MonkeyPatch) 
     assert doctor.memory(pairs, 64, 4)[-1].endswith("without 1 layer wider than 16, which it cannot take")
 
 
+def test_another_metric_than_that_of_the_state_or_the_capture_is_refused_with_nothing_changed() -> None:
+    """The trap: (d, d) and (d,) broadcast against each other where there is one layer, or as many as columns."""
+    model = layer_of(9, 9)
+    batch = torch.randn(20, 9, dtype=F64), torch.randn(20, 9, dtype=F64)
+    optimizer = bare(model, 0.1, metric="kfac")
+    train(model, optimizer, [batch])
+    before = factors(model)
+    optimizer.param_groups[0]["metric"] = "kfac-dense"
+    with pytest.raises(RuntimeError, match=r"holds a metric of shape \(9,\), not that of metric='kfac-dense'"):
+        train(model, optimizer, [batch])
+    other = bare(model, 0.1, metric="kfac", gradient="tangent")
+    source = bare(layer_of(9, 9), 0.1, metric="kfac-dense", gradient="tangent")
+    source.init_state()
+    other.load_state_dict(source.state_dict())
+    with pytest.raises(RuntimeError, match=r"statistics of metric='kfac-dense' were not captured; build the optimizer"):
+        train(model, other, [batch])
+    assert all(torch.equal(before[name], value) for name, value in factors(model).items())
+
+
 @pytest.mark.parametrize("rest", [None, 0.3])
 def test_an_eigenmetric_is_the_matrix_it_stands_for(rest: float | None) -> None:
     k = 6 if rest is None else 4
