@@ -39,12 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=4096,
         help="rows per step N = batch × sequence, or × output positions of a convolution (default 4096)",
     )
+    parser.add_argument("--image", type=int, help="for a vision model: count the rows of images this many pixels wide")
+    parser.add_argument("--batch", type=int, default=8, help="images per step, with --image (default 8)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget", type=float, help="capture_budget for gradient='auto', in GiB (none)")
     parser.add_argument("--self-test", action="store_true", help="only compare the backends with the float64 oracle")
     options = parser.parse_args(arguments)
-    if options.rank < 1 or options.tokens < 0:
-        parser.error(f"--rank={options.rank} must be >= 1 and --tokens={options.tokens} must be >= 0")
+    for name, least in (("rank", 1), ("tokens", 0), ("batch", 1), ("image", 1)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name}={value} must be >= {least}")
     if not options.self_test:
         _print_section("Versions", versions())
         _print_section("Devices", devices())
@@ -54,9 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             pairs, unsupported = find_pairs(model)
             width = getattr(torch, options.dtype).itemsize
             _print_section(f"Layers of {options.model}", layers(pairs, unsupported))
-            _print_section(f"Memory at {options.tokens} rows, {options.dtype}", memory(pairs, options.tokens, width))
+            rows, what = options.tokens, f"{options.tokens} rows"
+            if options.image is not None:
+                rows = rows_of_images(model, pairs, options.batch, options.image)
+                what = f"{options.batch} images of {options.image}×{options.image}"
+            _print_section(f"Memory at {what}, {options.dtype}", memory(pairs, rows, width))
             budget = None if options.budget is None else options.budget * 2**30
-            _print_section("gradient='auto'", automatic(pairs, options.tokens, width, budget))
+            _print_section("gradient='auto'", automatic(pairs, rows, width, budget))
             return 0
     results = self_test()
     rows = [f"{r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}" for r in results]
@@ -131,6 +139,38 @@ def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Modul
         return get_peft_model(AutoModel.from_config(config), adapter)  # type: ignore[no-untyped-call]
 
 
+def rows_of_images(model: nn.Module, pairs: Sequence[LoRAPair], batch: int, size: int) -> list[int]:
+    """Return N of each pair, tokens or output positions, in a forward pass of `batch` images of size × size pixels.
+
+    Args:
+        model: From `adapted_skeleton`: on the meta device nothing is computed.
+        pairs: Its pairs.
+        batch: How many images.
+        size: Their height and width.
+
+    Raises:
+        SystemExit: The model takes no images, or none of this size.
+    """
+    counts = dict.fromkeys(map(id, pairs), 0)
+    handles = []
+    for pair in pairs:
+
+        def count(module: nn.Module, args: object, output: torch.Tensor, pair: LoRAPair = pair) -> None:
+            counts[id(pair)] += output.numel() // pair.d_out
+
+        handles += [lora_B.register_forward_hook(count) for _, lora_B in pair.sites]
+    channels = getattr(getattr(model, "config", None), "num_channels", 3)
+    try:
+        with torch.no_grad():
+            model(pixel_values=torch.empty(batch, channels, size, size, device="meta"))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise SystemExit(f"cannot run the model on images of {size}×{size}: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [counts[id(pair)] for pair in pairs]
+
+
 def layers(pairs: Sequence[LoRAPair], unsupported: Sequence[Unsupported]) -> list[str]:
     """Return the layers grouped by shape and capture mode, then what cannot be trained."""
     kinds = Counter((p.name.rsplit(".", 1)[-1], p.d_out, p.d_in, p.rank, _mode(p)) for p in pairs)
@@ -147,24 +187,24 @@ def _mode(pair: LoRAPair) -> str:
     return "captured exactly" + (f", by patches of {'×'.join(map(str, kernel))}" if kernel else "")
 
 
-def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
+def memory(pairs: Sequence[LoRAPair], tokens: int | Sequence[int], itemsize: int) -> list[str]:
     """Return the bytes of X and S (`itemsize` each number) for `tokens` rows, and of the fp32 state, by setting.
 
     Layers that hang on the same module and have the same width (q, k and v; gate and up) usually share one X: the
     smaller figure for X counts it once. Of a convolution d_in is C_in·∏k and every output position is a row.
     """
-    captured = [p for p in pairs if p.uncaptured is None]
-    X = sum(p.d_in for p in captured) * tokens * itemsize
-    shared = {(p.name if p.convolution else p.name.rpartition(".")[0], p.d_in): p.d_in for p in captured}
-    shared_X = sum(shared.values()) * tokens * itemsize
-    S = sum(p.d_out for p in captured) * tokens * itemsize
+    captured, counts = _captured(pairs, tokens)
+    X = [p.d_in * n * itemsize for p, n in zip(captured, counts, strict=True)]
+    places = [(p.name if p.convolution else p.name.rpartition(".")[0], p.d_in) for p in captured]
+    shared_X = sum(dict(zip(places, X, strict=True)).values())
+    S = sum(p.d_out * n * itemsize for p, n in zip(captured, counts, strict=True))
     factors = sum(p.rank * (p.d_in + p.d_out) for p in pairs)
     diagonal = sum(p.d_in + p.d_out for p in pairs)
     narrow = [p for p in pairs if max(p.d_in, p.d_out) <= DENSE_LIMIT]
     left = len(pairs) - len(narrow)
     wide = f", without {left} layer{'s' * (left > 1)} wider than {DENSE_LIMIT}, which it cannot take" if left else ""
     return [
-        f"gradient='exact': X {_size(shared_X)} (shared) to {_size(X)}, S {_size(S)}, held from backward to step",
+        f"gradient='exact': X {_size(shared_X)} (shared) to {_size(sum(X))}, S {_size(S)}, held from backward to step",
         f"gradient='dense': {_size(sum(4 * p.d_in * p.d_out for p in captured))}, whatever the rows",
         f"gradient='backward': {_size(sum(8 * p.rank * p.d_out for p in captured))}, for K = 1 alone",
         "step='spectral' and gradient='tangent': no captures",
@@ -176,10 +216,17 @@ def memory(pairs: Sequence[LoRAPair], tokens: int, itemsize: int) -> list[str]:
     ]
 
 
-def automatic(pairs: Sequence[LoRAPair], tokens: int, itemsize: int, budget: float | None) -> list[str]:
+def _captured(pairs: Sequence[LoRAPair], tokens: int | Sequence[int]) -> tuple[list[LoRAPair], list[int]]:
+    """Return the pairs that can be captured and the rows of each; `tokens` is one number for all, or one for each."""
+    counts = [tokens] * len(pairs) if isinstance(tokens, int) else tokens
+    found = [(p, n) for p, n in zip(pairs, counts, strict=True) if p.uncaptured is None]
+    return [p for p, _ in found], [n for _, n in found]
+
+
+def automatic(pairs: Sequence[LoRAPair], tokens: int | Sequence[int], itemsize: int, budget: float | None) -> list[str]:
     """Return what gradient="auto" would choose, one line per choice and shape, and why."""
-    captured = [p for p in pairs if p.uncaptured is None]
-    chosen = choose(captured, tokens, budget, itemsize)
+    captured, counts = _captured(pairs, tokens)
+    chosen = choose(captured, counts, budget, itemsize)
     kinds = Counter((p.name.rsplit(".", 1)[-1], c.gradient, c.reason) for p, c in zip(captured, chosen, strict=True))
     lines = [f"{n} × {name}: {gradient}, {reason}" for (name, gradient, reason), n in kinds.items()]
     return [*lines, f"together {_size(sum(c.bytes for c in chosen))}"]

@@ -400,7 +400,10 @@ class Patched(nn.Module):
         return y.mean((-1, -2))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, {"gradient": "dense"}, {"gradient": "tangent"}], ids=str)
+MORE = [{"gradient": "dense"}, {"gradient": "tangent"}, {"metric": "kfac-low-rank", "damping": 1e-2}]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *MORE], ids=str)
 def test_training_equals_that_of_linear_layers_on_the_patches(kind: dict[str, Any]) -> None:
     torch.manual_seed(0)
     net = ConvNet()

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from models import peft_mlp
+from models import bare, peft_mlp
+from peft import LoraConfig, get_peft_model
 
 from psilora import doctor
 from psilora.adapters import find_pairs
@@ -76,6 +77,34 @@ def test_a_convolutional_model(tmp_path, capsys: pytest.CaptureFixture) -> None:
     assert f"1 × convolution: dense, SᵀX holds {dense} bytes, X and S of 512 rows {rows}" in out
     assert doctor.main(["--model", str(tmp_path), "--target-modules", ".*encoder.*convolution"]) == 0
     assert "8×147" not in capsys.readouterr().out
+    images = ["--target-modules", "convolution", "--image", "64", "--batch", "2"]
+    assert doctor.main(["--model", str(tmp_path), *images]) == 0
+    out = capsys.readouterr().out  # every layer has rows of its own: strides of 2 halve the 64 pixels
+    assert "Memory at 2 images of 64×64" in out
+    for rows, d_in, d_out in ((2 * 32**2, 147, 8), (2 * 16**2, 72, 8), (2 * 8**2, 8, 16), (2 * 8**2, 144, 16)):
+        assert f"SᵀX holds {4 * d_in * d_out} bytes, X and S of {rows} rows {rows * (d_in + d_out) * 2}" in out
+
+
+def test_rows_of_images_are_those_that_training_sees(tmp_path, capsys: pytest.CaptureFixture) -> None:
+    from transformers import AutoModel, ViTConfig
+
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = ViTConfig(hidden_size=32, image_size=32, patch_size=8, **sizes)
+    config.save_pretrained(tmp_path)
+    settings = LoraConfig(r=2, target_modules=["projection", "q_proj"])
+    with torch.device("meta"):
+        skeleton = get_peft_model(AutoModel.from_config(config), settings)
+    model = get_peft_model(AutoModel.from_config(config), settings)
+    optimizer = bare(model)
+    model(pixel_values=torch.randn(3, 3, 32, 32)).last_hidden_state.square().mean().backward()
+    seen = [record.rows for record in optimizer._capture.records.values()]
+    assert doctor.rows_of_images(skeleton, find_pairs(skeleton)[0], 3, 32) == seen == [3 * 16, 3 * 17]
+    with pytest.raises(SystemExit, match="cannot run the model on images of 30×30: Input image size"):
+        doctor.main(["--model", str(tmp_path), "--image", "30"])
+    for arguments, error in (("--image 0", "--image=0 must be >= 1"), ("--batch -1", "--batch=-1 must be >= 1")):
+        with pytest.raises(SystemExit):
+            doctor.main(arguments.split())
+        assert error in capsys.readouterr().err
 
 
 def test_an_unreadable_model_is_named() -> None:
