@@ -157,7 +157,7 @@ class BucketRun:
         self.addresses = table.reserve(self.count, int(layout.ADDRESSES.value))
         self.scalars = table.reserve(self.count, int(layout.SCALARS.value) // 2)
         turns = len(bucket.course.turns)
-        self.zeros = table.reserve(1, -(-self.count * (1 + 4 * turns) // 2))
+        self.zeros = table.reserve(1, -(-self.count * (3 + 4 * turns) // 2))
         self.product_blocks = [table.reserve(self.count, 3) if turn.product else None for turn in bucket.course.turns]
         layers = bucket.layers
         self.dims = int32_table(
@@ -270,6 +270,12 @@ class BucketRun:
         start = self.count * (1 + 2 * turns)
         return self._zeroed()[start : start + 2 * turns * self.count].view(turns, 2, self.count)
 
+    @property
+    def sizes(self) -> Tensor:
+        """(2, L) fp32: ‖A_m‖² and ‖B_m‖² of the momentum, as the step's last turns have seen them."""
+        start = self.count * (1 + 4 * len(self.plan.course.turns))
+        return self._zeroed()[start : start + 2 * self.count].view(torch.float32).view(2, self.count)
+
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.addresses.device, self.scalars.device.view(torch.float32), self.dims
 
@@ -305,7 +311,7 @@ class BucketRun:
         if turn.factored:
             factor_kernels.factor(
                 *self._tables(), self.parts[1 - side], self.parts[side], work.coefficients,
-                weight_grams, momentum_grams, work.stored_grams, info, own=turn.own_source != NONE,
+                weight_grams, momentum_grams, work.stored_grams, info, self.sizes, own=turn.own_source != NONE,
                 SIDE=side, MOVED=turn.moved, OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum,
                 TANGENT=turn.source == TANGENT, OWN_TANGENT=turn.own_source == TANGENT,
             )  # fmt: skip
@@ -314,7 +320,7 @@ class BucketRun:
         solve_kernels.solve(
             *self._tables(), self.tiles, self.parts[1 - side],
             self.addresses.device if block is None else block.device, work.coefficients, scale,
-            weight_grams, momentum_grams, work.moved_grams, self.flags, info, busy,
+            weight_grams, momentum_grams, work.moved_grams, self.flags, info, busy, self.sizes,
             first_tile=self.plan.parts[side][0][0], programs=self.plan.programs(side),
             SIDE=side, PARAM_TYPE=types[side], GRAD_TYPE=types[2 + side], SOURCE=turn.source,
             OWN_SOURCE=turn.own_source, BESIDE=turn.beside, CHECK=turn.check, MOVED=turn.moved,
@@ -330,8 +336,8 @@ class BucketRun:
         rows = course.rows if course.lasting else (False, False)
         commit_kernels.commit(
             *self._tables(), self.tiles, scale, ok.view(torch.uint8), work.stored_grams,
-            A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
-            EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
+            sizes=self.sizes if s.momentum else None, A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum,
+            HAS_METRIC=s.metric is not None, EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
         )  # fmt: skip
         written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
         states = [state for p in self.problems for state in (p.state_A, p.state_B)]

@@ -108,6 +108,7 @@ class Projection:
 
     Attributes:
         step_B, step_A: Bᵏ − B₁ and Aᵏ − A₁; None until the factor's first turn.
+        gram_B, gram_A: BᵏᵀM_BBᵏ and AᵏM_AAᵏᵀ as the last A-turn and the last B-turn have used them; None before.
         repaired: number of solves in which a failed pivot had to be repaired, a 0-d int64 tensor.
     """
 
@@ -129,6 +130,8 @@ class Projection:
         self.metric_A: Metric | None = None if metric is None else metric[1]
         self.step_B: Tensor | None = None
         self.step_A: Tensor | None = None
+        self.gram_B: Tensor | None = None
+        self.gram_A: Tensor | None = None
         self.repaired = torch.zeros((), dtype=torch.int64, device=A.device)
         self._solve = solve
 
@@ -166,7 +169,8 @@ class Projection:
         change = self._change(weighted, self.base_B, self.step_B)
         if change is not None:
             rhs = (change @ self.base_A).add_(rhs)
-        return self._spd_solve(weighted.mT @ self.B, rhs)
+        self.gram_B = weighted.mT @ self.B
+        return self._spd_solve(self.gram_B, rhs)
 
     def _solve_B(self, right: Tensor) -> Tensor:
         weighted = apply_metric(self.metric_A, self.A.mT)
@@ -174,7 +178,8 @@ class Projection:
         change = self._change(weighted, self.base_A.mT, None if self.step_A is None else self.step_A.mT)
         if change is not None:
             rhs = (self.base_B @ change.mT).add_(rhs)
-        return self._spd_solve(self.A @ weighted, rhs.mT).mT.contiguous()
+        self.gram_A = self.A @ weighted
+        return self._spd_solve(self.gram_A, rhs.mT).mT.contiguous()
 
     def _change(self, weighted: Tensor, base: Tensor, step: Tensor | None) -> Tensor | None:
         """Return (MFᵏ)ᵀ(c₁F₁ − Fᵏ) = decay·(MFᵏ)ᵀF₁ − (MFᵏ)ᵀ·step (…, r, r), or None where it is known to be zero."""

@@ -1,9 +1,12 @@
-"""The low-rank momentum's starting point."""
+"""The low-rank momentum: where it starts, and how its factors are kept in balance."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+#: ‖B_m‖²/‖A_m‖² above which the momentum is balanced.
+IMBALANCE = 2.0**16
 
 
 def initial_momentum(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -23,3 +26,22 @@ def initial_momentum(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tup
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(rank, A.shape[1], generator=generator, dtype=torch.float64)
     return B.new_zeros(B.shape[0], rank, dtype=dtype), rows.to(A.device, dtype)
+
+
+def balance(B: Tensor, A: Tensor, size_B: Tensor, size_A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B_m/t, t·A_m) with t = 2^⌊log₂(‖B_m‖²/‖A_m‖²)/4⌋ where ‖B_m‖² > 2^16·‖A_m‖², else both unchanged.
+
+    Alternating turns of μ·(B_m, A_m) + (1−τ)·G, A_m first, shrink A_m and grow B_m by a few per cent a step for ever;
+    once A_m·A_mᵀ is as small as λ, the proximal term holds the momentum where it is. The published method does not say
+    so and its scripts are short. t is a power of two, so the product does not change by a bit.
+
+    Args:
+        B: B_m (L, d_out, r_m).
+        A: A_m (L, r_m, d_in).
+        size_B: The trace of B_mᵀB_m, (L,), as the step's last A-turn has seen it.
+        size_A: The trace of A_mA_mᵀ, (L,), as the last B-turn has.
+    """
+    ratio = size_B / size_A
+    outweighed = (ratio > IMBALANCE) & torch.isfinite(ratio)
+    exponent = torch.where(outweighed, (torch.frexp(ratio).exponent - 1) // 4, 0)[:, None, None]
+    return torch.ldexp(B, -exponent), torch.ldexp(A, exponent)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from test_lorsum import literal
 from torch import Tensor, nn
 
 from psilora import LoRALinear, OPLoRA, PSILoRA, create_psilora_optimizer
+from psilora import momentum as momentum_module
 from psilora.gradient import ActivationGradient
+from psilora.momentum import IMBALANCE, balance
 from psilora.options import Options
 
 F64 = torch.float64
@@ -649,3 +652,33 @@ def test_a_change_of_grad_that_is_no_factor_is_refused() -> None:
     with pytest.raises(RuntimeError, match="changed since backward by more than a common factor"):
         optimizer.step()
     assert all(torch.equal(before[name], value) for name, value in factors(model).items())
+
+
+def test_momentum_factors_do_not_drift_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left alone they do, until λ holds A_m where it is."""
+
+    def ratio() -> float:
+        layer = one_layer(30, 20, 3, 3.0)
+        target = torch.randn(30, 20, dtype=F64, generator=torch.Generator().manual_seed(1))
+        optimizer = bare(layer, 0.1, momentum=0.75, prox=1e-3)
+        for step in range(400):
+            optimizer.zero_grad()
+            columns = torch.randperm(20, generator=torch.Generator().manual_seed(step))[:6]
+            (layer(torch.eye(20, dtype=F64)[columns]) - target.T[columns]).square().sum().backward()
+            optimizer.step()
+        B_m, A_m = (optimizer.state[p]["momentum"] for p in (layer.lora_B.weight, layer.lora_A.weight))
+        return float(B_m.norm() / A_m.norm())
+
+    assert ratio() ** 2 < 4 * IMBALANCE
+    monkeypatch.setattr(momentum_module, "IMBALANCE", math.inf)
+    assert ratio() ** 2 > 64 * IMBALANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_balance_is_a_power_of_two_that_leaves_the_product_alone(dtype: torch.dtype) -> None:
+    B, A = torch.randn(5, 6, 2, dtype=dtype), torch.randn(5, 2, 7, dtype=dtype)
+    size_B = torch.tensor([2.0**16, 2.0**17, 2.0**44, 0.0, 1.0], dtype=dtype)
+    size_A = torch.tensor([1.0, 1.0, 2.0**-4, 1.0, 0.0], dtype=dtype)
+    new_B, new_A = balance(B, A, size_B, size_A)
+    assert torch.equal(new_B @ new_A, B @ A)
+    assert (new_A / A)[:, 0, 0].tolist() == [1.0, 2.0**4, 2.0**12, 1.0, 1.0]

@@ -152,6 +152,31 @@ def test_large_ranks(shape: tuple[int, int, int], settings: dict[str, Any]) -> N
     check([make_problem(shape, rows=(150,), device=DEVICE, **settings)])
 
 
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ((30, 40, 5), {"momentum_rank": 3}),
+        ((30, 40, 5), {"momentum_rank": 5, "num_iters": 2, "metric": "kfac"}),
+        ((30, 40, 5), {"momentum_rank": 5, "num_iters": 0, "first": "B"}),
+        ((70, 66, 64), {"momentum_rank": 33}),
+        ((30, 40, 5), {"momentum_rank": 5, "gradient": "tangent"}),
+    ],
+)
+def test_a_momentum_out_of_balance_is_balanced_as_by_the_reference(
+    shape: tuple[int, int, int], settings: dict[str, Any]
+) -> None:
+    """A layer beyond the limit, one that stays within it, and one without a momentum yet."""
+    problems = [make_problem(shape, device=DEVICE, rows=(80,), **settings) for _ in range(3)]
+    for problem, scale_B, scale_A in zip(problems, (2.0**9, 2.0**3, 0.0), (2.0**-6, 1.0, 1.0), strict=True):
+        problem.state_B["momentum"] *= scale_B
+        problem.state_A["momentum"] *= scale_A
+    unlike = [p.state_B["momentum"].norm() / p.state_A["momentum"].norm() for p in problems]
+    check(problems)
+    left = [p.state_B["momentum"].norm() / p.state_A["momentum"].norm() for p in problems]
+    assert left[0] < 2.0**-6 * unlike[0], "t² at least 2^8"
+    assert left[1] > 2.0**-6 * unlike[1]
+
+
 def test_mixed_layers_share_a_step() -> None:
     problems = [
         make_problem((20, 24, 4), momentum_rank=4, device=DEVICE),
@@ -248,7 +273,10 @@ def test_a_singular_system_is_repaired_and_counted_as_by_the_reference() -> None
     assert all(bool(t.isfinite().all()) for t in steps(execution)[0])
 
 
-def test_grams_left_by_a_commit_are_used_until_a_factor_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("balanced", [False, True])
+def test_grams_left_by_a_commit_are_used_until_a_factor_changes(
+    balanced: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from psilora.triton_kernels import gram as module
 
     launched = []
@@ -256,6 +284,9 @@ def test_grams_left_by_a_commit_are_used_until_a_factor_changes(monkeypatch: pyt
     monkeypatch.setattr(module, "gram", lambda *a, **k: (launched.append(1), original(*a, **k)))
     ok = torch.ones((), dtype=torch.bool, device=DEVICE)
     problem = make_problem((20, 24, 4), momentum_rank=4, device=DEVICE, num_iters=2)
+    if balanced:
+        problem.state_B["momentum"] *= 2.0**9
+        problem.state_A["momentum"] *= 2.0**-9
 
     def step() -> int:
         launched.clear()

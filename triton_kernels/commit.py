@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psilora import momentum
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
 from psilora.triton_kernels.gram import emit_rows, stored_grams
 from psilora.triton_kernels.layout import (
@@ -38,6 +39,8 @@ from psilora.triton_kernels.layout import (
 )
 from psilora.triton_kernels.variants import Variant
 
+IMBALANCE = tl.constexpr(momentum.IMBALANCE)
+
 
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
@@ -51,10 +54,20 @@ def rounded(value, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _balance(size_B, size_A, SIDE: tl.constexpr):
+    """Return what the momentum's factor is multiplied with: t for A, 1/t for B; see `psilora.momentum.balance`."""
+    ratio = size_B / size_A
+    exponent = ((ratio.to(tl.int32, bitcast=True) >> 23) - 127) >> 2
+    exponent = tl.where((ratio > IMBALANCE) & (ratio < float("inf")), exponent, 0)
+    exponent = exponent if SIDE == 0 else -exponent
+    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _commit_side(
-    addresses_ptr, scalars_ptr, dims_ptr, problem, start, end,
+    addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, problem, problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """F ← F + F_s/√s where F_s ≠ 0, F_m and D ← their workspaces, step ← step + 1, for the columns of a tile."""
     r = tl.load(dims_ptr + problem * DIMS + RANK)
@@ -66,6 +79,9 @@ def _commit_side(
     rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
     own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
     k = tl.arange(0, RP)[:, None]
+    weight = 1.0
+    if BALANCED:
+        weight = _balance(tl.load(sizes_ptr + problems + problem), tl.load(sizes_ptr + problem), SIDE)
     for first in range(start, end, BN):
         n = (first + tl.arange(0, BN))[None, :]
         inside = (n < end) & (k < r)
@@ -78,7 +94,7 @@ def _commit_side(
             for block in tl.static_range(OWN):
                 j = k + block * RP
                 inside = (n < end) & (j < rm)
-                new = tl.load(rows + (j + r) * d + n, mask=inside, other=0.0)
+                new = tl.load(rows + (j + r) * d + n, mask=inside, other=0.0) * weight
                 tl.store(own + element(j, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
         if HAS_METRIC:
             column = first + tl.arange(0, BN)
@@ -95,14 +111,15 @@ def _commit_side(
 
 @triton.jit
 def _commit_tile(
-    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out_ptr, problem, start, end,
+    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out_ptr, problem, problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
+    EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     if ok:
         _commit_side(
-            addresses_ptr, scalars_ptr, dims_ptr, problem, start, end,
-            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, HAS_METRIC, OWN,
+            addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, problem, problems, start, end,
+            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN,
         )  # fmt: skip
         tl.debug_barrier()  # the Grams read what other threads have written
     if EMIT:
@@ -113,12 +130,13 @@ def _commit_tile(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=UNALIGNED)
+@triton.jit(do_not_specialize=["problems"], do_not_specialize_on_alignment=UNALIGNED)
 def _commit_kernel(
-    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, ok_ptr, out_ptr,
+    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, sizes_ptr, ok_ptr, out_ptr, problems,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
-    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr,
-    OWN: tl.constexpr, EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr,
+    HAS_METRIC: tl.constexpr, OWN: tl.constexpr, EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr,
+    MASK_B: tl.constexpr,
 ):  # fmt: skip
     """Commit one tile of columns of one factor and its state where ok (uint8) holds, bitwise nothing elsewhere."""
     tile = tl.program_id(0).to(tl.int64)
@@ -129,29 +147,29 @@ def _commit_kernel(
     ok = tl.load(ok_ptr) != 0
     if tl.load(tiles_ptr + tile * TILE) == 0:
         _commit_tile(
-            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out, problem, start, end, 0, RP, BN, KS,
-            A_TYPE, HAS_MOMENTUM, HAS_METRIC, OWN, EMIT_A, MASK_A,
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
+            0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN, EMIT_A, MASK_A,
         )  # fmt: skip
     else:
         _commit_tile(
-            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, ok, out, problem, start, end, 1, RP, BN, KS,
-            B_TYPE, HAS_MOMENTUM, HAS_METRIC, OWN, EMIT_B, MASK_B,
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
+            1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN, EMIT_B, MASK_B,
         )  # fmt: skip
 
 
 def commit(
     addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, ok: Tensor, out: Tensor,
-    *, OWN: int = 1, **constexprs: Any,
+    *, sizes: Tensor | None = None, OWN: int = 1, **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`.
 
-    A momentum has up to OWN times as many rows as the padded rank.
+    A momentum has up to OWN times as many rows as the padded rank. It is balanced by its `sizes` (2, L) of A and B.
     """
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _commit_kernel[(tiles.shape[0],)](
-        addresses, scalars, dims, tiles, scale, ok, out,
-        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, **constexprs, num_warps=warps, num_stages=1,
-        maxnreg=STREAM_REGISTERS,
+        addresses, scalars, dims, tiles, scale, scale if sizes is None else sizes, ok, out, dims.shape[0],
+        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, BALANCED=sizes is not None, **constexprs,
+        num_warps=warps, num_stages=1, maxnreg=STREAM_REGISTERS,
     )  # fmt: skip
 
 
@@ -160,10 +178,13 @@ def _variants() -> list[Variant]:
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {
             "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
-            "HAS_METRIC": True, "OWN": 1, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
+            "BALANCED": True, "HAS_METRIC": True, "OWN": 1, "EMIT_A": True, "EMIT_B": True,
+            "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
-        spectral = {**constexprs, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0}
+        spectral = {
+            **constexprs, "BALANCED": False, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0,
+        }  # fmt: skip
         found.append(variant("commit_spectral", _commit_kernel, padded, warps, spectral, STREAM_REGISTERS))
     return found
 

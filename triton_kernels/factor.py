@@ -64,6 +64,13 @@ def ridged(gram, ridge, RP: tl.constexpr):
 
 
 @triton.jit
+def trace(gram, RP: tl.constexpr):
+    """Return the trace of gram (RP, RP)."""
+    row = tl.arange(0, RP)
+    return tl.sum(tl.sum(tl.where(row[:, None] == row[None, :], gram, 0.0), axis=1), axis=0)
+
+
+@triton.jit
 def weight_base(
     gram, grams_ptr, first, count, top, scalars, lr,
     RP: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -162,7 +169,7 @@ def _tangent(
 @triton.jit(do_not_specialize=["problems"], do_not_specialize_on_alignment=UNALIGNED)
 def _factor_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, parts_ptr, own_parts_ptr, coefficients_ptr,
-    weight_grams_ptr, momentum_grams_ptr, base_grams_ptr, info_ptr, problems,
+    weight_grams_ptr, momentum_grams_ptr, base_grams_ptr, info_ptr, sizes_ptr, problems,
     SIDE: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr, KINDS: tl.constexpr, MOVED: tl.constexpr,
     OWN_MOVED: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, TANGENT: tl.constexpr,
     OWN_TANGENT: tl.constexpr,
@@ -216,6 +223,8 @@ def _factor_kernel(
             )
             tl.store(out + OWN_BASE * Q + at, base)
         tl.debug_barrier()
+        diagonal = tl.load(scratch + tl.arange(0, RP) * (RP + 1))
+        tl.store(sizes_ptr + (1 - SIDE) * problems + problem, tl.sum(diagonal, axis=0))
         info = inverse_factor_to(out + OWN_INVERSE * Q, scratch, scratch + Q, ridge, rm, RP)
         tl.store(info_ptr + problems + problem, info)
         if OWN_TANGENT:
@@ -227,13 +236,14 @@ def _factor_kernel(
 
 def factor(
     addresses: Tensor, scalars: Tensor, dims: Tensor, parts: Tensor, own_parts: Tensor, coefficients: Tensor,
-    weight_grams: Tensor, momentum_grams: Tensor, base_grams: Tensor, info: Tensor, *, own: bool, **constexprs: Any,
+    weight_grams: Tensor, momentum_grams: Tensor, base_grams: Tensor, info: Tensor, sizes: Tensor, *, own: bool,
+    **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_factor_kernel` for all layers; `own`: for the momentum's systems too."""
     padded = coefficients.shape[-1]
     _factor_kernel[(dims.shape[0], 2 if own else 1)](
         addresses, scalars, dims, parts, own_parts, coefficients, weight_grams, momentum_grams, base_grams, info,
-        dims.shape[0], RP=padded, AT_ONCE=BLOCKS[padded][2], KINDS=weight_grams.shape[1],
+        sizes, dims.shape[0], RP=padded, AT_ONCE=BLOCKS[padded][2], KINDS=weight_grams.shape[1],
         **constexprs, num_warps=factor_warps(padded), num_stages=1, maxnreg=255,
     )  # fmt: skip
 

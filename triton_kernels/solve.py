@@ -29,6 +29,7 @@ from psilora.triton_kernels.factor import (
     P2,
     momentum_base,
     ridged,
+    trace,
     weight_base,
 )
 from psilora.triton_kernels.gram import moved_grams, summed
@@ -284,7 +285,7 @@ def _momentum_columns(
 @triton.jit(do_not_specialize=["problems", "first_tile"], do_not_specialize_on_alignment=UNALIGNED)
 def _solve_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, parts_ptr, product_ptr, coefficients_ptr, scale_ptr,
-    weight_grams_ptr, momentum_grams_ptr, out_ptr, flag_ptr, info_ptr, busy_ptr, problems, first_tile,
+    weight_grams_ptr, momentum_grams_ptr, out_ptr, flag_ptr, info_ptr, busy_ptr, sizes_ptr, problems, first_tile,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, AT_ONCE: tl.constexpr,
     KINDS: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr,
     OWN_SOURCE: tl.constexpr, BESIDE: tl.constexpr, CHECK: tl.constexpr, MOVED: tl.constexpr, OWN_MOVED: tl.constexpr,
@@ -295,7 +296,8 @@ def _solve_kernel(
 
     Tables: addresses (L, ADDRESSES) int64, scalars (L, SCALARS) fp32, dims (L, DIMS) int32, tiles (…, TILE) int32 from
     `first_tile` on, parts (L, 2) int32 = the tiles of the other side, product (L, PRODUCT_BLOCK) int64. Grams of the
-    other side: (tiles, KINDS, RP, RP) fp32. info and busy are (2, L) int32: weight, then momentum.
+    other side: (tiles, KINDS, RP, RP) fp32. info and busy are (2, L) int32: weight, then momentum. sizes (2, L) fp32,
+    by side, takes ‖O_m‖² of the momentum.
     """
     tile = tl.program_id(0).to(tl.int64) + first_tile
     problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
@@ -338,6 +340,7 @@ def _solve_kernel(
             )
             if start == 0:
                 tl.store(info_ptr + problems + problem, own_info)
+                tl.store(sizes_ptr + (1 - SIDE) * problems + problem, trace(gram, RP))
         else:
             own_inverse = tl.zeros((1, 1), tl.float32)
             own_base = own_inverse
@@ -357,15 +360,15 @@ def _solve_kernel(
 def solve(
     addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, product: Tensor,
     coefficients: Tensor, scale: Tensor, weight_grams: Tensor, momentum_grams: Tensor, out: Tensor, flags: Tensor,
-    info: Tensor, busy: Tensor, *, first_tile: int, programs: int, **constexprs: Any,
+    info: Tensor, busy: Tensor, sizes: Tensor, *, first_tile: int, programs: int, **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_solve_kernel` on the `programs` tiles of a side that begin at `first_tile`."""
     padded = out.shape[-1]
     BN, KS, at_once, warps = (FACTORED_BLOCKS if constexprs["FACTORED"] else BLOCKS)[padded]
     _solve_kernel[(programs,)](
         addresses, scalars, dims, tiles, parts, product, coefficients, scale, weight_grams, momentum_grams, out,
-        flags, info, busy, dims.shape[0], first_tile, RP=padded, BN=BN, KS=KS, AT_ONCE=at_once, KINDS=out.shape[1],
-        **constexprs, num_warps=warps, num_stages=1, maxnreg=255,
+        flags, info, busy, sizes, dims.shape[0], first_tile, RP=padded, BN=BN, KS=KS, AT_ONCE=at_once,
+        KINDS=out.shape[1], **constexprs, num_warps=warps, num_stages=1, maxnreg=255,
     )  # fmt: skip
 
 
