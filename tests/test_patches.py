@@ -97,6 +97,23 @@ def test_rows_of_16_bit_inputs_are_copies_and_products_are_in_the_dtype_asked_fo
     torch.testing.assert_close(patches.squares(torch.float32), X.square().sum(0), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"])
+@pytest.mark.parametrize("name", ["1", "2", "3"])
+def test_fp32_products_are_not_in_tf32_and_give_the_same_bits_again(name: str, device: str) -> None:
+    """tf32 products are off by 3e-4 and more; sums of this length in fp32 by 1e-6."""
+    conv, _ = layer(name, channels=24)
+    how = convolution(conv)
+    x = torch.randn(64, 24, *SIZES[how.dims])
+    X = unfolded(x.double(), how)
+    P, V = torch.randn(len(X), 16), torch.randn(16, X.shape[1])
+    exact = (P.double().mT @ X, X @ V.double().mT, X.square().sum(0))
+    patches = Patches(x.to(device), how)
+    runs = [(patches.left(P.to(device)), patches.right(V.to(device)), patches.squares(x.dtype)) for _ in range(2)]
+    for first, again, wanted in zip(*runs, exact, strict=True):
+        assert torch.equal(first, again)
+        assert (first.cpu().double() - wanted).norm() <= 2e-5 * wanted.norm()
+
+
 @pytest.mark.parametrize("name", ["1, circular", "2, stride", "3"])
 def test_an_empty_batch_has_no_rows(name: str) -> None:
     conv, x = layer(name)
