@@ -139,5 +139,5 @@ def _refuse(residuals: Sequence[Residual], what: str) -> None:
 def _tolerance(problem: Problem) -> float:
     sizes = [problem.dA.element_size(), problem.dB.element_size()]
     if problem.record is not None:
-        sizes += [t.element_size() for chunk in problem.record.chunks for t in chunk]
+        sizes.append(problem.record.itemsize)
     return _TOLERANCE[max(2, min(sizes))]

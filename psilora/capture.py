@@ -39,6 +39,7 @@ class Record:
         calls, rows: number of calls and N = Σ N_j.
         sum_x2, sum_s2: Where `sums` is "squares", Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,); where it is "products",
             XᵀX (d_in, d_in) and S_BᵀS_B (d_out, d_out); in the compute dtype, None before the first call.
+        itemsize: Bytes per number of the narrowest X or S_B that came, as it came; 8 before the first.
         missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
             reached lora_A through neither.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
@@ -60,6 +61,7 @@ class Record:
         self.held: Holding = KINDS[self.holds]()
         self.calls = 0
         self.rows = 0
+        self.itemsize = 8
         self.sum_x2: Tensor | None = None
         self.sum_s2: Tensor | None = None
         self.missed = 0
@@ -128,6 +130,7 @@ class Record:
     def _hold(self, x: Input, s: Tensor) -> None:
         self.calls += 1
         self.rows += s.shape[0]
+        self.itemsize = min(self.itemsize, x.dtype.itemsize, s.element_size())
         self.held.take(x, s, self.pair)
         if self.sums is not None:
             self._add_sums(x, s.to(compute_dtype(self.pair.lora_A.dtype)))

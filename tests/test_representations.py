@@ -11,7 +11,7 @@ import torch
 from models import bare, data, factors, mse, plain_mlp, randomise_B, train
 from torch import Tensor, nn
 
-from psilora import PSILoRA, doctor
+from psilora import LoRALinear, PSILoRA, doctor
 from psilora.adapters import find_pairs
 from psilora.representation import choose
 
@@ -79,6 +79,23 @@ def test_backward_with_16_bit_gradients_forms_its_own_products() -> None:
         for gradient in ("exact", "backward")
     )
     assert_equal({n: p.float() for n, p in backward.items()}, {n: p.float() for n, p in exact.items()}, 2**-7)
+
+
+@pytest.mark.parametrize("gradient", ["exact", "dense", "backward"])
+def test_16_bit_gradients_are_judged_as_such_whatever_is_held(gradient: str) -> None:
+    """Under autocast XAᵀ is rounded to 16 bits; before a normalisation its mean, and most of dB, then cancels."""
+    torch.manual_seed(0)
+    model = nn.Sequential(LoRALinear(nn.Linear(24, 6), 3), nn.BatchNorm1d(6))
+    randomise_B(model)
+    optimizer = bare(model, gradient=gradient, momentum=0.0)
+    x, y = data(512, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = mse(model, (x + 20, y))
+    loss.backward()
+    (pair,) = optimizer._pairs.values()
+    rounding = (optimizer._capture.record(pair).held.dB(pair) - pair.lora_B.grad).norm() / pair.lora_B.grad.norm()
+    assert 1e-2 < rounding < 1e-1  # beyond what fp32 gradients may differ by
+    optimizer.step()
 
 
 @pytest.mark.parametrize("settings", [{"gradient": "dense"}, {"gradient": "backward", "momentum": 0.0}], ids=str)
