@@ -22,7 +22,7 @@ _EXACT_VARIANTS = frozenset(
     "MiCALinearVariant".split()
 )
 
-# ΔW = s·B·A holds, so `.grad` is right, but the inner linears are not run on the layer's input.
+# ΔW = s·B·A holds, so `.grad` is right, but the inner layers are not run on the layer's input.
 _GRAD_ONLY = {
     "MultiheadAttention": "it adds the adapter to the weight instead of calling lora_A",
     "VeloraLinearVariant": "VeLoRA keeps a compressed input",
@@ -110,7 +110,7 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
     """Return the trainable LoRA pairs of `model` in module order, and what looks like LoRA but cannot be one pair.
 
     Recognised are PEFT's LoRA layers (the trainable adapters of each), `psilora.LoRALinear` and any module whose
-    `lora_A` and `lora_B` are `nn.Linear` with a numeric `scaling`, and modules with bare `lora_A`/`lora_B` parameters.
+    `lora_A` and `lora_B` are linear or convolutions with a numeric `scaling`, and modules with bare parameters.
     """
     pairs: list[LoRAPair] = []
     unsupported: list[Unsupported] = []

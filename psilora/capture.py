@@ -4,7 +4,8 @@ An identity node on lora_A's input saves X, and takes lora_A's weight as a secon
 runs; an identity node on lora_B's output sees S_B first and leaves it in a token that both share. X is then the very
 tensor autograd saves anyway: it is dropped and recomputed by gradient checkpointing of either kind, pairs with the S_B
 of the same call, and nothing is captured in a forward without gradients. dB = S_Bᵀ(XAᵀ) and dA = (S_B·B)ᵀX, so
-S = S_B / s is the gradient at the layer's output and G = SᵀX.
+S = S_B / s is the gradient at the layer's output and G = SᵀX. Of a convolution the node saves the input, whose patches
+are the rows of X; they are formed after S_B has come, and only where rows are kept (see `psilora.patches`).
 """
 
 from __future__ import annotations

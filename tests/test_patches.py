@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -71,6 +73,35 @@ def test_products_without_the_rows_are_those_of_the_rows(name: str) -> None:
     assert patches.left(P, total) is total
     same(total, wanted)
     assert torch.equal(x, before)
+
+
+@st.composite
+def geometries(draw: st.DrawFn) -> tuple[nn.Module, tuple[int, ...]]:
+    """A convolution and sizes that it can read."""
+    dims = draw(st.integers(1, 3))
+    each = lambda low, high: tuple(draw(st.integers(low, high)) for _ in range(dims))  # noqa: E731
+    kernel, stride, dilation = each(1, 3), each(1, 3), each(1, 2)
+    padding: str | tuple[int, ...] = draw(st.sampled_from(["valid", "same"])) if draw(st.booleans()) else each(0, 2)
+    if padding == "same":
+        stride = (1,) * dims
+    mode = draw(st.sampled_from(["zeros", "replicate", "circular", "reflect"]))
+    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    conv = cls(2, 3, kernel, stride, padding, dilation, bias=False, padding_mode=mode).double()
+    return conv, tuple(d * (k - 1) + draw(st.integers(3, 5)) for k, d in zip(kernel, dilation, strict=True))
+
+
+@given(geometries(), st.integers(1, 3))
+@settings(max_examples=60, deadline=None)
+def test_any_geometry(geometry: tuple[nn.Module, tuple[int, ...]], batch: int) -> None:
+    conv, sizes = geometry
+    how, x = convolution(conv), torch.randn(batch, 2, *sizes, dtype=torch.float64)
+    X, patches, h = unfolded(x, how), Patches(x, how), conv(x)
+    same(X @ conv.weight.detach().flatten(1).mT, position_rows(h.detach(), how))
+    same(patches.right(conv.weight.detach().flatten(1)), position_rows(h.detach(), how))
+    grad = torch.randn_like(h)
+    (wanted,) = torch.autograd.grad(h, conv.weight, grad)
+    same(patches.left(position_rows(grad, how)), wanted.flatten(1))
+    same(patches.squares(x.dtype), X.square().sum(0))
 
 
 def test_neither_another_padding_nor_another_order_of_columns_would_do() -> None:
