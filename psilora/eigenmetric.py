@@ -13,7 +13,7 @@ class EigenMetric:
     """M = V·diag(m)·Vᵀ + f·(I − V·Vᵀ) of L layers, symmetric positive definite.
 
     Attributes:
-        vectors: V, (L, d, k), orthonormal columns.
+        vectors: V, (L, d, k), orthonormal columns; one that is zero has m = f.
         values: m, (L, k), positive.
         rest: f, (L, 1), positive; None where k = d leaves nothing for it.
     """
@@ -44,9 +44,9 @@ class EigenMetric:
 def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
     """Return the eigenvalues (L, d), ascending, and eigenvectors (L, d, d) of symmetric matrices (L, d, d).
 
-    A matrix that is not finite has eigenvalues NaN.
-    In fp64 whatever the dtype: of fp32 statistics an fp32 decomposition lost four to seven times as much as fp64 in the
-    preconditioned gradient, where the spectrum reaches down to the damping. CUDA is waited for.
+    A matrix that is not finite has eigenvalues NaN. Computed in fp64: of fp32 statistics whose spectrum reaches down to
+    the damping, an fp32 decomposition lost four to seven times as much in the preconditioned gradient. CUDA is waited
+    for.
     """
     broken = ~torch.isfinite(matrices).flatten(1).all(1)
     values, vectors = torch.linalg.eigh(matrices.masked_fill(broken[:, None, None], 0.0).double())

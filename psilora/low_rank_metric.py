@@ -6,8 +6,9 @@ of subspace iteration from F's own directions and as many fixed random ones, in 
 
     H ≈ U·Θ·Uᵀ,  ν = (tr H − tr Θ)/(d − k);   F ← U·(Θ − ν)₊^½,  μ ← β₂·μ + ν
 
-so that the trace of D is the running average of tr C. OPLoRA (arXiv 2509.19977, appendix B) proposes a low-rank running
-average by LoRSum and says no more; without μ the damping alone would scale what lies outside of F, by δ^−γ.
+so that the trace of D is the running average of tr C (larger, where a Θ lies below ν). OPLoRA (arXiv 2509.19977,
+appendix B) proposes a low-rank running average by LoRSum and says no more; without μ the damping alone would scale what
+lies outside of F, by δ^−γ.
 """
 
 from __future__ import annotations

@@ -45,8 +45,8 @@ def updated_metric(batch: GradientBatch) -> Generator[list[Tensor], list[Tensor]
     beta = numbers.beta[:, :, None] if dense else numbers.beta
     D_B, D_A = metric.averaged(old_B, new_B, beta), metric.averaged(old_A, new_A, beta)
     raised = metric.raised_dense if dense else metric.raised
-    weights = tuple(raised(D, numbers.correction, numbers.damping, numbers.power) for D in (D_B, D_A))
-    return Updated((weights[0], weights[1]), D_B, D_A)
+    M_B, M_A = (raised(D, numbers.correction, numbers.damping, numbers.power) for D in (D_B, D_A))
+    return Updated((M_B, M_A), D_B, D_A)
 
 
 class _Numbers:

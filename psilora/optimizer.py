@@ -113,7 +113,8 @@ class PSILoRA(torch.optim.Optimizer):
             to `loss_reduction`, without max_grad_norm, norm, controller and backend.
         tokens: Rows N that a layer sees per step in this process, for gradient="auto": tokens, or output positions of a
             convolution. None: as many as each layer saw in the first step. The same in all processes, as every setting.
-        capture_budget: Bytes that gradient="auto" may hold from backward to step; None for no limit.
+        capture_budget: Bytes of G that gradient="auto" may hold from backward to step, beside a metric's sums; None for
+            no limit.
         process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
             is summed over them by small all-reduces in `step`, which they must therefore call together.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.

@@ -154,6 +154,23 @@ def test_state_is_fp32_matrices_that_a_state_dict_carries(metric: str) -> None:
         assert D.any() and loaded.dtype == torch.float32 and torch.equal(D, loaded)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("metric", [*DENSE, "kfac-low-rank"])
+def test_fp32_agrees_with_fp64(metric: str, device: str) -> None:
+    model, exact = plain_mlp(dtype=torch.float32), plain_mlp()
+    exact.load_state_dict(model.state_dict())
+    model.to(device)
+    start = factors(exact)
+    batches = [data() for _ in range(3)]
+    train(exact, bare(exact, 0.1, metric=metric, damping=1e-3), batches)
+    rounded = [(x.float().to(device), y.float().to(device)) for x, y in batches]
+    train(model, bare(model, 0.1, metric=metric, damping=1e-3), rounded)
+    got, wanted = factors(model), factors(exact)
+    for name in wanted:
+        moved = float((wanted[name] - start[name]).norm())
+        assert float((got[name].cpu().double() - wanted[name]).norm()) < 1e-3 * moved
+
+
 def test_without_bias_correction_it_starts_at_the_identity() -> None:
     model = plain_mlp()
     optimizer = bare(model, 0.1, metric="kfac-dense", metric_bias_correction=False)
