@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from psilora import LoRALinear, PSILoRA
 
@@ -21,6 +22,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.l3(torch.tanh(self.l2(torch.tanh(self.l1(x)))))
+
+
+class Checkpointed(nn.Module):
+    """A model whose whole forward is run again in backward."""
+
+    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.model, self.use_reentrant = model, use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.model, x, use_reentrant=self.use_reentrant)
 
 
 def peft_mlp(dims: Sequence[int] = (24, 20, 16, 6), *, dtype: torch.dtype = torch.float64, **config: Any) -> nn.Module:

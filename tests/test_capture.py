@@ -9,11 +9,10 @@ import weakref
 import pytest
 import torch
 from captures import assert_exact, captured_gradients
-from models import MLP, bare, data, mse, peft_mlp, plain_mlp, randomise_B
+from models import MLP, Checkpointed, bare, data, mse, peft_mlp, plain_mlp, randomise_B
 from peft import LoraConfig, get_peft_model
 from tiny import adapted, tiny_gpt2, tokens
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from psilora import PSILoRA
@@ -99,15 +98,6 @@ def test_backward_twice_through_one_graph() -> None:
     loss.backward(retain_graph=True)
     loss.backward()
     assert_exact(optimizer)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
-        super().__init__()
-        self.model, self.use_reentrant = model, use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.model, x, use_reentrant=self.use_reentrant)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

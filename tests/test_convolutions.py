@@ -10,9 +10,8 @@ import pytest
 import torch
 from captures import assert_exact, captured_gradients
 from convnets import POSITIONS, ConvNet, LoRAConv, images, peft_convnet
-from models import bare, factors, mse, train
+from models import Checkpointed, bare, factors, mse, train
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from psilora import doctor, triton_backend
 from psilora.adapters import find_pairs
@@ -125,15 +124,6 @@ def test_accumulation_and_several_forwards() -> None:
     mse(model, images(3)).backward()
     assert_exact(optimizer)
     assert all(r.calls == 3 and r.rows == 8 * POSITIONS + 2 * 3 * 6 for r in optimizer._capture.records.values())
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, model: nn.Module, use_reentrant: bool) -> None:
-        super().__init__()
-        self.model, self.use_reentrant = model, use_reentrant
-
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(self.model, x, use_reentrant=self.use_reentrant)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
