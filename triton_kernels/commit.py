@@ -19,22 +19,19 @@ from psilora.triton_kernels.layout import (
     AVERAGE,
     BLOCKS,
     COUNT,
-    DIMS,
     METRIC,
     MOMENTUM,
-    MOMENTUM_RANK,
     PARAM,
-    RANK,
     ROOT,
     ROWS,
     SCALARS,
-    SIZE,
     STEPS,
     STREAM_REGISTERS,
-    TILE,
     UNALIGNED,
     address,
     element,
+    sizes,
+    tile_at,
     variant,
 )
 from psilora.triton_kernels.variants import Variant
@@ -70,9 +67,7 @@ def _commit_side(
     HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """F ← F + F_s/√s where F_s ≠ 0, F_m and D ← their workspaces, step ← step + 1, for the columns of a tile."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
     root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
     param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
     steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
@@ -140,12 +135,10 @@ def _commit_kernel(
 ):  # fmt: skip
     """Commit one tile of columns of one factor and its state where ok (uint8) holds, bitwise nothing elsewhere."""
     tile = tl.program_id(0).to(tl.int64)
-    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
-    start = tl.load(tiles_ptr + tile * TILE + 2)
-    end = tl.load(tiles_ptr + tile * TILE + 3)
+    side, problem, start, end = tile_at(tiles_ptr, tile)
     out = out_ptr + tile * KINDS * RP * RP
     ok = tl.load(ok_ptr) != 0
-    if tl.load(tiles_ptr + tile * TILE) == 0:
+    if side == 0:
         _commit_tile(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
             0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN, EMIT_A, MASK_A,

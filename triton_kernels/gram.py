@@ -22,37 +22,34 @@ from psilora.triton_kernels.layout import (
     COUNT,
     CROSS,
     DAMPING,
-    DIMS,
     GRAD,
     LOG_BETA,
     METRIC,
     MOMENTUM,
-    MOMENTUM_RANK,
     OWN,
     OWN_SLOPE,
     OWN_START,
     OWN_STEP,
     PARAM,
     POWER,
-    RANK,
     ROOT,
     ROWS,
     SCALARS,
     SCALING,
-    SIZE,
     SLOPE,
     SQUARES,
     START,
     STATISTIC,
     STEPS,
     STREAM_REGISTERS,
-    TILE,
     UNALIGNED,
     WEIGHT,
     WEIGHTED,
     WEIGHTED_STEP,
     address,
     element,
+    sizes,
+    tile_at,
     variant,
 )
 from psilora.triton_kernels.variants import Variant
@@ -109,9 +106,7 @@ def stored_grams(
     HAS_METRIC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Write the partial Grams of the stored factors, F = F₁: the kinds in MASK."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
     scaling = tl.load(scalars_ptr + problem * SCALARS + SCALING)
     root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
     clip = tl.load(scale_ptr)
@@ -152,9 +147,7 @@ def moved_grams(
     HAS_METRIC: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """Write the partial Grams of the factors just moved, the kinds in MASK, from the rows and steps workspaces."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
     root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
     slope = tl.load(scale_ptr) / root
     param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
@@ -247,9 +240,7 @@ def emit_rows(
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
 ):  # fmt: skip
     """Write [√s·F₁; F_m1] as rows (r + r_m, d) fp32 for the products at the stored factors."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
     root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
     param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
     rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
@@ -296,11 +287,9 @@ def _gram_kernel(
 ):  # fmt: skip
     """Before the first turn: the metric, the stored factors as rows and their partial Grams, a tile per program."""
     tile = tl.program_id(0).to(tl.int64)
-    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
-    start = tl.load(tiles_ptr + tile * TILE + 2)
-    end = tl.load(tiles_ptr + tile * TILE + 3)
+    side, problem, start, end = tile_at(tiles_ptr, tile)
     out = out_ptr + tile * KINDS * RP * RP
-    if tl.load(tiles_ptr + tile * TILE) == 0:
+    if side == 0:
         _gram_side(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, out, problem, start, end, 0, RP, BN, KS,
             A_TYPE, DA_TYPE, HAS_MOMENTUM, HAS_METRIC, SCALED_A, CORRECTED, EMIT_A, MASK_A,

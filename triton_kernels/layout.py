@@ -84,6 +84,20 @@ def address(addresses_ptr, problem, COLUMN: tl.constexpr, DTYPE: tl.constexpr, W
     return tl.load(addresses_ptr + problem * WIDTH + COLUMN).to(tl.pointer_type(DTYPE))
 
 
+@triton.jit
+def tile_at(tiles_ptr, tile):
+    """Return the side, layer, first column and end column of a tile."""
+    at = tiles_ptr + tile * TILE
+    return tl.load(at), tl.load(at + 1).to(tl.int64), tl.load(at + 2), tl.load(at + 3)
+
+
+@triton.jit
+def sizes(dims_ptr, problem, SIDE: tl.constexpr):
+    """Return a layer's rank, its momentum's, and the columns of a side."""
+    at = dims_ptr + problem * DIMS
+    return tl.load(at + RANK), tl.load(at + MOMENTUM_RANK), tl.load(at + SIZE + SIDE)
+
+
 #: Types of the run-time parameters that the kernels of a step share.
 SIGNATURE = {
     "addresses_ptr": "*i64", "scalars_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",

@@ -24,19 +24,16 @@ from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.layout import (
     ADDRESSES,
     AVERAGE,
-    DIMS,
     FACTOR,
     GRAD,
     METRIC,
     MOMENTUM,
-    MOMENTUM_RANK,
-    RANK,
-    SIZE,
-    TILE,
     UNALIGNED,
     WEIGHT,
     address,
     element,
+    sizes,
+    tile_at,
 )
 from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
@@ -104,21 +101,25 @@ def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: 
 
 
 @triton.jit
+def blocks(addresses_ptr, dims_ptr, problem, SIDE: tl.constexpr):
+    """Return F, D and their leading dimension, M₁, M₂ and theirs."""
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
+    f = address(addresses_ptr, problem, FACTOR + SIDE, tl.float32, ADDRESSES)
+    g = address(addresses_ptr, problem, GRAD + SIDE, tl.float32, ADDRESSES)
+    m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    return f, g, d if SIDE == 0 else r, m, m + (r * d if SIDE == 0 else r), d if SIDE == 0 else rm
+
+
+@triton.jit
 def _span_side(
     addresses_ptr, numbers_ptr, dims_ptr, inverse_ptr, sums_ptr, out_ptr, tile, problem, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
     HAS_METRIC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
-    f = address(addresses_ptr, problem, FACTOR + SIDE, tl.float32, ADDRESSES)
-    g = address(addresses_ptr, problem, GRAD + SIDE, tl.float32, ADDRESSES)
-    m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    r, _, d = sizes(dims_ptr, problem, SIDE)
+    f, g, ld, m, second, own = blocks(addresses_ptr, dims_ptr, problem, SIDE)
     up = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
     down = up + d
-    ld = d if SIDE == 0 else r
-    own = d if SIDE == 0 else tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    second = m + (r * d if SIDE == 0 else r)
     T: tl.constexpr = SIDE == 1
     W: tl.constexpr = HAS_METRIC
     Q: tl.constexpr = RP * RP
@@ -148,11 +149,9 @@ def _span_kernel(
 ):  # fmt: skip
     """The weights of a tile's columns, with HAS_METRIC, and its partial Grams: one tile per program."""
     tile = tl.program_id(0).to(tl.int64)
-    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
-    start = tl.load(tiles_ptr + tile * TILE + 2)
-    end = tl.load(tiles_ptr + tile * TILE + 3)
+    side, problem, start, end = tile_at(tiles_ptr, tile)
     out = out_ptr + tile * KINDS * RP * RP
-    if tl.load(tiles_ptr + tile * TILE) == 0:
+    if side == 0:
         _span_side(
             addresses_ptr, numbers_ptr, dims_ptr, inverse_ptr, sums_ptr, out, tile, problem, start, end,
             0, RP, BN, KS, KINDS, HAS_METRIC,
@@ -246,8 +245,7 @@ def _moments_side(
     addresses_ptr, numbers_ptr, dims_ptr, roots_ptr, frozen_ptr, problem, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, _, d = sizes(dims_ptr, problem, SIDE)
     g = address(addresses_ptr, problem, GRAD + SIDE, tl.float32, ADDRESSES)
     old = address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES)
     average = address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES)
@@ -288,11 +286,9 @@ def _moments_kernel(
 ):  # fmt: skip
     """√(β₂·D + (1 − β₂)·mean_k (R·G)²) for a tile's columns of the rows G of `.grad`, R = roots[side, layer]."""
     tile = tl.program_id(0).to(tl.int64)
-    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
-    start = tl.load(tiles_ptr + tile * TILE + 2)
-    end = tl.load(tiles_ptr + tile * TILE + 3)
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    if tl.load(tiles_ptr + tile * TILE) == 0:
+    side, problem, start, end = tile_at(tiles_ptr, tile)
+    r, _, _ = sizes(dims_ptr, problem, 0)
+    if side == 0:
         roots = roots_ptr + problem * r * r
         total = _moments_side(addresses_ptr, numbers_ptr, dims_ptr, roots, frozen_ptr, problem, start, end, 0, RP, BN)
     else:

@@ -18,21 +18,16 @@ from psilora.triton_kernels import tables
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.layout import (
     ADDRESSES,
-    DIMS,
-    FACTOR,
-    GRAD,
-    MOMENTUM,
-    MOMENTUM_RANK,
-    RANK,
     ROWS,
-    SIZE,
     STEPS,
-    TILE,
     UNALIGNED,
     WEIGHT,
     address,
     element,
+    sizes,
+    tile_at,
 )
+from psilora.triton_kernels.span import blocks
 from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
 #: Columns of a block and warps, by padded rank.
@@ -62,17 +57,11 @@ def _spread_side(
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr,
     OWN: tl.constexpr, HAS_METRIC: tl.constexpr,
 ):  # fmt: skip
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
-    f = address(addresses_ptr, problem, FACTOR + SIDE, tl.float32, ADDRESSES)
-    g = address(addresses_ptr, problem, GRAD + SIDE, tl.float32, ADDRESSES)
-    m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    r, _, d = sizes(dims_ptr, problem, SIDE)
+    f, g, ld, m, second, own = blocks(addresses_ptr, dims_ptr, problem, SIDE)
     weight = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
     steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
     rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
-    ld = d if SIDE == 0 else r
-    own = d if SIDE == 0 else tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    second = m + (r * d if SIDE == 0 else r)
     T: tl.constexpr = SIDE == 1
     OUTPUTS: tl.constexpr = OWN + 1
     CHUNK: tl.constexpr = min(RP, 32)
@@ -111,10 +100,8 @@ def _spread_kernel(
 ):  # fmt: skip
     """ΔF into STEPS and M⁺ into ROWS from row r on, for one tile of columns of one side."""
     tile = tl.program_id(0).to(tl.int64)
-    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
-    start = tl.load(tiles_ptr + tile * TILE + 2)
-    end = tl.load(tiles_ptr + tile * TILE + 3)
-    if tl.load(tiles_ptr + tile * TILE) == 0:
+    side, problem, start, end = tile_at(tiles_ptr, tile)
+    if side == 0:
         _spread_side(addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 0, RP, BN, KS, OWN, HAS_METRIC)
     else:
         _spread_side(addresses_ptr, dims_ptr, c_ptr, layers, problem, start, end, 1, RP, BN, KS, OWN, HAS_METRIC)
