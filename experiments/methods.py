@@ -158,4 +158,14 @@ METHODS = {
         pair_rule(PSILoRA, step="spectral", metric="lora", controller="slope"),
         0.1,
     ),
+    "psilora-dense": Method(
+        "PSILoRA gradient, dense K-FAC",
+        pair_rule(PSILoRA, gradient="exact", **{**GRADIENT, "metric": "kfac-dense"}),
+        0.1,
+    ),
+    "psilora-low-rank": Method(
+        "PSILoRA gradient, low-rank K-FAC",
+        pair_rule(PSILoRA, gradient="exact", **{**GRADIENT, "metric": "kfac-low-rank"}),
+        0.1,
+    ),
 }
