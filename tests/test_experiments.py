@@ -31,7 +31,7 @@ def run(*arguments: object) -> None:
 
 
 @pytest.fixture
-def quick_digits(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def quick_digits(checkout_on_path: None, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     digits = module("tasks.digits")
     monkeypatch.setattr(digits, "STEPS", 6)
     monkeypatch.setattr(digits, "PRETRAINING_STEPS", 3)
