@@ -37,30 +37,27 @@ from psilora.triton_kernels.layout import (
     ADDRESSES,
     BLOCKS,
     CROSS,
-    DIMS,
     FACTORED_BLOCKS,
     FRESH,
     GRAD,
     LR,
     MOMENTUM,
-    MOMENTUM_RANK,
     MU,
     OWN,
     PARAM,
     PROX,
-    RANK,
     ROOT,
     ROWS,
     SCALARS,
     SCALING,
-    SIZE,
     STEPS,
-    TILE,
     UNALIGNED,
     WEIGHT,
     WEIGHTED,
     address,
     element,
+    sizes,
+    tile_at,
     variant,
 )
 from psilora.triton_kernels.spd import inverse_factor
@@ -170,9 +167,7 @@ def _weight_columns(
     HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr,
 ):  # fmt: skip
     """F_s and F = F₁ + F_s for the columns start … end − 1."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
     scalars = scalars_ptr + problem * SCALARS
     root = tl.load(scalars + ROOT)
     clip = tl.load(scale_ptr)
@@ -236,9 +231,7 @@ def _momentum_columns(
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """F_ms and F_m = F_m1 + F_ms for the columns; BESIDE: the first r rows of the product are the weight's."""
-    r = tl.load(dims_ptr + problem * DIMS + RANK)
-    rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
-    d = tl.load(dims_ptr + problem * DIMS + SIZE + SIDE)
+    r, rm, d = sizes(dims_ptr, problem, SIDE)
     scalars = scalars_ptr + problem * SCALARS
     root = tl.load(scalars + ROOT)
     clip = tl.load(scale_ptr)
@@ -300,9 +293,8 @@ def _solve_kernel(
     by side, takes ‖O_m‖² of the momentum.
     """
     tile = tl.program_id(0).to(tl.int64) + first_tile
-    problem = tl.load(tiles_ptr + tile * TILE + 1).to(tl.int64)
-    start = tl.load(tiles_ptr + tile * TILE + 2)
-    end = tl.load(tiles_ptr + tile * TILE + 3)
+    _, problem, start, end = tile_at(tiles_ptr, tile)
+    r, rm, _ = sizes(dims_ptr, problem, SIDE)
     first = tl.load(parts_ptr + problem * 2)
     count = tl.load(parts_ptr + problem * 2 + 1)
     scalars = scalars_ptr + problem * SCALARS
@@ -310,7 +302,6 @@ def _solve_kernel(
     ridge = lr * tl.load(scalars + PROX)
     product = product_ptr + problem * PRODUCT_BLOCK
     if not FACTORED:
-        r = tl.load(dims_ptr + problem * DIMS + RANK)
         gram = summed(weight_grams_ptr, first, count, 0, WEIGHTED, KINDS, RP, RP, AT_ONCE)
         inverse, info = inverse_factor(ridged(gram, ridge, RP), r, RP)
         base = weight_base(
@@ -332,7 +323,6 @@ def _solve_kernel(
     )  # fmt: skip
     if OWN_SOURCE != NONE:
         if not FACTORED:
-            rm = tl.load(dims_ptr + problem * DIMS + MOMENTUM_RANK)
             gram = summed(momentum_grams_ptr, first, count, 0, OWN, KINDS, RP, RP, AT_ONCE)
             own_inverse, own_info = inverse_factor(ridged(gram, ridge, RP), rm, RP)
             own_base = momentum_base(
