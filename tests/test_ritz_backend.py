@@ -18,6 +18,7 @@ from psilora.reference import reference_update
 if triton_backend.unavailable_reason() is not None:
     pytest.skip(str(triton_backend.unavailable_reason()), allow_module_level=True)
 
+from psilora import ritz_backend
 from psilora.ritz_backend import KernelGradient, Products
 from psilora.triton_kernels.tables import Launch
 
@@ -67,6 +68,19 @@ def test_layers_of_a_shape_share_their_launches_and_the_tables_last(monkeypatch:
         assert products is not None and len(products._kept) == 2
         for p in problems:  # the next step's lie elsewhere
             p.record.chunks[:] = [(x.clone(), s.clone()) for x, s in p.record.chunks]  # type: ignore[union-attr]
+
+
+def test_tables_of_few_sets_of_shapes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of ever new lengths must not fill the memory with tables."""
+    monkeypatch.setattr(ritz_backend, "KEPT_PRODUCTS", 2)
+    products = Products()
+    for rows in (3, 5, 4, 3):
+        chunks = captured([[rows]], 9, 8, FP32)
+        scale = torch.ones(1, device=DEVICE)
+        B = torch.randn(1, 9, 2, device=DEVICE)
+        got = KernelGradient(chunks, scale, products).left(B)
+        torch.testing.assert_close(got, ActivationGradient(chunks, scale).left(B))
+        assert len(products._kept) <= 2
 
 
 CASES: list[dict[str, Any]] = [
