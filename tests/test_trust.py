@@ -95,7 +95,7 @@ def test_a_fault_shows_beside_factors_that_are_balanced_anew(fault: float, monke
 
 def test_rounding_of_two_weights_is_not_taken_for_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the difference between a new weight and an old one nearby, rounding may be all there is."""
-    problems = [make_problem((120, 100, 12), solver="ritz", rows=(48,), lr=1e-5) for _ in range(16)]
+    problems = [make_problem((120, 100, 12), solver="ritz", rows=(48,), lr=5e-5) for _ in range(16)]
     executions = triton_backend.compute(problems, Scales())
     errors = trust.disagreement(executions, Scales())
     monkeypatch.setattr(trust, "ROUNDING", 0.0)
