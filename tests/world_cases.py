@@ -36,6 +36,8 @@ CASES: dict[str, Case] = {
     "exact, K-FAC, K = 2, momentum, B first": Case(
         {"metric": "kfac", "damping": 1e-2, "num_iters": 2, "momentum": 0.8, "first": "B"}, steps=50
     ),
+    # finds factors and not increments: every step rounds all of them
+    "ritz, momentum": Case({"solver": "ritz", "num_iters": 2, "momentum": 0.8}, rows=UNEVEN, rounding=1e-5),
     "exact, K = 0": Case({"num_iters": 0, "momentum": 0.5}),
     "two settings": Case({"groups": [{"layers": "l2", "num_iters": 2, "momentum": 0.8}]}, steps=50),
     "tangent, momentum": Case({"gradient": "tangent", "momentum": 0.8}, steps=50),

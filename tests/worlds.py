@@ -80,6 +80,7 @@ class Case:
         poisoned: The (rank, step) whose batch is NaN.
         steps: Number of steps.
         net: The model.
+        rounding: By how much, relative to its norm, a factor may differ from that of one process in the end.
     """
 
     settings: dict[str, Any]
@@ -91,6 +92,7 @@ class Case:
     poisoned: tuple[int, int] | None = None
     steps: int = 20
     net: Callable[[], Net] = Net
+    rounding: float = 1e-6
 
     def batch(self, rank: int, step: int, micro: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(1000 * step + 10 * rank + micro)
