@@ -14,6 +14,11 @@ from experiments.training import Key, Result, versions
 
 Record = tuple[Key, Result]
 
+#: What a run file says of its making, which many runs share, and where a merged list keeps it once.
+SHARED = {"command": "commands", "versions": "versions"}
+#: What tells runs apart: of a training task, of a curve and of a projection of the linear one.
+LABELS = ("key", "linear", "one_step")
+
 
 def write(folder: Path, key: Key, result: Result, command: str) -> None:
     """Write the run's file; a reader never sees half of it."""
@@ -38,7 +43,10 @@ def contents(folder: Path) -> Iterable[dict[str, Any]]:
     """Everything stored below `folder`, in path order: run files, and the runs of files made by `merge`."""
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        yield from content["runs"] if "runs" in content else [content]
+        for run in content.get("runs", [content]):
+            if "runs" in content:
+                run = {**run, **{name: content[kept][run[name]] for name, kept in SHARED.items() if name in run}}
+            yield run
 
 
 def load(folder: Path) -> list[Record]:
@@ -55,20 +63,22 @@ def load(folder: Path) -> list[Record]:
 
 
 def merge(folder: Path, target: Path) -> int:
-    """Write all runs below `folder` into one file, a run per line; return how many.
+    """Write all runs below `folder` into one file, a run per line, the last one read where one is there twice.
 
-    The commands and versions, which repeat, are listed once; a run holds their indices.
+    Return how many. The commands and versions, which repeat, are listed once; a run holds their indices.
     """
-    shared: dict[str, list[Any]] = {"command": [], "versions": []}
-    lines = []
+    shared: dict[str, list[Any]] = {name: [] for name in SHARED}
+    runs: dict[str, dict[str, Any]] = {}
     for content in contents(folder):
+        runs[json.dumps({name: content[name] for name in LABELS if name in content})] = content
+    for content in runs.values():
         for name, seen in shared.items():
             if name in content:
                 if content[name] not in seen:
                     seen.append(content[name])
                 content[name] = seen.index(content[name])
-        lines.append(json.dumps(content, ensure_ascii=False, separators=(",", ":")))
-    head = json.dumps({"commands": shared["command"], "versions": shared["versions"]}, ensure_ascii=False)
+    lines = [json.dumps(content, ensure_ascii=False, separators=(",", ":")) for content in runs.values()]
+    head = json.dumps({SHARED[name]: seen for name, seen in shared.items()}, ensure_ascii=False)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(f'{head[:-1]}, "runs": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
     return len(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -74,6 +75,13 @@ def test_the_protocol_runs_resumes_and_reports(tmp_path: Path, capsys: pytest.Ca
     run("merge", tmp_path / "digits", merged)
     store = module("store")
     assert dict(store.load(merged.parent)) == dict(store.load(tmp_path / "digits"))
+    remade = tmp_path / "again" / "digits.json"
+    run("merge", merged.parent, remade)
+    assert remade.read_text(encoding="utf-8") == merged.read_text(encoding="utf-8"), "commands and versions are kept"
+    shutil.copytree(tmp_path / "digits", merged.parent / "digits")
+    run("merge", merged.parent, remade)
+    assert len(store.load(remade.parent)) == len(list(store.contents(remade.parent))), "no run is there twice"
+    shutil.rmtree(merged.parent / "digits")
 
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- quality:begin -->\nold\n<!-- quality:end -->\nafter\n")
