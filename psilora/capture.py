@@ -13,6 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +30,14 @@ from psilora.patches import Patches, position_rows
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
 
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]] = weakref.WeakKeyDictionary()
+
+
+@dataclass
+class Pending:
+    """The calls of one backward pass, run by one thread, that nothing has confirmed yet: X, S_B and X's origin."""
+
+    thread: int
+    calls: list[tuple[Tensor, Tensor | None, Origin | None]] = field(default_factory=list)
 
 
 class Record:
@@ -68,7 +77,7 @@ class Record:
         self.missed = 0
         self.left: Tensor | None = None
         self._probes.discard(self)
-        self._pending: dict[int, list[tuple[Tensor, Tensor | None, Origin | None]]] = {}
+        self._pending: dict[int, Pending] = {}  # by backward pass
         self._backward = -1
 
     def hold(self, kind: str, sums: str | None) -> None:
@@ -80,7 +89,8 @@ class Record:
         """Note that backward has reached lora_B's output, before anything of this call accumulates.
 
         A new backward pass that finds no gradient starts afresh: what is here was left by a step that never came, after
-        a `zero_grad` on the model or an overflow, neither of which reaches the optimizer.
+        a `zero_grad` on the model or an overflow, neither of which reaches the optimizer. What other threads have under
+        way stays.
 
         Args:
             missed: Whether the call did not pass lora_A's input node, so that it will bring no X.
@@ -89,7 +99,14 @@ class Record:
             backward = torch._C._current_graph_task_id()
             if backward != self._backward:
                 if self.pair.lora_A.grad is None:
+                    here = threading.get_ident()
+                    under_way = {
+                        task: pending
+                        for task, pending in self._pending.items()
+                        if task == backward or pending.thread != here
+                    }
                     self.clear()
+                    self._pending = under_way
                 self._backward = backward
             self.missed += missed
 
@@ -99,14 +116,15 @@ class Record:
         `torch.autograd.grad` passes through the nodes as well, but leaves `.grad` alone: nothing confirms its calls.
         """
         with self._lock:
-            self._pending.setdefault(torch._C._current_graph_task_id(), []).append((x, s, origin))
+            pending = self._pending.setdefault(torch._C._current_graph_task_id(), Pending(threading.get_ident()))
+            pending.calls.append((x, s, origin))
 
     def confirm(self) -> None:
         """Take the calls of this backward pass: lora_A's gradient, which waits for all of them, has accumulated."""
         with self._lock:
-            calls = self._pending.pop(torch._C._current_graph_task_id(), [])
-            self.missed += not calls  # something that bypasses the modules made this gradient
-            for x, s, origin in calls:
+            pending = self._pending.pop(torch._C._current_graph_task_id(), None)
+            self.missed += pending is None  # something that bypasses the modules made this gradient
+            for x, s, origin in () if pending is None else pending.calls:
                 self._take(x, s, origin)
 
     def stand_in(self) -> None:
@@ -151,10 +169,11 @@ class Record:
 
     def accumulated(self) -> None:
         """Keep a copy of dB as backward leaves it, if this is one of the probes."""
-        grad = self.pair.lora_B.grad
-        if grad is not None and (self in self._probes or len(self._probes) < PROBES):
-            self._probes.add(self)
-            self.left = grad.detach().clone()
+        with self._lock:  # of two threads, the one whose copy is older must not have the last word
+            grad = self.pair.lora_B.grad
+            if grad is not None and (self in self._probes or len(self._probes) < PROBES):
+                self._probes.add(self)
+                self.left = grad.detach().clone()
 
     @property
     def chunks(self) -> list[tuple[Tensor, Tensor]]:

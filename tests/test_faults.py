@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import assert_exact
 from models import MLP, bare, data, factors, mse, peft_mlp, plain_mlp, train
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -197,6 +198,28 @@ def test_threads_run_forward_and_backward_concurrently() -> None:
         own = sum(s.mT @ (x @ pair.A.mT) for x, s in record.chunks)
         torch.testing.assert_close(own, pair.lora_B.grad, rtol=1e-10, atol=1e-12)
     optimizer.step()
+
+
+def test_a_backward_pass_of_another_thread_is_not_taken_for_one_that_was_given_up() -> None:
+    """It lies between its capture and the accumulation of lora_A's gradient when the other one starts without any."""
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    under_way, go_on = threading.Event(), threading.Event()
+    worker = threading.Thread(target=lambda: mse(model, data(7)).backward())
+
+    def pause(_grad: Tensor) -> None:
+        if threading.current_thread() is worker:
+            under_way.set()
+            assert go_on.wait(60)
+
+    model.l3.lora_A.weight.register_hook(pause)
+    worker.start()
+    assert under_way.wait(60)
+    mse(model, data(5)).backward()
+    go_on.set()
+    worker.join()
+    assert_exact(optimizer)
+    assert all(record.captured and record.rows == 12 for record in optimizer._capture.records.values())
 
 
 @pytest.fixture
