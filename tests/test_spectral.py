@@ -116,7 +116,7 @@ def test_three_steps_match_the_formulas(
         )  # fmt: skip
         for factor in (B, A):
             sigma = torch.linalg.svdvals(factor)
-            assume(bool(sigma[-1] > 3e-3 * sigma[0]))
+            assume(bool(sigma[-1] > 2e-2 * sigma[0]))
         optimizer.step()
         torch.testing.assert_close(layer.lora_B.weight.detach() * s, B, rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(layer.lora_A.weight.detach() * s, A, rtol=1e-5, atol=1e-6)
