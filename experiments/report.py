@@ -14,7 +14,7 @@ BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 REFERENCE = "adamw"
 RIVALS = ("adamw", "adamw-999", "nadam", "loraplus", "riemannian", "lora-rite", "lora-muon")
 FULL_GRID = 5  # rates per method
-OWN = ("psilora-tangent", "spectral", "spectral-slope")
+OWN = ("psilora-tangent", "psilora-dense", "spectral", "spectral-slope")
 Panels = dict[tuple[str, str], dict[str, dict[int, float]]]
 
 
