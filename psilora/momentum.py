@@ -43,5 +43,7 @@ def balance(B: Tensor, A: Tensor, size_B: Tensor, size_A: Tensor) -> tuple[Tenso
     """
     ratio = size_B / size_A
     outweighed = (ratio > IMBALANCE) & torch.isfinite(ratio)
+    if outweighed.device.type == "cpu" and not bool(outweighed.any()):  # elsewhere a look would wait for the device
+        return B, A
     exponent = torch.where(outweighed, (torch.frexp(ratio).exponent - 1) // 4, 0)[:, None, None]
     return torch.ldexp(B, -exponent), torch.ldexp(A, exponent)
