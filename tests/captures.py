@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from psilora import PSILoRA
 from psilora.adapters import LoRAPair
+
+#: Settings of PEFT's LoRA that a capture must not notice.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "dropout": {"lora_dropout": 0.3},
+    "dora and dropout": {"use_dora": True, "lora_dropout": 0.3},
+    "lora_bias": {"lora_bias": True},
+}
 
 
 def captured_gradients(optimizer: PSILoRA, pair: LoRAPair, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:

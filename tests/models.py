@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -91,3 +92,19 @@ def train(
         optimizer.zero_grad()
         loss(model, batch).backward()
         optimizer.step()
+
+
+def assert_nonfinite_is_skipped(metric: str, factors_of_x: tuple[float, float]) -> None:
+    """Train a step, then two on data times something that is not finite: neither may change parameters or state."""
+    model = plain_mlp(dtype=torch.float32)
+    optimizer = bare(model, 0.1, metric=metric)
+    train(model, optimizer, [data(dtype=torch.float32)])
+    before = factors(model)
+    kept = {id(p): {k: v.clone() for k, v in state.items()} for p, state in optimizer.state.items()}
+    x, y = data(dtype=torch.float32)
+    with pytest.warns(UserWarning, match="skipped"):
+        train(model, optimizer, [(x * factors_of_x[0], y)])
+    train(model, optimizer, [(x * factors_of_x[1], y)])
+    assert optimizer.stats()["skipped_steps"] == 2
+    assert all(torch.equal(before[name], value) for name, value in factors(model).items())
+    assert all(torch.equal(v, kept[id(p)][k]) for p, state in optimizer.state.items() for k, v in state.items())

@@ -8,7 +8,7 @@ import weakref
 
 import pytest
 import torch
-from captures import assert_exact, captured_gradients
+from captures import VARIANTS, assert_exact, captured_gradients
 from models import MLP, Checkpointed, bare, data, mse, peft_mlp, plain_mlp, randomise_B
 from peft import LoraConfig, get_peft_model
 from tiny import adapted, tiny_gpt2, tokens
@@ -17,33 +17,21 @@ from transformers.pytorch_utils import Conv1D
 
 from psilora import PSILoRA
 
-
-def optimizer_of(model: nn.Module, **kwargs: object) -> PSILoRA:
-    return bare(model, 0.1, **kwargs)  # type: ignore[arg-type]
-
-
-VARIANTS = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "dropout": {"lora_dropout": 0.3},
-    "dora and dropout": {"use_dora": True, "lora_dropout": 0.3},
-    "lora_bias": {"lora_bias": True},
-    "patterns": {"rank_pattern": {"l1": 2, "l2": 7}, "alpha_pattern": {"l3": 5}},
-}
+PATTERNS = {"rank_pattern": {"l1": 2, "l2": 7}, "alpha_pattern": {"l3": 5}}
+ALL_VARIANTS = {**VARIANTS, "patterns": PATTERNS}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_peft_variants(variant: str) -> None:
-    model = peft_mlp(**VARIANTS[variant]).train()
-    optimizer = optimizer_of(model)
+    model = peft_mlp(**ALL_VARIANTS[variant]).train()
+    optimizer = bare(model)
     mse(model, data()).backward()
     assert_exact(optimizer)
 
 
 def test_lora_linear() -> None:
     model = plain_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     mse(model, data()).backward()
     assert_exact(optimizer)
 
@@ -53,7 +41,7 @@ def test_conv1d_of_transformers() -> None:
     targets = ["c_attn", "c_proj", "c_fc"]
     model = adapted(tiny_gpt2(), target_modules=targets, fan_in_fan_out=True, lora_dropout=0.1).double().train()
     assert any(isinstance(module, Conv1D) for module in model.modules())
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     assert len(optimizer._pairs) == 8 and any(pair.d_in != pair.d_out for pair in optimizer._pairs.values())
     for seed in range(2):
         model(**tokens(seed=seed)).loss.backward()
@@ -66,7 +54,7 @@ def test_only_the_active_adapter_is_trained() -> None:
     model.set_adapter("two")
     model = model.double()
     randomise_B(model)
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     assert [pair.adapter for pair in optimizer._pairs.values()] == ["two", "two"]
     mse(model, data()).backward()
     assert_exact(optimizer)
@@ -74,7 +62,7 @@ def test_only_the_active_adapter_is_trained() -> None:
 
 def test_inputs_with_sequence_dimension_and_non_contiguous() -> None:
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     x = torch.randn(24, 5, 7, dtype=torch.float64).permute(2, 1, 0)
     model(x).square().mean().backward()
     assert_exact(optimizer)
@@ -82,7 +70,7 @@ def test_inputs_with_sequence_dimension_and_non_contiguous() -> None:
 
 def test_several_forwards_before_one_backward_and_accumulation() -> None:
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     (mse(model, data()) + 2 * mse(model, data(7))).backward()
     for rows in (3, 11):
         mse(model, data(rows)).backward()
@@ -93,7 +81,7 @@ def test_several_forwards_before_one_backward_and_accumulation() -> None:
 
 def test_backward_twice_through_one_graph() -> None:
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     loss = mse(model, data())
     loss.backward(retain_graph=True)
     loss.backward()
@@ -103,7 +91,7 @@ def test_backward_twice_through_one_graph() -> None:
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing_of_both_kinds(use_reentrant: bool) -> None:
     model = peft_mlp(lora_dropout=0.2).train()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     wrapped = Checkpointed(model, use_reentrant)
     x, y = data()
     for _ in range(2):  # a shared module in two checkpointed calls
@@ -117,7 +105,7 @@ def test_checkpointing_does_not_keep_inputs_alive_before_backward(use_reentrant:
     """The trap: a forward hook that stores X keeps every checkpointed activation until backward."""
     seen: list[weakref.ref[Tensor]] = []
     model = plain_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     model.l2.lora_A.register_forward_pre_hook(lambda _m, args: seen.append(weakref.ref(args[0])))
     x, y = data()
     output = Checkpointed(model, use_reentrant)(x.requires_grad_())
@@ -129,7 +117,7 @@ def test_checkpointing_does_not_keep_inputs_alive_before_backward(use_reentrant:
 
 def test_x_is_the_tensor_autograd_keeps_anyway() -> None:
     model = plain_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     x, y = data()
     mse(model, (x, y)).backward()
     record = optimizer._capture.records[id(next(iter(optimizer._pairs.values())))]
@@ -147,7 +135,7 @@ def test_shared_input_is_counted_once() -> None:
 
     model = get_peft_model(TwoHeads(), LoraConfig(r=2, target_modules=["q", "v"])).double()
     randomise_B(model)
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     x, y = data()
     mse(model, (x, y)).backward()
     held = {t.untyped_storage().data_ptr() for r in optimizer._capture.records.values() for t in r.chunks[0]}
@@ -157,7 +145,7 @@ def test_shared_input_is_counted_once() -> None:
 
 def test_no_grad_forward_in_train_mode_captures_nothing() -> None:
     model = peft_mlp().train()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     with torch.no_grad():
         model(data()[0])
     mse(model, data()).backward()
@@ -167,7 +155,7 @@ def test_no_grad_forward_in_train_mode_captures_nothing() -> None:
 
 def test_eval_mode_with_gradients_is_captured() -> None:
     model = peft_mlp(lora_dropout=0.5).eval()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     mse(model, data()).backward()
     assert_exact(optimizer)
 
@@ -175,7 +163,7 @@ def test_eval_mode_with_gradients_is_captured() -> None:
 def test_autograd_grad_leaves_no_trace() -> None:
     """A gradient penalty or an attribution passes through the layers without touching .grad."""
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     x, y = data()
     for _ in range(2):
         optimizer.zero_grad()
@@ -190,7 +178,7 @@ def test_autograd_grad_leaves_no_trace() -> None:
 
 def test_checkpointed_and_plain_calls_of_one_module_in_one_backward() -> None:
     model = plain_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     for use_reentrant in (False, True):
         optimizer.zero_grad()
         x, y = data()
@@ -203,7 +191,7 @@ def test_checkpointed_and_plain_calls_of_one_module_in_one_backward() -> None:
 
 def test_disabled_adapter_forward_leaves_no_trace() -> None:
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     with model.disable_adapter():
         model(data()[0])
     mse(model, data()).backward()
@@ -212,7 +200,7 @@ def test_disabled_adapter_forward_leaves_no_trace() -> None:
 
 def test_forward_without_backward_leaves_no_trace() -> None:
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     model(data()[0])
     mse(model, data()).backward()
     assert_exact(optimizer)
@@ -222,7 +210,7 @@ def test_forward_without_backward_leaves_no_trace() -> None:
 def test_an_abandoned_backward_is_forgotten(how: str) -> None:
     """The Trainer calls model.zero_grad(), and an fp16 overflow skips step(): neither reaches the optimizer."""
     model = peft_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     mse(model, data()).backward()
     (model if how == "model.zero_grad" else optimizer).zero_grad()
     mse(model, data(7)).backward()
@@ -236,7 +224,7 @@ def test_autocast_keeps_no_wide_copy_of_x(adapter_dtype: torch.dtype) -> None:
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(adapter_dtype)
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     x, y = data(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = mse(model, (x, y))
@@ -252,7 +240,7 @@ def test_autocast_keeps_no_wide_copy_of_x(adapter_dtype: torch.dtype) -> None:
 
 def test_concurrent_forwards_pair_their_own_calls() -> None:
     model = plain_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     batches = [data(rows) for rows in (5, 6, 7, 8)]
     losses: list[Tensor] = []
     threads = [threading.Thread(target=lambda b=b: losses.append(mse(model, b))) for b in batches for _ in range(3)]
@@ -270,11 +258,11 @@ def test_hooks_leave_with_detach_and_with_the_optimizer() -> None:
     def hooks() -> int:
         return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in model.modules())
 
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     assert hooks() == 9
     optimizer.detach()
     assert hooks() == 0
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     assert hooks() == 9
     del optimizer
     gc.collect()
@@ -283,8 +271,8 @@ def test_hooks_leave_with_detach_and_with_the_optimizer() -> None:
 
 def test_a_second_optimizer_takes_over_and_the_first_refuses_to_step() -> None:
     model = plain_mlp()
-    first = optimizer_of(model)
-    second = optimizer_of(model)
+    first = bare(model)
+    second = bare(model)
     mse(model, data()).backward()
     assert_exact(second)
     with pytest.raises(RuntimeError, match="took over the hooks"):
@@ -293,7 +281,7 @@ def test_a_second_optimizer_takes_over_and_the_first_refuses_to_step() -> None:
 
 def test_model_can_be_copied_and_pickled_while_hooked() -> None:
     model = plain_mlp()
-    optimizer = optimizer_of(model)
+    optimizer = bare(model)
     clone = copy.deepcopy(model)
     pickle.loads(pickle.dumps(model))
     mse(clone, data()).backward()
@@ -304,12 +292,12 @@ def test_model_can_be_copied_and_pickled_while_hooked() -> None:
 
 def test_statistics_mode_keeps_sums_only() -> None:
     model = peft_mlp()
-    exact, batch = optimizer_of(model, metric="kfac"), data()
+    exact, batch = bare(model, metric="kfac"), data()
     mse(model, batch).backward()
     chunks = {name: optimizer_chunks(exact, name) for name in range(3)}
     exact.detach()
     model.zero_grad()
-    tangent = optimizer_of(model, metric="kfac", gradient="tangent")
+    tangent = bare(model, metric="kfac", gradient="tangent")
     mse(model, batch).backward()
     for i, record in enumerate(tangent._capture.records.values()):
         x, s = chunks[i]

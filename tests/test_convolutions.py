@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from captures import assert_exact, captured_gradients
+from captures import VARIANTS, assert_exact, captured_gradients
 from convnets import POSITIONS, ConvNet, LoRAConv, images, peft_convnet
 from models import Checkpointed, bare, factors, mse, train
 from torch import Tensor, nn
@@ -20,15 +20,8 @@ from psilora.representation import choose
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "rslora": {"use_rslora": True},
-    "dora": {"use_dora": True},
-    "dropout": {"lora_dropout": 0.3},
-    "dora and dropout": {"use_dora": True, "lora_dropout": 0.3},
-    "lora_bias": {"lora_bias": True},
-    "patterns": {"rank_pattern": {"c1": 2, "c2": 7}, "alpha_pattern": {"c3": 5}},
-}
+PATTERNS = {"rank_pattern": {"c1": 2, "c2": 7}, "alpha_pattern": {"c3": 5}}
+ALL_VARIANTS = {**VARIANTS, "patterns": PATTERNS}
 
 
 # ---- what is captured ------------------------------------------------------------------------------------------------
@@ -37,9 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.scenario(
     9, "PEFT", gradient="exact", tested="convolutions: rsLoRA, DoRA, dropout, lora_bias, rank_pattern, alpha_pattern"
 )
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
 def test_peft_variants(variant: str) -> None:
-    model = peft_convnet(**VARIANTS[variant]).train()
+    model = peft_convnet(**ALL_VARIANTS[variant]).train()
     optimizer = bare(model)
     mse(model, images()).backward()
     assert_exact(optimizer)
