@@ -13,10 +13,10 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from experiments import grid, store
+from experiments import grid, pace, store
 from experiments.methods import METHODS
 from experiments.tasks import MODULES, Task, get_task
 from experiments.training import Key, run
@@ -60,7 +60,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def keys(task: Task, args: argparse.Namespace) -> Iterator[Key]:
+def keys(task: Task, args: argparse.Namespace, folder: Path, command: str) -> Iterator[Key]:
     """Every run of the protocol, in an order that makes a stopped job useful."""
     if args.lrs:
         for seed in args.seeds:
@@ -78,7 +78,11 @@ def keys(task: Task, args: argparse.Namespace) -> Iterator[Key]:
     yield from grid.extensions(task, plan, done)
     yield from grid.repeats(task, plan, done)
     if args.wall_time:
-        yield from grid.equal_time(task, plan, done)
+
+        def times(condition: str, lrs: Mapping[str, float]) -> Mapping[str, float]:
+            return pace.kept(args.out, task, condition, args.rank, lrs, folder, command)
+
+        yield from grid.equal_time(task, plan, done, times)
 
 
 def run_task(task: Task, args: argparse.Namespace) -> None:
@@ -90,7 +94,7 @@ def run_task(task: Task, args: argparse.Namespace) -> None:
     folder = args.data or args.out / "bases"
     command = shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
     deadline = time.monotonic() + 60 * args.minutes
-    with tqdm(keys(task, args), desc=task.name, unit="run", disable=args.quiet) as progress:
+    with tqdm(keys(task, args, folder, command), desc=task.name, unit="run", disable=args.quiet) as progress:
         for key in progress:
             if (args.out / key.path).exists():
                 continue

@@ -13,6 +13,7 @@ from experiments.tasks import Task
 from experiments.training import Key
 
 Done = Callable[[], Sequence[Record]]
+Pace = Callable[[str, Mapping[str, float]], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -107,23 +108,23 @@ def best_rate(losses: Mapping[float, float]) -> float | None:
     return min(finite, key=lambda lr: finite[lr]) if finite else None
 
 
-def equal_time(task: Task, plan: Plan, done: Done, reference: str = "adamw") -> Iterator[Key]:
-    """The chosen rates again with as many steps as fit into the reference's time, by the medians of a step's time.
+def equal_time(task: Task, plan: Plan, done: Done, pace: Pace, reference: str = "adamw") -> Iterator[Key]:
+    """The chosen rates again with as many steps as fit into the reference's time, on every seed.
 
-    For the methods that need more time per step than the reference, on every seed.
+    For the methods that need more time per step than the reference; `pace` gives the times of a step, from a condition
+    and the methods' chosen rates.
     """
-    records = [(key, result) for key, result in done() if key.stretch == 1 and key.rank == plan.rank]
     for condition in plan.conditions:
-        times: dict[str, list[float]] = {}
-        for key, result in records:
-            if key.condition == condition:
-                times.setdefault(key.method, []).append(result.step_ms)
-        for method in plan.methods:
-            losses = mean_losses(records, task.name, condition, plan.rank, method, plan.tune_seeds)
-            best = best_rate(losses)
-            if best is None or reference not in times:
-                continue
-            stretch = round(statistics.median(times[reference]) / statistics.median(times[method]), 2)
+        chosen: dict[str, float] = {}
+        for method in dict.fromkeys([reference, *plan.methods]):
+            best = best_rate(mean_losses(done(), task.name, condition, plan.rank, method, plan.tune_seeds))
+            if best is not None:
+                chosen[method] = best
+        if reference not in chosen:
+            continue
+        times = pace(condition, chosen)
+        for method, lr in chosen.items():
+            stretch = round(times[reference] / times[method], 2)
             if 0 < stretch < 1:
                 for seed in plan.seeds:
-                    yield Key(task.name, condition, plan.rank, method, best, seed, stretch)
+                    yield Key(task.name, condition, plan.rank, method, lr, seed, stretch)

@@ -6,9 +6,10 @@ import math
 import platform
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -79,23 +80,15 @@ def run(task: Task, key: Key, folder: Path) -> Result:
     optimizer_seconds: list[float] = []
     started = time.perf_counter()
     for step, batch in enumerate(session.batches(), 1):
-        begin = time.perf_counter()
-        loss = session.loss(batch)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        before = time.perf_counter()
         try:
-            for optimizer in optimizers:
-                optimizer.step()
+            taken = train_step(session, optimizers, batch)
         except torch.linalg.LinAlgError:  # an SVD of infinities: the run has diverged
             break
-        end = time.perf_counter()
         for scheduler in schedulers:
             scheduler.step()
-        losses.append(float(loss.detach()))
-        step_seconds.append(end - begin)
-        optimizer_seconds.append(end - before)
+        losses.append(taken.loss)
+        step_seconds.append(taken.seconds)
+        optimizer_seconds.append(taken.optimizer_seconds)
         if not math.isfinite(losses[-1]):
             break
         if step in marks:
@@ -115,6 +108,28 @@ def run(task: Task, key: Key, folder: Path) -> Result:
     for optimizer in optimizers:
         getattr(optimizer, "detach", lambda: None)()
     return result
+
+
+class Taken(NamedTuple):
+    """A training step's loss, and how long all of it and its optimizers took."""
+
+    loss: float
+    seconds: float
+    optimizer_seconds: float
+
+
+def train_step(session: Session, optimizers: Sequence[torch.optim.Optimizer], batch: Any) -> Taken:
+    """Forward, backward and the optimizers' steps."""
+    begin = time.perf_counter()
+    loss = session.loss(batch)
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    before = time.perf_counter()
+    for optimizer in optimizers:
+        optimizer.step()
+    end = time.perf_counter()
+    return Taken(float(loss.detach()), end - begin, end - before)
 
 
 @torch.no_grad()

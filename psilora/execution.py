@@ -13,6 +13,7 @@ from torch import Tensor
 
 from psilora import metric
 from psilora.gradient import TangentGradient
+from psilora.momentum import BALANCED_ITERS
 from psilora.plan import NONE, SIDES, TANGENT, BucketPlan, StepPlan
 from psilora.problem import Problem, Scales
 from psilora.products import Product, Statistics
@@ -336,8 +337,9 @@ class BucketRun:
         rows = course.rows if course.lasting else (False, False)
         commit_kernels.commit(
             *self._tables(), self.tiles, scale, ok.view(torch.uint8), work.stored_grams,
-            sizes=self.sizes if s.momentum else None, A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum,
-            HAS_METRIC=s.metric is not None, EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
+            sizes=self.sizes if s.momentum and s.num_iters <= BALANCED_ITERS else None,
+            A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
+            EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
         )  # fmt: skip
         written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
         states = [state for p in self.problems for state in (p.state_A, p.state_B)]

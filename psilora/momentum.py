@@ -7,6 +7,8 @@ from torch import Tensor
 
 #: ‖B_m‖²/‖A_m‖² above which the momentum is balanced.
 IMBALANCE = 2.0**16
+#: The greatest K at which it is balanced.
+BALANCED_ITERS = 1
 
 
 def initial_momentum(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -32,8 +34,10 @@ def balance(B: Tensor, A: Tensor, size_B: Tensor, size_A: Tensor) -> tuple[Tenso
     """Return (B_m/t, t·A_m) with t = 2^⌊log₂(‖B_m‖²/‖A_m‖²)/4⌋ where ‖B_m‖² > 2^16·‖A_m‖², else both unchanged.
 
     Alternating turns of μ·(B_m, A_m) + (1−τ)·G, A_m first, shrink A_m and grow B_m by a few per cent a step for ever;
-    once A_m·A_mᵀ is as small as λ, the proximal term holds the momentum where it is. The published method does not say
-    so and its scripts are short. t is a power of two, so the product does not change by a bit.
+    once A_m·A_mᵀ is as small as λ, the proximal term holds the momentum where it is. With K ≤ 1 the published method
+    then stops at an excess a hundred times that of K = 2 (linear task). With K ≥ 2 the hold only damps the momentum, to
+    the good of a long run at a constant rate, and nothing is changed. t is a power of two, so the product does not
+    change by a bit.
 
     Args:
         B: B_m (L, d_out, r_m).

@@ -13,7 +13,7 @@ from psilora.gradient import ActivationGradient
 from psilora.gradient_batch import FromActivations, GradientBatch
 from psilora.lorsum import Projection, turns
 from psilora.metric_update import updated_metric
-from psilora.momentum import balance
+from psilora.momentum import BALANCED_ITERS, balance
 from psilora.problem import Problem, Scales, Update
 from psilora.rayleigh_ritz import RitzProjection
 from psilora.solver import spd_solve
@@ -39,7 +39,7 @@ def reference_steps(
         (B̃, Ã)     ← LoRSum of (1 − η·wd)·(B̃, Ã) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m)   in the metric M
         (B_m, A_m) ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)                           Frobenius, old momentum
 
-    and B_m/t, t·A_m where the two have drifted apart (see `psilora.momentum.balance`).
+    and, for K ≤ 1, B_m/t, t·A_m where the two have drifted apart (see `psilora.momentum.balance`).
 
     Both projections take their turns in step, so that their products with X and S share one read; the first turn takes
     BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`. What comes from X and S, products and statistics, is yielded to be summed
@@ -63,7 +63,7 @@ def reference_steps(
             yield from products.take(turn, advance_weight=options.num_iters > 0)
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
-    momentum_B, momentum_A = (None, None) if memory is None else _balanced(memory)
+    momentum_B, momentum_A = (None, None) if memory is None else _remembered(memory, options.num_iters)
     return Update(
         step_B=weight.step_B.div_(batch.root),
         step_A=weight.step_A.div_(batch.root),
@@ -77,8 +77,10 @@ def reference_steps(
     )
 
 
-def _balanced(memory: Projection) -> tuple[Tensor, Tensor]:
-    """The new momentum, with its factors in balance."""
+def _remembered(memory: Projection, num_iters: int) -> tuple[Tensor, Tensor]:
+    """The new momentum, with its factors in balance where that is due."""
+    if num_iters > BALANCED_ITERS:
+        return memory.B, memory.A
     if memory.gram_B is None or memory.gram_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     size_B, size_A = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (memory.gram_B, memory.gram_A))

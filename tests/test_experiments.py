@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -166,15 +167,51 @@ def test_tuning_grows_evenly_from_the_centre_and_extends_at_an_edge() -> None:
 def test_equal_time_gives_a_slower_method_fewer_steps() -> None:
     grid, tasks, training = module("grid"), module("tasks"), module("training")
     records = []
-    for method, ms in (("adamw", 2.0), ("lora-muon", 8.0)):
+    for method in ("adamw", "lora-muon"):
         scores = tasks.Scores(1.0)
-        result = training.Result(validation=scores, test=scores, step_ms=ms)
+        result = training.Result(validation=scores, test=scores)
         records.append((training.Key("t", "c", 4, method, 0.1, 0), result))
-    plan = grid.Plan(["c"], ["adamw", "lora-muon"], 4, 1, 0, [0], [0, 1])
+    plan = grid.Plan(["c"], ["lora-muon"], 4, 1, 0, [0], [0, 1])
     task = tasks.Task("t", ("c",), lambda *_: None)
-    keys = list(grid.equal_time(task, plan, lambda: records))
+    asked = []
+
+    def pace(condition: str, lrs: dict[str, float]) -> dict[str, float]:
+        asked.append((condition, dict(lrs)))
+        return {"adamw": 2.0, "lora-muon": 8.0}
+
+    keys = list(grid.equal_time(task, plan, lambda: records, pace))
+    assert asked == [("c", {"adamw": 0.1, "lora-muon": 0.1})]
     assert [(k.method, k.stretch, k.seed) for k in keys] == [("lora-muon", 0.25, 0), ("lora-muon", 0.25, 1)]
     assert keys[0].path != training.Key("t", "c", 4, "lora-muon", 0.1, 0).path
+
+
+def test_paces_are_measured_in_turn_once_and_kept_beside_the_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pace, store, tasks, training = module("pace"), module("store"), module("tasks"), module("training")
+    order: list[str] = []
+    clock = {"sgd": 3.0, "adamw": 1.0}
+
+    class Session:
+        head_lr, steps, digest = 0.0, 1, ""
+
+        def __init__(self) -> None:
+            self.model = module("training").adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2)
+
+        def batches(self) -> Iterator[torch.Tensor]:
+            yield torch.ones(1, 4)
+
+    def step(session: Session, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor) -> object:
+        order.append(type(optimizers[0]).__name__.lower())
+        return training.Taken(0.0, clock[order[-1]], 0.0)
+
+    monkeypatch.setattr(pace, "train_step", step)
+    task = tasks.Task("t", ("c",), lambda *_: Session())
+    for _ in range(2):
+        found = pace.kept(tmp_path, task, "c", 2, {"adamw": 0.1, "sgd": 0.1}, tmp_path, "command")
+        assert found == {"adamw": 1e3, "sgd": 3e3}
+    assert order == ["adamw", "sgd"] * (pace.ROUNDS + pace.WARM_UP)
+    assert store.load(tmp_path) == [] and store.merge(tmp_path, tmp_path / "merged.json") == 1
 
 
 def test_summaries_against_values_worked_out_by_hand() -> None:
