@@ -44,9 +44,9 @@ class PSILoRA(torch.optim.Optimizer):
     `step="spectral"`, the default, goes along a polar factor, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
 
         G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
-        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·c·msign(H),   c = √(max(d_out, d_in)/min(d_out, d_in))
+        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·c·msign(H),   c = √(8/r·max(d_out, d_in)/min(d_out, d_in))
 
-    whitened by a metric of the LoRA gradients. Start at lr = 0.05·√(8/r); good rates lie within a factor of 2 or so.
+    whitened by a metric of the LoRA gradients. Start at lr = 0.05; good rates lie within a factor of 2 or so.
     It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
     Without a gradient only a momentum that is already there moves anything.
 

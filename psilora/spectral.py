@@ -19,6 +19,8 @@ from psilora.spectral_core import Coefficients, Numbers, Roots, factor_step, mea
 
 #: The least relative ridge of a factor's Gram; below it float64 factorisations could fail.
 LEAST_RIDGE = 1e-12
+#: The rank at which a step has spectral norm η·√(d_max/d_min).
+REFERENCE_RANK = 8
 
 
 def spectral_updates(groups: Sequence[Sequence[Problem]], scales: Scales) -> list[Update]:
@@ -125,9 +127,12 @@ class Span:
         )
 
 
-def width_factor(d_out: int, d_in: int) -> float:
-    """Return c = √(max(d_out, d_in) / min(d_out, d_in))."""
-    return float((max(d_out, d_in) / min(d_out, d_in)) ** 0.5)
+def rate_factor(d_out: int, d_in: int, rank: int) -> float:
+    """Return c = √(8/r)·√(max(d_out, d_in) / min(d_out, d_in)).
+
+    msign has singular values 1, so a step's Frobenius norm would grow as √r; with c it does not depend on the rank.
+    """
+    return float((REFERENCE_RANK / rank * max(d_out, d_in) / min(d_out, d_in)) ** 0.5)
 
 
 def factor_ridge(problem: Problem) -> float:
@@ -142,13 +147,13 @@ def factor_ridge(problem: Problem) -> float:
 def _numbers(batch: Batch) -> Numbers:
     """The settings of a batch; the rate includes c."""
     problems, options = batch.problems, batch.options
-    d_out, d_in = batch.B.shape[1], batch.A.shape[2]
+    (d_out, rank), d_in = batch.B.shape[1:], batch.A.shape[2]
     return Numbers(
-        rank=batch.B.shape[2],
+        rank=rank,
         mu=batch.column([p.options.momentum for p in problems]).double(),
         fresh=batch.column([1 - p.options.tau for p in problems]).double(),
         nesterov=options.nesterov and options.momentum > 0,
-        rate=batch.lr.double() * width_factor(d_out, d_in),
+        rate=batch.lr.double() * rate_factor(d_out, d_in, rank),
         decay=None if batch.decay is None else batch.decay.double(),
         ridge=batch.column([factor_ridge(p) for p in problems]).double(),
         num_iters=options.num_iters,

@@ -18,7 +18,7 @@ from torch import Tensor
 from psilora.execution import device_rates
 from psilora.plan import tile_map
 from psilora.problem import Problem, Scales
-from psilora.spectral import factor_ridge, width_factor
+from psilora.spectral import factor_ridge, rate_factor
 from psilora.spectral_core import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
 from psilora.triton_kernels import commit as commit_kernels
 from psilora.triton_kernels import layout, span, spread
@@ -26,7 +26,7 @@ from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, padded, partial_buffers
 
 # Columns of the numbers after those that the kernels read (span.BETA, DAMPING, POWER).
-MU, FRESH, DECAY, RIDGE, WIDTH, ROOT, SIGN, RATE = range(3, 11)
+MU, FRESH, DECAY, RIDGE, FACTOR, ROOT, SIGN, RATE = range(3, 11)
 
 
 class SpectralRun:
@@ -145,7 +145,7 @@ class SpectralRun:
             o = p.options
             row[span.BETA.value], row[span.DAMPING.value], row[span.POWER.value] = o.metric_beta, o.delta, o.gamma
             row[MU], row[FRESH], row[DECAY], row[RIDGE] = o.momentum, 1 - o.tau, o.weight_decay, factor_ridge(p)
-            row[WIDTH], row[ROOT] = width_factor(p.pair.d_out, p.pair.d_in), math.sqrt(p.pair.scaling)
+            row[FACTOR], row[ROOT] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank), math.sqrt(p.pair.scaling)
             row[SIGN], row[RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr
             scalar[layout.ROOT.value] = row[ROOT]
 
@@ -162,7 +162,7 @@ class SpectralRun:
             mu=columns[MU],
             fresh=columns[FRESH],
             nesterov=options.nesterov and self.own > 0,
-            rate=lr * columns[WIDTH],
+            rate=lr * columns[FACTOR],
             decay=-lr * columns[DECAY] if options.weight_decay > 0 else None,
             ridge=columns[RIDGE],
             num_iters=options.num_iters,

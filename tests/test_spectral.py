@@ -62,7 +62,7 @@ def spectral_literal(
     memory["M"] = w_B * (Q_B @ m_A + (m_B - P_B @ m_B) @ Q_A) * w_A
     h_B, h_A = (mu * m_B + (1 - mu) * g_B, mu * m_A + (1 - mu) * g_A) if nesterov else (m_B, m_A)
     sign = msign(Q_B @ h_A + (h_B - P_B @ h_B) @ Q_A)
-    rate = lr * math.sqrt(max(d_out, d_in) / min(d_out, d_in))
+    rate = lr * math.sqrt(8 / A.shape[0] * max(d_out, d_in) / min(d_out, d_in))
     if at_zero:  # LoRSum's B-turn alone: its A-turn divides by BᵀB
         B = -rate * sign @ A.T @ torch.linalg.inv(A @ A.T)
     else:
@@ -154,7 +154,7 @@ def test_steps_of_the_factors_by_themselves_match_their_formulas(
     )
     s = layer.scaling**0.5
     m_B, m_A = torch.zeros(shape[0], rank, dtype=F64), torch.zeros(rank, shape[1], dtype=F64)
-    rate, keep = 0.5 * lr * math.sqrt(max(shape) / min(shape)), math.sqrt(1 - lr * wd)
+    rate, keep = 0.5 * lr * math.sqrt(8 / rank * max(shape) / min(shape)), math.sqrt(1 - lr * wd)
     for _ in range(3):
         B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s
         optimizer.zero_grad()
