@@ -163,6 +163,7 @@ def _staged(problems: Sequence[Problem], update: Update, ok: Tensor) -> list[Cal
         ("momentum", update.momentum_B, update.momentum_A),
         ("metric", update.metric_B, update.metric_A),
         ("metric_rest", update.rest_B, update.rest_A),
+        ("norms", update.norms, None),
     ):
         for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
             if new is not None:

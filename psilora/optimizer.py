@@ -44,11 +44,11 @@ class PSILoRA(torch.optim.Optimizer):
     `step="spectral"`, the default, goes along a polar factor, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
 
         G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
-        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·c·msign(H),   c = √(8/r·max(d_out, d_in)/min(d_out, d_in))
+        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·φ·c·msign(H),  c = √(8/r·max(d_out, d_in)/min(d_out, d_in))
 
-    whitened by a metric of the LoRA gradients. Start at lr = 0.05; good rates lie within a factor of 2 or so.
+    whitened by a metric of the LoRA gradients. φ ≤ 1 falls with a layer's gradient norm (`fade`). Start at lr = 0.05.
     It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
-    Without a gradient only a momentum that is already there moves anything.
+    Without a gradient only a momentum that is already there moves anything, for as long as it lasts.
 
     `step="gradient"` is PSI-LoRA / OPLoRA (arXiv 2602.16456, 2509.19977). G = SᵀX comes from the layer's input X and
     output gradient S, which hooks on the inner LoRA layers capture::
@@ -76,6 +76,8 @@ class PSILoRA(torch.optim.Optimizer):
         nesterov: Take H as above; False takes H = M. Spectral only.
         joint: Move both factors along one low-rank O; False moves each by half along the polar factor of its own
             gradient's momentum, with half of the state, and no LoRSum. Spectral only.
+        fade: Multiply a layer's η by min(1, n̂/n̄), its recent gradient norm over the mean of all steps so far (see
+            `psilora.spectral_core.faded`), so that it comes to rest with its gradient. Spectral only.
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
@@ -121,8 +123,8 @@ class PSILoRA(torch.optim.Optimizer):
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
     (d_out,) of a `lora_B` weight, "step" of both; a dense metric is (d_in, d_in) and (d_out, d_out), a low-rank one
-    (d_in, k) and (d_out, k) beside a "metric_rest" (1,), and "lora" keeps √D; and that of the controller. It is created
-    by the first step, or by `init_state`.
+    (d_in, k) and (d_out, k) beside a "metric_rest" (1,), and "lora" keeps √D; "norms" (3,) of a `lora_B` weight, for
+    `fade`; and that of the controller. It is created by the first step, or by `init_state`.
 
     Attributes:
         communicator: Counts the bytes and rounds that captures cost over several processes.
@@ -148,6 +150,7 @@ class PSILoRA(torch.optim.Optimizer):
         momentum_rank: int | None = None,
         nesterov: bool = True,
         joint: bool = True,
+        fade: bool = True,
         prox: float | None = None,
         weight_decay: float = 0.0,
         metric: str | None = "auto",

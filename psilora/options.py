@@ -66,6 +66,7 @@ class Options:
     momentum_rank: int | None = None
     nesterov: bool = True
     joint: bool = True
+    fade: bool = True
     prox: float | None = None
     weight_decay: float = 0.0
     metric: str | None = None
@@ -192,6 +193,7 @@ class Options:
             self.momentum > 0,
             self.nesterov,
             self.joint,
+            self.fade,
             self.metric,
             self.metric_rank,
             self.metric_bias_correction,

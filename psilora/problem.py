@@ -101,6 +101,7 @@ class Update:
         momentum_B, momentum_A, metric_B, metric_A: New state, or None where there is none.
         repaired: Number of r×r solves with a repaired pivot, 0-d int64.
         rest_B, rest_A: New state of a low-rank metric beside the above, or None.
+        norms: New state of a spectral step's fading (L, 3), or None.
     """
 
     step_B: Tensor
@@ -112,6 +113,7 @@ class Update:
     repaired: Tensor
     rest_B: Tensor | None = None
     rest_A: Tensor | None = None
+    norms: Tensor | None = None
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
@@ -120,5 +122,5 @@ class Update:
     def tensors(self) -> list[Tensor]:
         """The floating tensors that will be written."""
         steps, momentum = (self.step_B, self.step_A), (self.momentum_B, self.momentum_A)
-        every = (*steps, *momentum, self.metric_B, self.metric_A, self.rest_B, self.rest_A)
+        every = (*steps, *momentum, self.metric_B, self.metric_A, self.rest_B, self.rest_A, self.norms)
         return [t for t in every if t is not None]

@@ -124,6 +124,7 @@ class Span:
             metric_B=self.metric_B,
             metric_A=self.metric_A,
             repaired=found.repaired.sum(),
+            norms=found.norms,
         )
 
 
@@ -159,17 +160,23 @@ def _numbers(batch: Batch) -> Numbers:
         num_iters=options.num_iters,
         first=options.first,
         dtype=batch.dtype,
+        norms=torch.stack([p.state_B["norms"] for p in problems]) if options.fade else None,
     )
+
+
+#: The tensors of `Numbers`.
+_JOINED = ("mu", "fresh", "rate", "decay", "ridge", "norms")
 
 
 def _joined(numbers: Sequence[Numbers]) -> Numbers:
     """The settings of several batches, one after the other."""
-    tensors = {name: [getattr(n, name) for n in numbers] for name in ("mu", "fresh", "rate", "decay", "ridge")}
+    tensors = {name: [getattr(n, name) for n in numbers] for name in _JOINED}
     joined: dict[str, Any] = {name: torch.cat(values) for name, values in tensors.items() if values[0] is not None}
     return replace(numbers[0], **joined)
 
 
 def _split(found: Coefficients, sizes: list[int]) -> list[Coefficients]:
     """The coefficients of each batch."""
-    parts = [t.split(sizes) for t in (found.step_B, found.step_A, found.momentum_B, found.momentum_A, found.repaired)]
+    each = (found.step_B, found.step_A, found.momentum_B, found.momentum_A, found.repaired, found.norms)
+    parts = [[None] * len(sizes) if t is None else t.split(sizes) for t in each]
     return [Coefficients(*part) for part in zip(*parts, strict=True)]

@@ -40,7 +40,7 @@ class SpectralRun:
         pairs = [p.pair for p in problems]
         self.rank, self.count, self.device = pairs[0].rank, len(pairs), pairs[0].lora_A.device
         options = problems[0].options
-        self.metric, self.joint = options.metric is not None, options.joint
+        self.metric, self.joint, self.fade = options.metric is not None, options.joint, options.fade
         self.own = 0 if options.momentum == 0 else 2 if self.joint else 1  # blocks of r rows of the momentum
         self.kinds = (span.PLAIN, span.SINGLE, span.FULL)[self.own]
         self.sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
@@ -62,6 +62,8 @@ class SpectralRun:
         self.numbers = self.table.reserve(self.count, int(span.NUMBERS.value))
         self.scalars = self.table.reserve(self.count, int(layout.SCALARS.value) // 2)
         self._allocate(len(tiles))
+        self.old_norms: Tensor | None = None
+        self.new_norms: Tensor | None = None
 
     def _allocate(self, tiles: int) -> None:
         rank = self.rank
@@ -96,7 +98,9 @@ class SpectralRun:
             inverse = self._moments(numbers, clip)
             grams, scale, spread_by = self._grams(numbers, clip, inverse)
             step = spectral_step if self.joint else factor_step
+            self.old_norms = torch.stack([p.state_B["norms"] for p in problems]) if self.fade else None
             found = step(grams[1], grams[0], self._settings(numbers))
+            self.new_norms = found.norms
             self.coefficients = self._folded(found, scale, spread_by)
             self.info = found.repaired
             self.finite = torch.isfinite(grams).flatten(2).all(2).all(0)
@@ -168,6 +172,7 @@ class SpectralRun:
             num_iters=options.num_iters,
             first=options.first,
             dtype=torch.float32,
+            norms=self.old_norms,
         )
 
     # ---- launches -----------------------------------------------------------------------------------------------
@@ -244,6 +249,9 @@ class SpectralRun:
                 HAS_MOMENTUM=self.own > 0, HAS_METRIC=self.metric, OWN=max(self.own, 1),
                 EMIT_A=False, EMIT_B=False, MASK_A=0, MASK_B=0,
             )  # fmt: skip
+            if self.new_norms is not None and self.old_norms is not None:
+                chosen = torch.where(ok, self.new_norms, self.old_norms, out=self.old_norms)
+                torch._foreach_copy_([p.state_B["norms"] for p in self.problems], list(chosen.unbind(0)))
         states = [state for p in self.problems for state in (p.state_A, p.state_B)]
         written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
         written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]

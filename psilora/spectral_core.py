@@ -22,6 +22,12 @@ from psilora.polar import polar
 #: Ridge of the Grams of the momentum's part outside the factors' spans, relative to the mean diagonal of the whole: the
 #: square of what fp32 data resolve.
 RESIDUAL_RIDGE = 1e-12
+#: What one step's gradient norm may add to their mean, in units of the mean: an outlier must not slow all that follows.
+LARGEST = 2.0
+#: A mean gradient norm below which a layer counts as one without a gradient: 1/norm has to be a number of fp32.
+LEAST_NORM = 2.0**-120
+#: A mean squared entry below which a factor counts as 0, for the same reason.
+LEAST_SQUARE = 2.0**-120
 #: Rounding of xᵀΓx in units of n·eps·Σᵢ xᵢ²Γᵢᵢ; the worst case is n, the usual one well below 1.
 ROUNDING = 8
 
@@ -39,6 +45,7 @@ class Numbers:
         ridge: λ of the factors' Grams, relative to the mean of their diagonals.
         num_iters, first: Of LoRSum.
         dtype: Of the polar factor.
+        norms: (L, 3), from the steps before: their number t, n̂ and n̄ (see `faded`); None where the rate does not fade.
     """
 
     rank: int
@@ -51,11 +58,13 @@ class Numbers:
     num_iters: int
     first: str
     dtype: torch.dtype
+    norms: Tensor | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Layers with equal keys can be joined."""
-        return (self.rank, self.nesterov, self.decay is None, self.num_iters, self.first, self.dtype)
+        fixed = self.norms is None
+        return (self.rank, self.nesterov, self.decay is None, self.num_iters, self.first, self.dtype, fixed)
 
 
 @dataclass
@@ -66,6 +75,7 @@ class Coefficients:
         step_B, step_A: Increments of the whitened factors (r columns).
         momentum_B, momentum_A: The new whitened momentum (2r columns).
         repaired: Per layer, the number of factorisations that failed.
+        norms: The new t, n̂ and n̄, (L, 3), or None.
     """
 
     step_B: Tensor
@@ -73,6 +83,7 @@ class Coefficients:
     momentum_B: Tensor
     momentum_A: Tensor
     repaired: Tensor
+    norms: Tensor | None = None
 
 
 class Roots:
@@ -85,12 +96,12 @@ class Roots:
     Args:
         gram: Γ, float64.
         ridge: λ/scale, a number or (L, 1, 1).
-        scale: (L, 1, 1); by default the mean of Γ's diagonal. Where it is 0, Γ is taken for 0.
+        scale: (L, 1, 1); by default the mean of Γ's diagonal. Where it is at most `least`, Γ is taken for 0.
     """
 
-    def __init__(self, gram: Tensor, ridge: float | Tensor, scale: Tensor | None = None) -> None:
+    def __init__(self, gram: Tensor, ridge: float | Tensor, scale: Tensor | None = None, least: float = 0.0) -> None:
         scale = mean_diagonal(gram) if scale is None else scale
-        alive = scale != 0
+        alive = scale > least
         unit = torch.where(alive, scale, 1.0)
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         factor, info = torch.linalg.cholesky_ex(gram / unit + ridge * eye)
@@ -108,7 +119,7 @@ def mean_diagonal(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
 
 
-def roots_of(gram: Tensor, x: Tensor, ridge: float | Tensor, whole: Tensor | None = None) -> Roots:
+def roots_of(gram: Tensor, x: Tensor, ridge: float | Tensor, whole: Tensor | None = None, least: float = 0.0) -> Roots:
     """Return the roots of the Gram of Z·x; λ is `ridge` times the mean of its diagonal, or of that of Z·`whole`.
 
     To λ is added what rounding can take from xᵀΓx when the coefficients are large and cancel.
@@ -117,7 +128,7 @@ def roots_of(gram: Tensor, x: Tensor, ridge: float | Tensor, whole: Tensor | Non
     scale = mean_diagonal(inner if whole is None else whole.mT @ (gram @ whole)).clamp_min(0)
     terms = (x.square() * gram.diagonal(dim1=-2, dim2=-1)[:, :, None]).sum((-2, -1))[:, None, None] / x.shape[-1]
     unit = ROUNDING * gram.shape[-1] * torch.finfo(gram.dtype).eps
-    return Roots(inner, ridge + unit * terms / torch.where(scale == 0, 1.0, scale), scale)
+    return Roots(inner, ridge + unit * terms / torch.where(scale == 0, 1.0, scale), scale, least)
 
 
 class Spans:
@@ -134,7 +145,7 @@ class Spans:
         self.layers, self.size = len(gram) // 2, gram.shape[-1]
         eye = torch.eye(rank, dtype=gram.dtype, device=gram.device)
         self.base = self.place(eye.expand(len(gram), rank, rank), 0)
-        self.roots = roots_of(gram, self.base, ridge)
+        self.roots = roots_of(gram, self.base, ridge, least=LEAST_SQUARE)
         self.q = self.place(self.roots.T, 0)
 
     def place(self, block: Tensor, start: int) -> Tensor:
@@ -178,11 +189,12 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
     n = numbers
     spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
     mu, fresh = torch.cat([n.mu] * 2), torch.cat([n.fresh] * 2)
+    rate, norms = faded(spans, n)
     g = fresh * spans.gradient()
     m = g + mu * spans.carried() if spans.size > 2 * n.rank else g
     h = mu * m + g if n.nesterov else m
     o_B, o_A, residual = _msign(spans, h, n.dtype)
-    (step_B, step_A), failed = _lorsum(spans, -n.rate * o_B, o_A, n)
+    (step_B, step_A), failed = _lorsum(spans, -rate * o_B, o_A, n)
     (q_B, q_A), (m_B, m_A) = spans.halves(spans.q), spans.halves(m)
     outside_B = m_B - q_B @ (q_B.mT @ (gram_B @ m_B))
     both = spans.roots.failed + residual.failed
@@ -192,6 +204,7 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
         momentum_B=torch.cat([q_B, outside_B], -1),
         momentum_A=torch.cat([m_A, q_A], -1),
         repaired=failed + both[: spans.layers] + both[spans.layers :],
+        norms=norms,
     )
 
 
@@ -207,7 +220,8 @@ def factor_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficient
     """
     n = numbers
     spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
-    mu, fresh, rate = (torch.cat([t] * 2) for t in (n.mu, n.fresh, n.rate))
+    one_rate, norms = faded(spans, n)
+    mu, fresh, rate = (torch.cat([t] * 2) for t in (n.mu, n.fresh, one_rate))
     eye = spans.base[:, : n.rank]
     m = g = fresh * spans.place(eye, spans.size - n.rank)
     if spans.size > 2 * n.rank:
@@ -220,7 +234,34 @@ def factor_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficient
         step = step + ((1 + torch.cat([n.decay] * 2)).clamp_min(0).sqrt() - 1) * spans.base
     (step_B, step_A), (m_B, m_A) = spans.halves(step), spans.halves(m)
     failed_B, failed_A = spans.halves(spans.roots.failed + roots.failed)
-    return Coefficients(step_B, step_A, m_B, m_A, failed_B + failed_A)
+    return Coefficients(step_B, step_A, m_B, m_A, failed_B + failed_A, norms)
+
+
+def faded(spans: Spans, numbers: Numbers) -> tuple[Tensor, Tensor | None]:
+    """Return η·c·min(1, n̂/n̄), (L, 1, 1), and the new t, n̂ and n̄.
+
+    msign forgets the size of the gradient, so that a layer would go on at the full rate where its gradient has all but
+    vanished: a task that is learnt, a layer that is switched off, momentum that runs out. With n_t the norm of the
+    whitened tangent gradient, ‖G_T‖² = ‖GᵀQ_B‖² + ‖G·Q_A‖² − ‖Q_BᵀG·Q_A‖²::
+
+        n̂_t = average of n with weights μ^(t−k),   n̄_t = n̄_(t−1) + (min(n_t, 2·n̄_(t−1)) − n̄_(t−1))/t,   n̄_1 = n_1
+    """
+    if numbers.norms is None:
+        return numbers.rate, None
+    g = spans.gradient()
+    squares = (g * (spans.gram @ g)).sum((-2, -1))
+    overlap = spans.halves(spans.along(g))[0].square().sum((-2, -1))
+    norm = (squares[: spans.layers] + squares[spans.layers :] - overlap).clamp_min(0).sqrt()
+    steps, recent, mean = numbers.norms.unbind(-1)
+    steps, mu = steps + 1, numbers.mu.flatten()
+    recent = mu * recent + (1 - mu) * norm
+    # A layer that has had no gradient so far begins its mean anew.
+    begun = mean >= LEAST_NORM
+    steps = torch.where(begun, steps, 1.0)
+    mean = torch.where(begun, mean + (torch.minimum(norm, LARGEST * mean) - mean) / steps, norm)
+    size = recent / (1 - mu**steps)
+    share = torch.where(mean >= LEAST_NORM, (size / mean).clamp(max=1.0), 0.0)
+    return numbers.rate * share[:, None, None], torch.stack([steps, recent, mean], -1)
 
 
 def _polar(K: Tensor, dtype: torch.dtype) -> Tensor:
@@ -257,7 +298,7 @@ def _lorsum(spans: Spans, t_B: Tensor, t_A: Tensor, n: Numbers) -> tuple[tuple[T
         change = -at if n.decay is None else n.decay * base - at
         weighted = grams[other] @ current
         rhs = base @ (change.mT @ weighted) + targets[name] @ (targets[other].mT @ weighted)
-        roots = roots_of(grams[other], current, n.ridge)
+        roots = roots_of(grams[other], current, n.ridge, least=LEAST_SQUARE)
         failed = failed + roots.failed
         step: Tensor = (rhs @ roots.T) @ roots.T.mT
         return step

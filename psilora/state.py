@@ -18,7 +18,7 @@ from psilora.options import Options
 
 def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
     """Return the dtype of the state `name` of a LoRA parameter: fp32 or better, whatever the parameter's."""
-    if name == "controller":
+    if name in ("controller", "norms"):
         return torch.float64
     return torch.float32 if name == "step" else compute_dtype(parameter.dtype)
 
@@ -28,7 +28,8 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
 
     fp32 (fp64 for fp64 parameters): "step" 0-d; "momentum" (d_out, r_m) and (r_m, d_in), r_m = 2r and zero in a
     spectral step (r with joint=False); "metric" (d_out,) and (d_in,), dense (d_out, d_out) and (d_in, d_in),
-    or low-rank (d_out, k) and (d_in, k) beside "metric_rest" (1,), k as far as the side allows it.
+    or low-rank (d_out, k) and (d_in, k) beside "metric_rest" (1,), k as far as the side allows it. fp64 "norms" (3,) of
+    lora_B in a spectral step that fades.
     """
     dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
     for state in (state_A, state_B):
@@ -43,6 +44,8 @@ def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_
         else:
             rank = momentum_rank(pair, options)
             state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
+    if spectral and options.fade and "norms" not in state_B:
+        state_B["norms"] = torch.zeros(3, dtype=torch.float64, device=device)
     if options.metric is not None:
         _init_metric(pair, options, state_B, state_A)
 

@@ -13,7 +13,7 @@ from models import bare, data, factors, mse, peft_mlp, plain_mlp, randomise_B, t
 from test_lorsum import literal as lorsum_literal
 from torch import Tensor, nn
 
-from psilora import LoRALinear, PSILoRA
+from psilora import LoRALinear, PSILoRA, triton_backend
 from psilora.options import Options
 
 F64 = torch.float64
@@ -37,9 +37,9 @@ def root(gram: Tensor) -> Tensor:
 
 
 def spectral_literal(
-    B: Tensor, A: Tensor, d_B: Tensor, d_A: Tensor, memory: dict[str, Tensor], lr: float, *, mu: float = 0.9,
+    B: Tensor, A: Tensor, d_B: Tensor, d_A: Tensor, memory: dict[str, Any], lr: float, *, mu: float = 0.9,
     nesterov: bool = True, metric: str | None = None, beta: float = 0.99, delta: float = 1e-2, gamma: float = 1.0,
-    wd: float = 0.0, num_iters: int = 1, first: str = "A",
+    wd: float = 0.0, num_iters: int = 1, first: str = "A", fade: bool = True,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, with dense matrices: M (d_out, d_in) is kept whole and projected, T is decomposed by an SVD."""
     (d_out, _), d_in = B.shape, A.shape[1]
@@ -63,6 +63,8 @@ def spectral_literal(
     h_B, h_A = (mu * m_B + (1 - mu) * g_B, mu * m_A + (1 - mu) * g_A) if nesterov else (m_B, m_A)
     sign = msign(Q_B @ h_A + (h_B - P_B @ h_B) @ Q_A)
     rate = lr * math.sqrt(8 / A.shape[0] * max(d_out, d_in) / min(d_out, d_in))
+    if fade:
+        rate *= faded(memory, float((Q_B @ g_A + (g_B - P_B @ g_B) @ Q_A).norm()), mu)
     if at_zero:  # LoRSum's B-turn alone: its A-turn divides by BᵀB
         B = -rate * sign @ A.T @ torch.linalg.inv(A @ A.T)
     else:
@@ -70,6 +72,18 @@ def spectral_literal(
             [(B, A), (sign, torch.eye(d_in, dtype=F64))], [1 - lr * wd, -rate], num_iters, 0.0, None, first
         )
     return B / w_B, A / w_A
+
+
+def faded(memory: dict[str, Any], norm: float, mu: float) -> float:
+    """φ = min(1, n̂/n̄), from all norms so far."""
+    norms = memory.setdefault("norms", [])
+    mean = memory.setdefault("mean", norm)
+    norms.append(norm)
+    t = len(norms)
+    memory["mean"] = mean + (min(norm, 2 * mean) - mean) / t
+    weights = [mu ** (t - 1 - k) for k in range(t)]
+    recent = sum(w * n for w, n in zip(weights, norms, strict=True)) / sum(weights)
+    return min(1.0, recent / memory["mean"])
 
 
 def one_layer(d_out: int, d_in: int, rank: int, alpha: float, std: float = 0.3) -> LoRALinear:
@@ -87,32 +101,33 @@ def one_layer(d_out: int, d_in: int, rank: int, alpha: float, std: float = 0.3) 
     metric=st.sampled_from([None, "lora"]),
     mu=st.sampled_from([0.0, 0.6]),
     nesterov=st.booleans(),
+    fade=st.booleans(),
     wd=st.sampled_from([0.0, 0.3]),
     alpha=st.sampled_from([1.0, 16.0]),
     B_zero=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_three_steps_match_the_formulas(
-    shape, rank, num_iters, first, metric, mu, nesterov, wd, alpha, B_zero, seed
+    shape, rank, num_iters, first, metric, mu, nesterov, fade, wd, alpha, B_zero, seed
 ) -> None:
     torch.manual_seed(seed)
     layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
     lr, beta, delta, gamma = 0.1, 0.8, 0.05, 0.7
     optimizer = bare(
         layer, lr, step="spectral", num_iters=num_iters, first=first, metric=metric, momentum=mu, nesterov=nesterov,
-        weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma, prox=0.0,
+        fade=fade, weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma, prox=0.0,
     )  # fmt: skip
     s = layer.scaling**0.5
     B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s
-    memory: dict[str, Tensor] = {}
-    for t in (1, 2, 3):
+    memory: dict[str, Any] = {}
+    for t, size in ((1, 1.0), (2, 0.1), (3, 5.0)):
         optimizer.zero_grad()
         x, y = torch.randn(20, shape[1], dtype=F64), torch.randn(20, shape[0], dtype=F64)
-        (layer(x) - y).square().mean().backward()
+        (size * (layer(x) - y).square().mean()).backward()
         d_B, d_A = layer.lora_B.weight.grad / s, layer.lora_A.weight.grad / s
         B, A = spectral_literal(
             B, A, d_B, d_A, memory, lr, mu=mu, nesterov=nesterov and mu > 0, metric=metric, beta=beta, delta=delta,
-            gamma=gamma, wd=wd, num_iters=num_iters, first=first,
+            gamma=gamma, wd=wd, num_iters=num_iters, first=first, fade=fade,
         )  # fmt: skip
         for factor in (B, A):
             sigma = torch.linalg.svdvals(factor)
@@ -138,32 +153,36 @@ def test_three_steps_match_the_formulas(
     rank=st.integers(1, 4),
     mu=st.sampled_from([0.0, 0.6]),
     nesterov=st.booleans(),
+    fade=st.booleans(),
     wd=st.sampled_from([0.0, 0.3]),
     alpha=st.sampled_from([1.0, 16.0]),
     B_zero=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_steps_of_the_factors_by_themselves_match_their_formulas(
-    shape, rank, mu, nesterov, wd, alpha, B_zero, seed
+    shape, rank, mu, nesterov, fade, wd, alpha, B_zero, seed
 ) -> None:
     torch.manual_seed(seed)
     layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
     lr = 0.1
     optimizer = PSILoRA(
-        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, weight_decay=wd, prox=0.0
+        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, fade=fade, weight_decay=wd, prox=0.0
     )
     s = layer.scaling**0.5
     m_B, m_A = torch.zeros(shape[0], rank, dtype=F64), torch.zeros(rank, shape[1], dtype=F64)
-    rate, keep = 0.5 * lr * math.sqrt(8 / rank * max(shape) / min(shape)), math.sqrt(1 - lr * wd)
-    for _ in range(3):
+    full_rate, keep = 0.5 * lr * math.sqrt(8 / rank * max(shape) / min(shape)), math.sqrt(1 - lr * wd)
+    memory: dict[str, Any] = {}
+    for size in (1.0, 0.1, 5.0):
         B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s
         optimizer.zero_grad()
         x, y = torch.randn(20, shape[1], dtype=F64), torch.randn(20, shape[0], dtype=F64)
-        (layer(x) - y).square().mean().backward()
+        (size * (layer(x) - y).square().mean()).backward()
         d_B, d_A = layer.lora_B.weight.grad / s, layer.lora_A.weight.grad / s
         m_B, m_A = mu * m_B + (1 - mu) * d_B, mu * m_A + (1 - mu) * d_A
         h_B, h_A = (mu * m_B + (1 - mu) * d_B, mu * m_A + (1 - mu) * d_A) if nesterov and mu else (m_B, m_A)
         R_B, R_A = root(B.T @ B), root(A @ A.T)
+        tangent = B @ R_B @ R_B @ d_A + (d_B - B @ R_B @ R_B @ B.T @ d_B) @ R_A @ R_A @ A
+        rate = full_rate * (faded(memory, float(tangent.norm()), mu) if fade else 1.0)
         want_B, want_A = keep * B - rate * msign(h_B @ R_A) @ R_A, keep * A
         if B.any():
             want_A = want_A - rate * R_B @ msign(R_B @ h_A)
@@ -507,3 +526,104 @@ def test_defaults_are_the_spectral_step_with_its_metric_and_groups_resolve_their
         PSILoRA(plain_mlp(), 0.1, gradient="exact")
     with pytest.raises(ValueError, match=r"Invalid metric='kfac'\. Must be one of None, 'lora' with step='spectral'\."):
         PSILoRA(plain_mlp(), 0.1, metric="kfac")
+
+
+# ---- a rate that fades with the gradient -----------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """b(x) + gate·a(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = LoRALinear(nn.Linear(8, 8), 2), LoRALinear(nn.Linear(8, 8), 2), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(x) + self.gate * self.a(x)
+
+    @torch.no_grad()
+    def delta(self) -> Tensor:
+        return self.a.lora_B.weight @ self.a.lora_A.weight
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("joint", [True, False])
+def test_a_layer_without_a_gradient_comes_to_rest_and_holds_up_no_other(joint: bool, backend: str) -> None:
+    """Its momentum decays to nothing, through the denormals; its direction would stay at full length."""
+    if backend == "triton" and triton_backend.unavailable_reason() is not None:
+        pytest.skip(str(triton_backend.unavailable_reason()))
+    torch.manual_seed(0)
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    model = Gated().to(device)
+    x, y = torch.randn(32, 8, device=device), torch.randn(32, 8, device=device)
+    optimizer = PSILoRA(model, 0.05, step="spectral", joint=joint, metric=None, backend=backend, momentum=0.02)
+    resting = others = torch.zeros(())
+    for step in range(34):  # 0.02^29 is no number of fp32
+        model.gate = 1.0 if step < 4 else 0.0
+        optimizer.zero_grad(set_to_none=False)
+        (model(x) - y).square().mean().backward()
+        optimizer.step()
+        if step == 12:
+            resting, others = model.delta(), model.b.lora_B.weight.detach().clone()
+    torch.testing.assert_close(model.delta(), resting, rtol=0, atol=1e-6)
+    assert float((model.b.lora_B.weight - others).detach().norm()) > 1e-3
+    assert optimizer.stats()["skipped_steps"] == 0
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-36, 1e-38, 1e-40, 1e-44])
+def test_a_layer_with_hardly_a_gradient_holds_up_no_other(size: float) -> None:
+    torch.manual_seed(0)
+    a, b = LoRALinear(nn.Linear(8, 8), 2), LoRALinear(nn.Linear(8, 8), 2)
+    optimizer = PSILoRA(nn.ModuleList([a, b]), 0.05)
+    x = torch.randn(32, 8)
+    for _ in range(5):
+        optimizer.zero_grad()
+        (b(x).square().mean() + size * a(x).square().mean()).backward()
+        optimizer.step()
+    assert optimizer.stats()["skipped_steps"] == 0
+    assert float(b.lora_B.weight.detach().abs().max()) > 1e-2
+    assert bool(a.lora_B.weight.isfinite().all())
+
+
+@pytest.mark.parametrize("size", [1e-16, 1e-18, 1e-20, 1e-30])
+def test_a_factor_that_is_hardly_there_is_taken_for_zero(size: float) -> None:
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(8, 8), 2)
+    randomise_B(layer, size)
+    optimizer = PSILoRA(layer, 0.05)
+    train(layer, optimizer, [(torch.randn(16, 8), torch.randn(16, 8)) for _ in range(3)])
+    assert optimizer.stats()["skipped_steps"] == 0
+    assert float((layer.lora_B.weight @ layer.lora_A.weight).detach().abs().max()) > 1e-2
+
+
+def test_one_outlier_does_not_slow_the_steps_after_it() -> None:
+    """A gradient a million times the usual counts for two in the mean."""
+
+    def moved(outlier: float) -> Tensor:
+        torch.manual_seed(0)
+        layer = one_layer(12, 10, 2, 2.0)
+        optimizer = PSILoRA(layer, 0.01, momentum=0.0)
+        for step in range(12):
+            optimizer.zero_grad()
+            x, y = torch.randn(20, 10, dtype=F64), torch.randn(20, 12, dtype=F64)
+            ((outlier if step == 6 else 1.0) * (layer(x) - y).square().mean()).backward()
+            before = layer.lora_B.weight.detach().clone()
+            optimizer.step()
+        return (layer.lora_B.weight.detach() - before).norm()
+
+    assert moved(1e6) > 0.8 * moved(1.0)
+
+
+def test_a_gradient_that_falls_slows_its_layer_and_one_that_returns_speeds_it_up() -> None:
+    torch.manual_seed(0)
+    layer = one_layer(12, 10, 2, 2.0)
+    optimizer = PSILoRA(layer, 0.01, momentum=0.0, metric=None)
+    x, y = torch.randn(20, 10, dtype=F64), torch.randn(20, 12, dtype=F64)
+    lengths = []
+    for size in (1.0, 1.0, 1.0, 0.01, 1.0):
+        optimizer.zero_grad()
+        (size * (layer(x) - y).square().mean()).backward()
+        before = layer.lora_B.weight.detach() @ layer.lora_A.weight.detach()
+        optimizer.step()
+        lengths.append(float((layer.lora_B.weight @ layer.lora_A.weight - before).detach().norm()))
+    assert lengths[3] < 0.02 * lengths[2] and lengths[4] > 0.8 * lengths[2]

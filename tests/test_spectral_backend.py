@@ -45,6 +45,9 @@ def spectral_problem(
         rank = 2 * shape[2] if problem.options.joint else shape[2]
         problem.state_B["momentum"] = torch.randn(shape[0], rank, device=DEVICE) / shape[0] ** 0.5
         problem.state_A["momentum"] = torch.randn(rank, shape[1], device=DEVICE) * problem.dB.float().norm()
+    if problem.options.fade:  # three steps so far, whose gradients fell: the next is not a full one either
+        norm = float(problem.dB.float().norm() / problem.pair.A.float().norm())
+        problem.state_B["norms"] = torch.tensor([3.0, 0.2 * norm, 5 * norm], dtype=FP64, device=DEVICE)
     return problem
 
 
@@ -68,6 +71,7 @@ CASES: list[Any] = [
     ([(33, 17, 1)], {"num_iters": 2, "first": "B", "dampening": 0.5}),
     ([(64, 80, 20)], {"metric": "lora", "num_iters": 0, "nesterov": False, "maximize": True}),
     ([(24, 40, 6)], {"momentum": 0.0}),
+    ([(24, 40, 6)], {"fade": False}),
     ([(24, 40, 6)], {"momentum": 0.0, "metric": "lora"}),
     ([(24, 40, 6)], {"dtype": BF16, "prox": 1e-4}),
     ([(24, 40, 6)], {"dtype": BF16, "gradient_dtype": BF16, "metric": "lora", "prox": 1e-4}),
@@ -104,6 +108,9 @@ def test_updates_agree_with_the_float64_reference(shapes: list[tuple[int, int, i
                 if new[1] is not None:
                     found[f"{name} {side}"] = (state[name], new[0][0], new[1][0])
             assert float(state["step"]) == 4
+        if want.norms is not None:
+            found["norms"] = (problem.state_B["norms"], usual.norms[0], want.norms[0])
+            assert float(want.norms[0, 1]) < (1 - problem.options.momentum**4) * float(want.norms[0, 2]), "it fades"
         for what, (got, reference, oracle) in found.items():
             allowed = FACTOR * error(reference, oracle) + FLOOR
             assert error(got, oracle) <= allowed, f"{what}: {error(got, oracle):.1e}, allowed {allowed:.1e}"
