@@ -22,8 +22,8 @@ from psilora.polar import polar
 #: Ridge of the Grams of the momentum's part outside the factors' spans, relative to the mean diagonal of the whole: the
 #: square of what fp32 data resolve.
 RESIDUAL_RIDGE = 1e-12
-#: What one step's gradient norm may add to their mean, in units of the mean: an outlier must not slow all that follows.
-LARGEST = 2.0
+#: The largest gradient norm that counts as such, in units of the mean: an outlier must not slow all that follows.
+LARGEST = 4.0
 #: A mean gradient norm below which a layer counts as one without a gradient: 1/norm has to be a number of fp32.
 LEAST_NORM = 2.0**-120
 #: A mean squared entry below which a factor counts as 0, for the same reason.
@@ -242,9 +242,9 @@ def faded(spans: Spans, numbers: Numbers) -> tuple[Tensor, Tensor | None]:
 
     msign forgets the size of the gradient, so that a layer would go on at the full rate where its gradient has all but
     vanished: a task that is learnt, a layer that is switched off, momentum that runs out. With n_t the norm of the
-    whitened tangent gradient, ‖G_T‖² = ‖GᵀQ_B‖² + ‖G·Q_A‖² − ‖Q_BᵀG·Q_A‖²::
+    whitened tangent gradient, ‖G_T‖² = ‖GᵀQ_B‖² + ‖G·Q_A‖² − ‖Q_BᵀG·Q_A‖², counted as min(n_t, 4·n̄_(t−1))::
 
-        n̂_t = average of n with weights μ^(t−k),   n̄_t = n̄_(t−1) + (min(n_t, 2·n̄_(t−1)) − n̄_(t−1))/t,   n̄_1 = n_1
+        n̂_t = average of n_1, …, n_t with weights μ^(t−k),   n̄_t = their plain average
     """
     if numbers.norms is None:
         return numbers.rate, None
@@ -253,12 +253,12 @@ def faded(spans: Spans, numbers: Numbers) -> tuple[Tensor, Tensor | None]:
     overlap = spans.halves(spans.along(g))[0].square().sum((-2, -1))
     norm = (squares[: spans.layers] + squares[spans.layers :] - overlap).clamp_min(0).sqrt()
     steps, recent, mean = numbers.norms.unbind(-1)
-    steps, mu = steps + 1, numbers.mu.flatten()
+    # A layer that has had no gradient so far begins now.
+    begun, mu = mean >= LEAST_NORM, numbers.mu.flatten()
+    norm = torch.where(begun, torch.minimum(norm, LARGEST * mean), norm)
+    steps = torch.where(begun, steps + 1, 1.0)
     recent = mu * recent + (1 - mu) * norm
-    # A layer that has had no gradient so far begins its mean anew.
-    begun = mean >= LEAST_NORM
-    steps = torch.where(begun, steps, 1.0)
-    mean = torch.where(begun, mean + (torch.minimum(norm, LARGEST * mean) - mean) / steps, norm)
+    mean = torch.where(begun, mean + (norm - mean) / steps, norm)
     size = recent / (1 - mu**steps)
     share = torch.where(mean >= LEAST_NORM, (size / mean).clamp(max=1.0), 0.0)
     return numbers.rate * share[:, None, None], torch.stack([steps, recent, mean], -1)
