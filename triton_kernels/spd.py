@@ -154,6 +154,7 @@ def _blocked_attempt(matrix_ptr, work_ptr, RP: tl.constexpr):
     index = tl.arange(0, HALF)
     at = index[:, None] * RP + index[None, :]
     tl.store(work_ptr + index[:, None] * HALF + index[None, :], tl.load(left + at))
+    tl.debug_barrier()  # the two layouts may differ: a thread may clear what another one still has to read
     tl.store(left + at, tl.zeros((HALF, HALF), tl.float32))
     multiply(left, work_ptr, matrix_ptr, RP, HALF, RP, False, False, HALF, True)
     return good
