@@ -44,14 +44,19 @@ def backend_unavailable(backend: str) -> str | None:
 
 
 def compute(
-    problems: Sequence[Problem], scales: Scales, backend: str, communicator: Communicator | None = None
+    problems: Sequence[Problem],
+    scales: Scales,
+    backend: str,
+    communicator: Communicator | None = None,
+    backends: triton_backend.Backends | None = None,
 ) -> list[Bucket]:
     """Compute the updates of all problems without changing any parameter or state.
 
     "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `trust`), and the
     reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
     (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do those with captured activations where a
-    communicator of several processes is given: there the products are summed between the turns.
+    communicator of several processes is given: there the products are summed between the turns. `backends` is what the
+    kernels keep from step to step.
     """
     shared = communicator is not None and communicator.world_size > 1
     by_device: dict[torch.device, list[Problem]] = {}
@@ -64,7 +69,7 @@ def compute(
     buckets = []
     for group in by_device.values():
         taken = trust if backend == "auto" else triton_backend
-        executions = taken.compute(*_at_rate(group, scales))
+        executions = taken.compute(*_at_rate(group, scales), backends)
         if executions is None:
             rest += group
         else:

@@ -31,6 +31,7 @@ from psilora.problem import Problem, Scales
 from psilora.representation import Planner
 from psilora.sharded import Gathered, is_sharded, local, refuse_sharded
 from psilora.state import copy_loaded, init_state
+from psilora.triton_backend import Backends
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -212,6 +213,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
         self._notices = Notices()
+        self._backends: Backends = {}
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
         refuse_sharded(self._options(), controller)
@@ -318,7 +320,7 @@ class PSILoRA(torch.optim.Optimizer):
         scales = Scales(clip, external, rate, share)
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
-        buckets = engine.compute(problems, scales, self.backend, communicator)
+        buckets = engine.compute(problems, scales, self.backend, communicator, self._backends)
         results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
         finite = engine.all_finite([local(grad) for grad in grads] + results, device)
         overflow = self._overflow(device)

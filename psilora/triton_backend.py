@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import math
-import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -16,7 +15,6 @@ import torch
 from torch import Tensor
 
 from psilora import plan
-from psilora.adapters import LoRAPair
 from psilora.plan import Layer, Structure
 from psilora.problem import Problem, Scales
 
@@ -27,6 +25,8 @@ if TYPE_CHECKING:
 
 #: The update of problems that share their launches.
 Computed: TypeAlias = "Execution | RitzUpdate"
+#: What an optimizer keeps from step to step, by device. It holds on to the layers of the last step.
+Backends: TypeAlias = "dict[torch.device, Backend]"
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -151,12 +151,16 @@ class Execution:
         self._run.commit(self._index, ok)
 
 
-_backends: weakref.WeakKeyDictionary[LoRAPair, Backend] = weakref.WeakKeyDictionary()
+def compute(problems: Sequence[Problem], scales: Scales, backends: Backends | None = None) -> list[Computed]:
+    """Compute the updates of problems on one device, of any shapes and settings, without changing any of them.
 
-
-def compute(problems: Sequence[Problem], scales: Scales) -> list[Computed]:
-    """Compute the updates of problems on one device, of any shapes and settings, without changing any of them."""
-    backend = _backends.setdefault(problems[0].pair, Backend())
+    Args:
+        problems: The problems.
+        scales: Of this step.
+        backends: What earlier steps have left, extended by this one; None prepares everything for this step alone.
+    """
+    device = problems[0].pair.lora_A.device
+    backend = Backend() if backends is None else backends.setdefault(device, Backend())
     return backend.compute(problems, scales)
 
 

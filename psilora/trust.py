@@ -28,22 +28,24 @@ ROUNDING = 1e-3
 _verdicts: dict[torch.device, bool] = {}
 
 
-def compute(problems: Sequence[Problem], scales: Scales) -> list[triton_backend.Computed] | None:
+def compute(
+    problems: Sequence[Problem], scales: Scales, backends: triton_backend.Backends | None = None
+) -> list[triton_backend.Computed] | None:
     """Return the kernels' executions for problems on one device, or None where the reference has to take them."""
     device = problems[0].pair.lora_A.device
     verdict = _verdicts.get(device)
     if verdict is not None:
-        return triton_backend.compute(problems, scales) if verdict else None
+        return triton_backend.compute(problems, scales, backends) if verdict else None
     try:
-        executions = triton_backend.compute(problems, scales)
+        executions = triton_backend.compute(problems, scales, backends)
         errors = disagreement(executions, scales)
     except Exception as error:  # whatever the compiler or the driver raises, the reference still works
-        _distrust(device, f"{type(error).__name__}: {error}")
+        _distrust(device, f"{type(error).__name__}: {error}", backends)
         return None
     if errors is None:
         return executions
     if not max(errors) <= TOLERANCE:
-        _distrust(device, f"their first step is off by {max(errors):.1e} from the reference's")
+        _distrust(device, f"their first step is off by {max(errors):.1e} from the reference's", backends)
         return None
     _verdicts[device] = True
     return executions
@@ -94,8 +96,10 @@ def _square(B: Tensor, A: Tensor, other_B: Tensor, other_A: Tensor) -> Tensor:
     return ((P.mT @ P) * (Q @ Q.mT)).sum().clamp_min(0)
 
 
-def _distrust(device: torch.device, reason: str) -> None:
+def _distrust(device: torch.device, reason: str, backends: triton_backend.Backends | None) -> None:
     _verdicts[device] = False
+    if backends is not None:
+        backends.pop(device, None)
     warnings.warn(
         f"psilora: the Triton kernels are not used on {device}: {reason}. The reference backend takes over; please "
         "report this with the output of `python -m psilora.doctor`",

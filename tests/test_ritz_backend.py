@@ -59,12 +59,14 @@ def test_layers_of_a_shape_share_their_launches_and_the_tables_last(monkeypatch:
     monkeypatch.setattr(Launch, "run", lambda self, *a: (launched.append(self.kernel.__name__), run(self, *a)))
     problems = [make_problem((16, 24, 4), solver="ritz", momentum_rank=4, device=DEVICE) for _ in range(4)]
     want = [reference_update([p], Scales()) for p in problems]
+    backends: triton_backend.Backends = {}
     for _ in range(2):
         launched.clear()
-        (update,) = triton_backend.compute(problems, Scales())
+        (update,) = triton_backend.compute(problems, Scales(), backends)
         assert [launched.count(kernel) for kernel in ("_xv_kernel", "_stz_kernel")] == [2, 2], "BᵀG and GAᵀ"
         torch.testing.assert_close(update.step_A, torch.cat([u.step_A for u in want]), rtol=1e-3, atol=1e-5)
-        products = triton_backend._backends[problems[0].pair]._products
+        (backend,) = backends.values()
+        products = backend._products
         assert products is not None and len(products._kept) == 2
         for p in problems:  # the next step's lie elsewhere
             p.record.chunks[:] = [(x.clone(), s.clone()) for x, s in p.record.chunks]  # type: ignore[union-attr]

@@ -179,13 +179,14 @@ def test_a_non_finite_gradient_changes_nothing(joint: bool) -> None:
 @pytest.mark.parametrize("settings", [{"metric": "lora"}, {"joint": False}], ids=str)
 def test_nothing_is_read_before_it_is_written(settings: dict[str, Any]) -> None:
     problems = [spectral_problem((24, 40, 6), **settings), spectral_problem((40, 20, 6), **settings)]
-    (execution,) = triton_backend.compute(problems, Scales())
+    backends: triton_backend.Backends = {}
+    (execution,) = triton_backend.compute(problems, Scales(), backends)
     before = [step.clone() for pair in execution.increments() for step in pair]
     run = execution._run
     for tensors in (*run.steps, *run.rows, *run.averages, *run.weights, [run.partials, run.sums[:-1]]):
         for tensor in tensors:
             tensor.fill_(float("nan"))
-    (execution,) = triton_backend.compute(problems, Scales())
+    (execution,) = triton_backend.compute(problems, Scales(), backends)
     assert execution._run is run
     after = [step for pair in execution.increments() for step in pair]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

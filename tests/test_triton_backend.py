@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from covering import pairwise
-from models import bare, data, factors, mse, peft_mlp, train
+from models import bare, data, factors, mse, peft_mlp, plain_mlp, train
 from problems import in_float64, make_problem
 from torch import Tensor
 
@@ -223,12 +225,14 @@ def test_many_layers_and_one_layer_agree_bitwise() -> None:
 @pytest.mark.parametrize("settings", [{}, {"num_iters": 2, "metric": "kfac"}, {"gradient": "tangent", "first": "B"}])
 def test_repeated_runs_are_bitwise_equal(settings: dict[str, Any]) -> None:
     problems = [make_problem((300, 260, 6), momentum_rank=6, rows=(40, 9), device=DEVICE, **settings)]
-    first = steps(triton_backend.compute(problems, Scales())[0])
-    for buffers in (b.workspace for b in triton_backend._backends[problems[0].pair]._runs.popitem()[1].buckets):
+    backends: triton_backend.Backends = {}
+    first = steps(triton_backend.compute(problems, Scales(), backends)[0])
+    (backend,) = backends.values()
+    for buffers in (b.workspace for b in backend._runs.popitem()[1].buckets):
         for tensor in (*buffers.rows[0], *buffers.steps[1], buffers.stored_grams, buffers.moved_grams):
             tensor.fill_(float("nan"))
         buffers.fresh = None
-    second = steps(triton_backend.compute(problems, Scales())[0])
+    second = steps(triton_backend.compute(problems, Scales(), backends)[0])
     assert all(torch.equal(a, b) for pair in zip(first, second, strict=True) for a, b in zip(*pair, strict=True))
 
 
@@ -297,10 +301,12 @@ def test_grams_left_by_a_commit_are_used_until_a_factor_changes(
         problem.state_B["momentum"] *= 2.0**9
         problem.state_A["momentum"] *= 2.0**-9
 
+    backends: triton_backend.Backends = {}
+
     def step() -> int:
         launched.clear()
         plain = reference_update([problem], Scales())
-        (execution,) = triton_backend.compute([problem], Scales())
+        (execution,) = triton_backend.compute([problem], Scales(), backends)
         torch.testing.assert_close(steps(execution)[0][0], plain.step_B[0], rtol=1e-4, atol=1e-6)
         execution.commit(ok)
         return len(launched)
@@ -309,8 +315,29 @@ def test_grams_left_by_a_commit_are_used_until_a_factor_changes(
     with torch.no_grad():
         problem.pair.lora_B.mul_(1.5)
     assert [step(), step()] == [1, 0]
-    triton_backend.compute([problem], Scales())  # never committed: its products lie in the workspaces
+    triton_backend.compute([problem], Scales(), backends)  # never committed: its products lie in the workspaces
     assert [step(), step()] == [1, 0]
+
+
+@pytest.mark.parametrize(
+    "settings", [{"metric": "kfac"}, {"gradient": "tangent"}, {"solver": "ritz"}, {"step": "spectral"}], ids=str
+)
+def test_what_the_kernels_keep_goes_with_the_optimizer(settings: dict[str, Any]) -> None:
+    model = plain_mlp((12, 10, 8, 6), dtype=FP32).to(DEVICE)
+    optimizer = bare(model, 0.1, backend="triton", **settings)
+    x, y = data(9, 12, 6, FP32)
+    train(model, optimizer, [(x.to(DEVICE), y.to(DEVICE))])
+    optimizer.detach()
+    kept = [weakref.ref(backend) for backend in optimizer._backends.values()]
+    kept += [weakref.ref(t) for state in optimizer.state.values() for t in state.values()]
+    assert len(kept) > 1
+    del optimizer
+    gc.collect()
+    assert all(ref() is None for ref in kept)
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    del model
+    gc.collect()
+    assert all(ref() is None for ref in parameters)
 
 
 def test_the_dispatch_says_what_goes_to_the_reference() -> None:
