@@ -347,6 +347,7 @@ class BucketRun:
         torch.autograd.graph.increment_version(written)
         if course.lasting:
             work.fresh = signature(self.problems)
+        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step
 
 
 def device_rates(rates: Sequence[float | Tensor], device: torch.device) -> list[Tensor | None]:

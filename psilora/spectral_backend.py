@@ -64,6 +64,8 @@ class SpectralRun:
         self._allocate(len(tiles))
         self.old_norms: Tensor | None = None
         self.new_norms: Tensor | None = None
+        self.problems: list[Problem] = []
+        self.kept: list[list[list[Tensor]]] = []
 
     def _allocate(self, tiles: int) -> None:
         rank = self.rank
@@ -256,3 +258,4 @@ class SpectralRun:
         written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
         written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
         torch.autograd.graph.increment_version(written)
+        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step

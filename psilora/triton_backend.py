@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 #: The update of problems that share their launches.
 Computed: TypeAlias = "Execution | RitzUpdate"
-#: What an optimizer keeps from step to step, by device. It holds on to the layers of the last step.
+#: What an optimizer keeps from step to step, by device.
 Backends: TypeAlias = "dict[torch.device, Backend]"
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16

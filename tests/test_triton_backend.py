@@ -13,6 +13,7 @@ from covering import pairwise
 from models import bare, data, factors, mse, peft_mlp, plain_mlp, train
 from problems import in_float64, make_problem
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from psilora import engine, triton_backend
 from psilora.problem import Problem, Scales
@@ -338,6 +339,20 @@ def test_what_the_kernels_keep_goes_with_the_optimizer(settings: dict[str, Any])
     del model
     gc.collect()
     assert all(ref() is None for ref in parameters)
+
+
+@pytest.mark.parametrize("settings", [{}, {"gradient": "tangent", "metric": "kfac"}, {"step": "spectral"}], ids=str)
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_a_step_lets_go_of_its_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    model = plain_mlp((12, 10, 8, 6), dtype=dtype).to(DEVICE)
+    optimizer = bare(model, 0.1, backend="triton", **settings)
+    x, y = data(9, 12, 6, dtype)
+    for rows in (9, 5):  # a run for each is kept
+        train(model, optimizer, [(x[:rows].to(DEVICE), y[:rows].to(DEVICE))])
+    grads = [StorageWeakRef(p.grad.untyped_storage()) for p in model.parameters() if p.grad is not None]
+    assert grads
+    optimizer.zero_grad()
+    assert all(ref.expired() for ref in grads)
 
 
 def test_the_dispatch_says_what_goes_to_the_reference() -> None:
