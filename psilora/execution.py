@@ -98,6 +98,11 @@ class Run:
         ]
         self.statistics = Statistics([b for b in self.buckets if b.own_statistics], self.table)
 
+    def forget(self) -> None:
+        """Have the next step form the Grams of the factors anew."""
+        for bucket in self.buckets:
+            bucket.workspace.fresh = None
+
     def start(self, problems: Sequence[Problem], scales: Scales) -> None:
         """Launch everything but the commit."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():

@@ -73,6 +73,11 @@ def unsupported(problem: Problem) -> str | None:
     return None if device.type == ("cpu" if _interpreted() else "cuda") else f"device {device}"
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device goes into a CUDA graph instead of being run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _interpreted() -> bool:
     from psilora.triton_kernels import _compat
 
@@ -204,14 +209,14 @@ class Backend:
 
                 run = SpectralRun(members)
                 self._spectral[key] = (shapes, run)
-            self._start(run, members, scales)
+            self._note_capture(run)
+            run.start(members, scales)
             executions.append(Execution(run, 0, members))
         return executions
 
-    def _start(self, run: Run | SpectralRun, problems: Sequence[Problem], scales: Scales) -> None:
-        if run.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    def _note_capture(self, run: Run | SpectralRun) -> None:
+        if capturing(run.device):
             self._captured.append(run)
-        run.start(problems, scales)
 
     def _gradient_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
         from psilora.execution import Run, Workspace
@@ -228,7 +233,10 @@ class Backend:
             while len(self._runs) > KEPT_RUNS:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)
-        self._start(run, problems, scales)
+        self._note_capture(run)
+        if self._captured:  # a replay changes factors that keep their version, and has to form their Grams itself
+            run.forget()
+        run.start(problems, scales)
         return [Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)]
 
 

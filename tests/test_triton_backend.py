@@ -318,6 +318,10 @@ def test_grams_left_by_a_commit_are_used_until_a_factor_changes(
     assert [step(), step()] == [1, 0]
     triton_backend.compute([problem], Scales(), backends)  # never committed: its products lie in the workspaces
     assert [step(), step()] == [1, 0]
+    with monkeypatch.context() as capture:
+        capture.setattr(triton_backend, "capturing", lambda device: True)
+        assert step() == 1, "a graph without the launch would replay with the Grams of other factors"
+    assert [step(), step()] == [1, 1], "a replay between two steps changes factors unnoticed"
 
 
 @pytest.mark.parametrize(
