@@ -31,7 +31,11 @@ _verdicts: dict[torch.device, bool] = {}
 def compute(
     problems: Sequence[Problem], scales: Scales, backends: triton_backend.Backends | None = None
 ) -> list[triton_backend.Computed] | None:
-    """Return the kernels' executions for problems on one device, or None where the reference has to take them."""
+    """Return the kernels' executions for problems on one device, or None where the reference has to take them.
+
+    Raises:
+        torch.OutOfMemoryError: It says nothing about the kernels; the comparison is made in a later step.
+    """
     device = problems[0].pair.lora_A.device
     verdict = _verdicts.get(device)
     if verdict is not None:
@@ -39,6 +43,8 @@ def compute(
     try:
         executions = triton_backend.compute(problems, scales, backends)
         errors = disagreement(executions, scales)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever the compiler or the driver raises, the reference still works
         _distrust(device, f"{type(error).__name__}: {error}", backends)
         return None

@@ -11,7 +11,7 @@ import torch
 from models import bare
 from torch import Tensor, nn
 
-from psilora import LoRALinear, PSILoRA
+from psilora import LoRALinear, PSILoRA, trust
 from psilora.engine import backend_unavailable
 
 pytestmark = pytest.mark.skipif(
@@ -136,6 +136,7 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     x = torch.randn(64, model[0].base.in_features, device="cuda")
     for _ in range(3):  # compiles, and checks the first captures, which may wait
         step(model, optimizer, x)
+    assert trust._verdicts.get(x.device) is True  # the kernels take the step below
     optimizer.zero_grad()
     (model(x) - 1).square().mean().backward()
     torch.cuda.set_sync_debug_mode("error")

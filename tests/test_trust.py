@@ -104,6 +104,22 @@ def test_rounding_of_two_weights_is_not_taken_for_a_fault(monkeypatch: pytest.Mo
     assert max(errors) < trust.TOLERANCE / 3 < trust.TOLERANCE < max(without)
 
 
+def test_a_lack_of_memory_is_no_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model, _ = pair_of_models()
+    optimizer, batches = bare(model, 0.1), [data(9, 12, 6, F32)]
+    before = factors(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(trust, "disagreement", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(model, optimizer, batches)
+    assert trust._verdicts == {} and all(torch.equal(before[name], t) for name, t in factors(model).items())
+    train(model, optimizer, batches)
+    assert trust._verdicts == {torch.device("cpu"): True}
+
+
 def test_an_explicit_backend_is_not_second_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = pair_of_models()
     monkeypatch.setattr(trust, "disagreement", lambda *_: pytest.fail("was checked"))
