@@ -115,7 +115,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 def _line(row: Row) -> str:
     figure = f"{row['ms']:10.3f} ms [{row['ms_20']:.3f}, {row['ms_80']:.3f}]" if "ms" in row else row.get("red", "")
-    return f"{row['case']:<40} {row['method']:<45} {figure}"
+    plain = f", not captured: {row['not_captured']}" if "not_captured" in row else ""
+    return f"{row['case']:<40} {row['method']:<45} {figure}{plain}"
 
 
 if __name__ == "__main__":

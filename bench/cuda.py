@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bench.measure import Candidate
+    from bench.measure import Candidate, Row
 
 _scratch: list[Tensor] = []
 
@@ -34,12 +34,20 @@ class Replay:
         self.graph.replay()
 
 
-def prepare(candidate: Candidate) -> Callable[[], object]:
-    """Return the replay of a candidate that names its calls, else its plain run.
+def prepare(candidate: Candidate) -> tuple[Callable[[], object], Row]:
+    """Return the replay of a candidate that names its calls, else its plain run, and what the row says about it.
 
-    Event pairs around a plain run of less than about 100 µs time the host; whole optimizer steps are longer.
+    Event pairs around a plain run of less than about 100 µs time the host; whole optimizer steps are longer. So are
+    most calls that cannot be captured, because they wait for the device: these are run plainly as well.
     """
-    return Replay(list(candidate.calls)) if candidate.calls else candidate.run
+    if not candidate.calls:
+        return candidate.run, {}
+    try:
+        return Replay(list(candidate.calls)), {}
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return candidate.run, {"not_captured": reason}
 
 
 def elapsed(run: Callable[[], object]) -> float:

@@ -32,7 +32,8 @@ class Candidate:
     Attributes:
         method: Its name in the tables.
         run: What is timed. `calls` of the same work over different inputs, where given, are what a CUDA graph
-            replays, so that a short kernel finds its inputs outside the cache.
+            replays, so that a short kernel finds its inputs outside the cache; a row that could not be captured says
+            why, in `not_captured`, and times `run`.
         before: What must happen before every run, untimed.
         check: Returns the relative error of the result; above `tolerance`, or NaN, nothing is timed.
         facts: What else the row says (bytes, floor, state, …).
@@ -62,7 +63,9 @@ def measure(
         row, ok = _checked(case, candidate)
         rows.append(row)
         if ok:
-            sound.append((row, candidate, cuda.prepare(candidate) if device == "cuda" else candidate.run))
+            run, said = cuda.prepare(candidate) if device == "cuda" else (candidate.run, {})
+            row.update(said)
+            sound.append((row, candidate, run))
     readings: dict[int, list[float]] = {i: [] for i in range(len(sound))}
     busy: dict[int, list[float]] = {i: [] for i in range(len(sound))}
     for number in _rounds(repeats, seconds):

@@ -19,7 +19,7 @@ COLUMNS = {
     "of_floor": "of floor", "bytes": "bytes", "peak_bytes": "peak", "state_bytes": "state",
     "capture_bytes": "captured", "operations": "operations",
     "planned_launches": "launches planned", "kernels": "kernels", "predicted_ms": "predicted ms",
-    "exponent": "exponent", "predicted_exponent": "predicted exponent",
+    "exponent": "exponent", "predicted_exponent": "predicted exponent", "not_captured": "no CUDA graph",
 }  # fmt: skip
 STEP_METHODS = (
     "AdamW, fused", "AdamW, foreach", "Riemannian AdamW (PEFT)", "LoRA-RITE (pytorch_optimizer)", "PSILoRA tangent",
@@ -35,7 +35,8 @@ STYLE = (
 LEGEND = (
     "ms: median, with its 20 and 80 % quantiles, of runs in alternation. check: relative error of the result that was "
     "checked before the timing; a red one has no time. of floor: the bytes that must move, at the rate of a copy "
-    "beyond the caches, over the time; work that fits the caches can be above 1. predicted: bench/suites/scaling.py."
+    "beyond the caches, over the time; work that fits the caches can be above 1. predicted: bench/suites/scaling.py. "
+    "no CUDA graph: why a call was timed by itself, with the time that its launches take on the host."
 )
 
 

@@ -101,6 +101,24 @@ def test_measure_alternates_and_refuses_nan() -> None:
     assert [len(row["readings"]) for row in rows[:2]] == [3, 3] and "ms" not in rows[2] and rows[2]["error"] == "nan"
 
 
+def test_what_cannot_be_captured_is_timed_plainly_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    measure, cuda, runs = module("measure"), module("cuda"), []
+
+    class Refused:
+        def __init__(self, calls: list) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+    monkeypatch.setattr(cuda, "Replay", Refused)
+    monkeypatch.setattr(cuda, "elapsed", lambda run: run() or 1.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    run = lambda: runs.append(1)  # noqa: E731
+    candidate = measure.Candidate("a", run, lambda: 0.0, 0.0, calls=(run,), count=False)
+    (row,) = measure.measure("case", [candidate], device="cuda", repeats=3, seconds=60)
+    assert row["ms"] == 1.0 and len(runs) == measure.WARM_UP + 3
+    assert row["not_captured"] == "operation not permitted when stream is capturing"
+    assert module("__main__")._line(row).endswith("not captured: operation not permitted when stream is capturing")
+
+
 def test_the_time_limit_ends_the_rounds() -> None:
     measure = module("measure")
     candidate = measure.Candidate("a", lambda: None, lambda: 0.0, 0.0, count=False)
