@@ -12,8 +12,8 @@ from bench.suites import Settings
 from bench.workload import Workload
 from psilora.engine import backend_unavailable
 
-#: fp32 arithmetic on 16-bit operands.
-TOLERANCE = 2e-5
+#: Tensor cores truncate their fp32 sums: a bias of up to 2.2e-5 over 14336 products; a wrong index is off by far more.
+TOLERANCE = 1e-4
 
 
 def run(settings: Settings) -> list[Row]:
