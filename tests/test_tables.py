@@ -88,6 +88,20 @@ def test_padded_ranks() -> None:
     assert [block_rank(k, fast=False) for k in (1, 17, 64, 129)] == [16, 32, 32, 32]
 
 
+def test_a_second_capture_needs_an_upload_outside_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU stands for a device whose stream is being captured."""
+    table = PointerTable(CPU)
+    block = table.reserve(1, 1)
+    table.upload()
+    table.device, table._spare = torch.device("cuda"), torch.zeros(table._size, dtype=torch.int64)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    block.set(0, [block.device])
+    table.upload()
+    assert block.device.item() == block.device.data_ptr()
+    with pytest.raises(RuntimeError, match="run it once outside a capture before every capture"):
+        table.upload()
+
+
 @pytest.mark.gpu
 def test_uploads_follow_one_another_and_enter_graphs() -> None:
     device = torch.device("cuda")

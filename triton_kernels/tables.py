@@ -56,6 +56,7 @@ class PointerTable:
     Blocks are reserved first; the first `upload` fixes the layout. On CUDA the copy starts from pinned memory; two
     pinned buffers alternate and an event guards each, so the host never overwrites what a copy still reads. Under CUDA
     graph capture a buffer of its own is left to the graph, which then replays with the addresses it was captured with.
+    Pinned memory cannot be had during a capture, so the next `upload` outside one makes the buffer of the next graph.
 
     Args:
         device: Where the kernels run. On the CPU (Triton's interpreter) the table is used as it is.
@@ -92,7 +93,11 @@ class PointerTable:
         return self._buffer()[offset : offset + rows * columns].view(rows, columns)
 
     def upload(self) -> None:
-        """Send every address set so far to the device, ordered on the current stream, without waiting."""
+        """Send every address set so far to the device, ordered on the current stream, without waiting.
+
+        Raises:
+            RuntimeError: A second capture, be it a retry of one that failed, without an upload outside any in between.
+        """
         buffer = self._buffer()
         values = torch.from_numpy(self._staged)
         if self.device.type != "cuda":
@@ -100,7 +105,8 @@ class PointerTable:
         elif torch.cuda.is_current_stream_capturing():
             if self._spare is None:
                 raise RuntimeError(
-                    "one more CUDA graph than pointer buffers: upload once outside a capture between two"
+                    "this step has been captured in a CUDA graph, or an attempt was made, since it last ran outside "
+                    "one: run it once outside a capture before every capture"
                 )
             self._spare.copy_(values)
             buffer.copy_(self._spare, non_blocking=True)
