@@ -18,12 +18,13 @@ from torch import nn
 
 from psilora import native
 from psilora.adapters import LoRAPair, Unsupported, find_pairs
-from psilora.engine import backend_unavailable
+from psilora.engine import backend_unavailable, check_backend
 from psilora.lora import LoRALinear
 from psilora.optimizer import PSILoRA
 from psilora.options import DENSE_LIMIT
 from psilora.representation import choose
 
+_BACKENDS = ("reference", "triton")
 _PACKAGES = ("psilora", "torch", "triton", "numpy", "peft", "transformers", "accelerate")
 
 
@@ -44,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget", type=float, help="capture_budget for gradient='auto', in GiB (none)")
     parser.add_argument("--self-test", action="store_true", help="only compare the backends with the float64 oracle")
+    parser.add_argument("--backend", choices=_BACKENDS, help="test this backend alone (all)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="time after which no case is begun (default 5)")
     options = parser.parse_args(arguments)
     for name, least in (("rank", 1), ("tokens", 0), ("batch", 1), ("image", 1)):
         value = getattr(options, name)
@@ -66,9 +69,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             budget = None if options.budget is None else options.budget * 2**30
             _print_section("gradient='auto'", automatic(pairs, rows, width, budget))
             return 0
-    results = self_test()
+    try:
+        results = self_test(options.seconds, options.backend)
+    except ValueError as error:
+        parser.error(str(error))
     rows = [f"{r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}" for r in results]
+    left = len(_CASES) * len(_runs(options.backend)) - len(results)
     _print_section("Self-test against the float64 oracle", rows)
+    if left and options.self_test:
+        print(f"  {left} more comparisons were left out after {options.seconds:g} s")
     return 0 if all(result.ok for result in results) else 1
 
 
@@ -265,27 +274,40 @@ _CASES: tuple[dict[str, Any], ...] = (
 )
 
 
-def self_test(budget: float = 5.0) -> list[Result]:
-    """Train two layers for three steps on every backend and device here, and compare with the reference in float64.
-
-    Takes about `budget` seconds at most: later cases are left out when it is spent.
-    """
+def _runs(backend: str | None) -> list[tuple[str, str, torch.dtype]]:
+    """The backends, or one of them, on the devices where they run."""
     runs = [("reference", "cpu", torch.float32)]
     if torch.cuda.is_available():
         runs.append(("reference", "cuda", torch.float32))
     if backend_unavailable("triton") is None:
         runs.append(("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32))
+    return [run for run in runs if backend in (None, run[0])]
+
+
+def self_test(budget: float = 5.0, backend: str | None = None) -> list[Result]:
+    """Train two layers for three steps on every backend and device here, and compare with the reference in float64.
+
+    Args:
+        budget: In seconds: later cases are left out when it is spent.
+        backend: The only one to test; None for all that run here.
+
+    Raises:
+        ValueError: `backend` cannot run here.
+    """
+    if backend is not None:
+        check_backend(backend)
+    runs = _runs(backend)
     results: list[Result] = []
     start = time.monotonic()
     for case in _CASES:
         want = _train("reference", "cpu", torch.float64, case)
-        for backend, device, dtype in runs:
+        for name, device, dtype in runs:
             if results and time.monotonic() - start > budget:
                 return results
-            got = _train(backend, device, dtype, case)
+            got = _train(name, device, dtype, case)
             errors = [float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)]
             settings = ", ".join(f"{k}={v}" for k, v in case.items()) or "default"
-            results.append(Result(f"{backend} on {device}, {settings}", max(errors), 1e-4))
+            results.append(Result(f"{name} on {device}, {settings}", max(errors), 1e-4))
     return results
 
 

@@ -10,7 +10,7 @@ import torch
 from models import bare, peft_mlp
 from peft import LoraConfig, get_peft_model
 
-from psilora import doctor
+from psilora import doctor, triton_backend
 from psilora.adapters import find_pairs
 
 
@@ -34,6 +34,33 @@ def test_the_self_test_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(doctor, "_train", broken)
     assert doctor.main(["--self-test"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_one_backend_alone_runs_all_cases_within_its_time(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    trained: list[tuple[str, torch.dtype]] = []
+
+    def right(backend: str, device: str, dtype: torch.dtype, case: dict) -> list[torch.Tensor]:
+        trained.append((backend, dtype))
+        return [torch.ones(1, dtype=torch.float64)]
+
+    monkeypatch.setattr(doctor, "_train", right)
+    monkeypatch.setattr(doctor, "backend_unavailable", lambda name: None)
+    monkeypatch.setattr(doctor, "check_backend", lambda name: None)
+    assert doctor.main(["--self-test", "--backend", "triton", "--seconds", "60"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("triton on ") == len(doctor._CASES) and "reference on" not in out and "left out" not in out
+    assert {backend for backend, dtype in trained if dtype == torch.float32} == {"triton"}
+    assert doctor.main(["--self-test", "--backend", "triton", "--seconds", "0"]) == 0
+    assert f"{len(doctor._CASES) - 1} more comparisons were left out after 0 s" in capsys.readouterr().out
+
+
+def test_a_backend_asked_for_must_run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: "there is no CUDA device")
+    with pytest.raises(SystemExit):
+        doctor.main(["--self-test", "--backend", "triton"])
+    assert "backend='triton' is not available: there is no CUDA device" in capsys.readouterr().err
 
 
 def test_memory_counts_shared_inputs_once() -> None:
