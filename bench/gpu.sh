@@ -1,46 +1,84 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, from a bare checkout and with what its Python already has: builds the package,
-# runs the gpu tests, compute-sanitizer on a small case, then the benches. Under 9 minutes; JSON and logs in $OUT.
+# What needs a CUDA device, from a bare checkout and with what its Python already has (3.11 or later). Builds the package
+# into a folder of its own and goes through the stages; each stays below 10 minutes and leaves logs and JSON in OUT.
 #
-#   bash bench/gpu.sh                 OUT (bench/results) and PYTHON (python3) may be set
+#   bash bench/gpu.sh [tests|sanitize|bench|all]      all (the default) takes up to half an hour
+#
+#   tests      the gpu tests, tests/test_gpu.py first; in parallel with pytest-xdist
+#   sanitize   compute-sanitizer's tools over the doctor's self-test of the kernels, which compiles them before
+#   bench      `python -m bench gpu`
+#
+# Variables: OUT (bench/results); PYTHON (python3); TOOLS of compute-sanitizer (memcheck racecheck initcheck synccheck),
+# which share the 8 minutes of their stage with compiling: what is left out, their logs say; WORKERS of pytest-xdist (8).
+# Kernels once compiled stay in Triton's cache, so a second run of a stage gets further.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+stage=${1:-all}
+case $stage in
+  tests | sanitize | bench) stages=$stage ;;
+  all) stages="tests sanitize bench" ;;
+  *) echo "usage: bash bench/gpu.sh [tests|sanitize|bench|all]" >&2 && exit 2 ;;
+esac
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd)
-PYTHON=${PYTHON:-python3}
+export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+python=("$PYTHON" -P)  # see site.sh
+read -ra tools <<<"${TOOLS:-memcheck racecheck initcheck synccheck}"
 commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 failed=0
 
 # run SECONDS NAME COMMAND…: log to $OUT/NAME.log, remember a failure, go on
 run() {
   local limit=$1 name=$2 began=$SECONDS status=0
   shift 2
-  timeout "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
+  timeout --kill-after=10 "$limit" "$@" >"$OUT/$name.log" 2>&1 || status=$?
   tail -n 12 "$OUT/$name.log"
   echo "== $name: exit $status after $((SECONDS - began)) s"
   [ "$status" -eq 0 ] || failed=1
+  return "$status"
+}
+
+tests() {
+  local parallel=()
+  if "${python[@]}" -c 'import xdist' 2>/dev/null; then
+    parallel=(-n "${WORKERS:-8}" --maxschedchunk 1)
+  else
+    echo "== pytest-xdist is not installed: one test at a time"
+  fi
+  # By files, since pytest would drop the one before a folder that holds it.
+  run 400 tests "${python[@]}" -m pytest -m gpu tests/test_gpu.py tests/test_*.py tests/scenarios -q --durations 10 \
+    -p no:cacheprovider -W default "${parallel[@]}"
+}
+
+sanitize() {
+  if ! command -v compute-sanitizer >/dev/null; then
+    echo "== compute-sanitizer is not installed: not run"
+    return
+  fi
+  local end=$((SECONDS + 480)) left=${#tools[@]} tool limit
+  local test=("${python[@]}" -m psilora.doctor --self-test --backend triton)
+  run 240 self-test "${test[@]}" --seconds 200
+  for tool in "${tools[@]}"; do
+    limit=$(((end - SECONDS) / left--))
+    # Without torch's pool every tensor is an allocation of its own, whose bounds and first writes a tool can see.
+    local pool=(env)
+    case $tool in memcheck | initcheck) pool=(env PYTORCH_NO_CUDA_MEMORY_CACHING=1) ;; esac
+    run "$limit" "sanitizer-$tool" "${pool[@]}" \
+      compute-sanitizer --tool "$tool" --error-exitcode 1 "${test[@]}" --seconds $((limit / 2))
+  done
+}
+
+bench() {
+  # Each suite is saved as it ends, so what the limit cuts off is only the rest.
+  run 400 bench "${python[@]}" -m bench gpu --seconds 2 --commit "$commit" --out "$OUT/gpu"
 }
 
 "$PYTHON" -c 'import torch, sys; print(torch.__version__, torch.cuda.get_device_name()) if torch.cuda.is_available() else sys.exit("no CUDA device")' || exit 1
-
-# The package goes to a folder of its own, so that nothing in the environment changes and the checkout stays clean.
-cp -r . "$scratch/source"
-run 150 build env PSILORA_BUILD_EXT=auto "$PYTHON" -m pip install --quiet --no-index --no-deps --no-build-isolation \
-  --target "$scratch/site" "$scratch/source"
+[ "$stage" != sanitize ] || export PSILORA_BUILD_EXT=0
+run 160 build bash bench/site.sh "$scratch" || exit 1
 export PYTHONPATH="$scratch/site"
-
-run 150 tests "$PYTHON" -m pytest -m gpu tests -q -p no:cacheprovider -W default
-if command -v compute-sanitizer >/dev/null; then
-  for tool in memcheck racecheck; do
-    run 60 "sanitizer-$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$PYTHON" -m psilora.doctor --self-test
-  done
-else
-  echo "== compute-sanitizer is not installed: not run"
-fi
-cp -r bench "$scratch/site/bench"
-cd "$scratch"  # so that the installed package is measured, not the checkout
-# Each suite is saved as it ends, so what the limit cuts off is only the rest.
-run 150 bench "$PYTHON" -m bench gpu --seconds 2 --commit "$commit" --out "$OUT/gpu"
+for stage in $stages; do
+  "$stage"
+done
 exit "$failed"

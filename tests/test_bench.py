@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -145,3 +146,38 @@ def test_the_gpu_script_says_so_without_a_device() -> None:
         timeout=120,
     )
     assert script.returncode == 1 and "no CUDA device" in script.stderr
+    wrong = subprocess.run(["bash", "bench/gpu.sh", "test"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert wrong.returncode == 2 and "usage: bash bench/gpu.sh [tests|sanitize|bench|all]" in wrong.stderr
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="bench/gpu.sh needs python -P")
+def test_the_gpu_script_imports_what_it_has_installed(tmp_path: Path) -> None:
+    """`python -m` would put the checkout first, whose psilora has no kernels; the script says so where it happens."""
+    reason = importlib.import_module("psilora.engine").backend_unavailable("triton")
+    if reason is not None:
+        pytest.skip(f"no Triton backend: {reason}")
+
+    def script(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        settings = {**os.environ, "PYTHON": sys.executable, "PSILORA_BUILD_EXT": "0", **environment}
+        command = ["bash", str(ROOT / "bench/site.sh"), *arguments]
+        return subprocess.run(command, cwd=ROOT, env=settings, capture_output=True, text=True, timeout=300)
+
+    site = tmp_path / "site"
+    installed = script(str(tmp_path))
+    assert installed.returncode == 0, installed.stderr
+    assert installed.stdout.splitlines()[0] == str((site / "psilora/__init__.py").resolve())
+    assert (site / "psilora/triton_kernels/xv.py").exists() and not (site / "triton_kernels").exists()
+    shadowed = script("--check", str(tmp_path), PYTHONPATH=f"{ROOT}:{site}")
+    assert shadowed.returncode == 1
+    assert "the kernels cannot run" in shadowed.stderr or f"not from {site.resolve()}" in shadowed.stderr
+    (site / "psilora/triton_kernels").rename(tmp_path / "elsewhere")
+    without = script("--check", str(tmp_path), PYTHONPATH=str(site))
+    assert without.returncode == 1
+    assert "the kernels cannot run" in without.stderr or "psilora.triton_kernels is imported from" in without.stderr
+
+
+def test_the_gpu_script_runs_no_module_from_the_checkout() -> None:
+    lines = (ROOT / "bench/gpu.sh").read_text().splitlines()
+    modules = [line for line in lines if re.search(r" -m (pytest|psilora|bench)", line) and not line.startswith("#")]
+    assert len(modules) == 3 and all('"${python[@]}"' in line for line in modules)
+    assert 'python=("$PYTHON" -P)  # see site.sh' in lines
