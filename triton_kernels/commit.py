@@ -34,7 +34,7 @@ from psilora.triton_kernels.layout import (
     tile_at,
     variant,
 )
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import FP32_UP_TO, SLOW_TARGET, Variant
 
 IMBALANCE = tl.constexpr(momentum.IMBALANCE)
 
@@ -175,6 +175,9 @@ def _variants() -> list[Variant]:
             "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
+        if padded <= FP32_UP_TO:
+            fp32, targets = {**constexprs, "A_TYPE": tl.float32}, (SLOW_TARGET,)
+            found.append(variant("commit_fp32", _commit_kernel, padded, warps, fp32, STREAM_REGISTERS, targets=targets))
         spectral = {
             **constexprs, "BALANCED": False, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0,
         }  # fmt: skip

@@ -52,7 +52,7 @@ from psilora.triton_kernels.layout import (
     tile_at,
     variant,
 )
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import FP32_UP_TO, SLOW_TARGET, Variant
 
 
 @triton.jit
@@ -322,6 +322,10 @@ def _variants() -> list[Variant]:
             "CORRECTED": True, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b111101101, "MASK_B": 0b111101101,
         }  # fmt: skip
         found.append(variant("gram", _gram_kernel, padded, warps, constexprs, STREAM_REGISTERS))
+        if padded <= FP32_UP_TO:
+            fp32 = {**constexprs, "A_TYPE": tl.float32, "B_TYPE": tl.float32, "DA_TYPE": tl.float32}
+            targets = (SLOW_TARGET,)
+            found.append(variant("gram_fp32", _gram_kernel, padded, warps, fp32, STREAM_REGISTERS, targets=targets))
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import TARGETS, Variant
 
 # Columns of the address block (one row per layer); column c of lora_A's side is c, of lora_B's side c + 1.
 PARAM = tl.constexpr(0)
@@ -116,6 +116,7 @@ def variant(
     constexprs: Mapping[str, Any],
     registers: int,
     slow: bool = False,
+    targets: tuple[int, ...] = TARGETS,
 ) -> Variant:
     """Return a variant of a kernel of a step, whose whole-tensor arguments are aligned as torch aligns them."""
     signature = {n: SIGNATURE[n] for n in kernel.arg_names if n in SIGNATURE}
@@ -129,6 +130,7 @@ def variant(
         num_warps=warps,
         num_stages=1,
         max_registers=registers,
+        targets=targets,
         maxnreg=registers,
         slow=slow,
     )

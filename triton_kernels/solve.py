@@ -61,7 +61,7 @@ from psilora.triton_kernels.layout import (
     variant,
 )
 from psilora.triton_kernels.spd import inverse_factor
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import FP32_UP_TO, SLOW_TARGET, Variant
 
 # Where a turn's product with the gradient comes from.
 NONE = tl.constexpr(0)
@@ -382,6 +382,10 @@ def _variants() -> list[Variant]:
                 types = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.float32}
                 title, slow = f"solve_{'ab'[side]}_{name}", name != "plain"
                 found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255, slow))
+                if name == "exact" and padded <= FP32_UP_TO:
+                    title, fp32 = f"{title}_fp32", {**blocks, **types, **case, "PARAM_TYPE": tl.float32}
+                    targets = (SLOW_TARGET,)
+                    found.append(variant(title, _solve_kernel, padded, warps, fp32, 255, slow, targets))
     return found
 
 

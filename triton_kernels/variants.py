@@ -13,6 +13,8 @@ SLOW_TARGET = 90
 #: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts and
 #: are compiled for SLOW_TARGET alone, since all together would take minutes.
 EVERYWHERE = (16, 128)
+#: Largest padded rank whose kernels are compiled for fp32 parameters as well as 16-bit ones, for SLOW_TARGET alone.
+FP32_UP_TO = 64
 
 
 @dataclass(frozen=True)
