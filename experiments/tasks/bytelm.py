@@ -43,7 +43,7 @@ class Size:
 
 SIZES = {
     "small": Size(width=128, layers=2, context=96, batch=8, steps=250, pretraining_steps=1000),
-    "medium": Size(width=256, layers=4, context=128, batch=16, steps=400, pretraining_steps=4000),
+    "medium": Size(width=256, layers=2, context=96, batch=8, steps=250, pretraining_steps=1000),
     "tiny": Size(width=32, layers=1, context=32, batch=4, steps=6, pretraining_steps=6),
 }
 
