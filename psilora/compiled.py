@@ -57,7 +57,12 @@ def pass_on(x: Tensor, h: Tensor) -> None:
 
 
 def connect(lora_A: nn.Module, recorder: Recorder) -> Site:
-    """Send what graphs compiled through `lora_A` capture, now or earlier, to `recorder`, and return the site."""
+    """Send what graphs compiled through `lora_A` capture, now or earlier, to `recorder`, and return the site.
+
+    Dynamo does not guard on hooks. The mark on the weight, which is guarded, keeps it from running a graph that was
+    compiled without them, for this model or another of the same code.
+    """
+    torch._dynamo.mark_static(lora_A.weight)
     site = _sites.setdefault(lora_A, Site())
     _recorders[int(site.number)] = recorder
     return site
