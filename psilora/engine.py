@@ -28,6 +28,21 @@ class Bucket:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
         return self.update.increments()
 
+    def tensors(self) -> list[Tensor]:
+        """Return tensors (L, …) that are finite where what will be written is, in the parameters' own dtypes too.
+
+        A sum in 16 bits is bounded by the largest entries of parameter and increment together.
+        """
+        found = self.update.tensors()
+        sides = [[p.pair.lora_B for p in self.problems], [p.pair.lora_A for p in self.problems]]
+        if all(parameters[0].dtype.itemsize > 2 for parameters in sides):
+            return found
+        for parameters, steps in zip(sides, zip(*self.increments(), strict=True), strict=True):
+            old = torch.stack(torch._foreach_norm([p.detach() for p in parameters], float("inf")))
+            change = torch.stack(torch._foreach_norm(list(steps), float("inf")))
+            found.append((old + change).to(old.dtype)[:, None])
+        return found
+
 
 def check_backend(backend: str) -> None:
     """Raise for a backend that does not exist or cannot run here; "auto" always can."""
@@ -129,7 +144,7 @@ def nonfinite(buckets: Sequence[Bucket]) -> list[str]:
     """Return the names of the layers whose gradient or update is not finite; waits for the device."""
     names = []
     for bucket in buckets:
-        results = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in bucket.update.tensors()]).all(0)
+        results = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in bucket.tensors()]).all(0)
         for problem, finite in zip(bucket.problems, results.tolist(), strict=True):
             if not (finite and bool(torch.isfinite(problem.dA).all()) and bool(torch.isfinite(problem.dB).all())):
                 names.append(problem.pair.name)

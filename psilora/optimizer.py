@@ -321,7 +321,7 @@ class PSILoRA(torch.optim.Optimizer):
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = engine.compute(problems, scales, self.backend, communicator, self._backends)
-        results = [tensor for bucket in buckets for tensor in bucket.update.tensors()]
+        results = [tensor for bucket in buckets for tensor in bucket.tensors()]
         finite = engine.all_finite([local(grad) for grad in grads] + results, device)
         overflow = self._overflow(device)
         if communicator is not None or self._sharded:

@@ -139,12 +139,12 @@ class Execution:
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
-        steps_A, steps_B = self._run.increments(self._index)
-        found = []
-        for problem, step_A, step_B in zip(self.problems, steps_A, steps_B, strict=True):
-            rank, root = problem.pair.rank, problem.pair.scaling**0.5
-            found.append((step_B[:rank].mT / root, step_A[:rank] / root))
-        return found
+        ranks, roots = [p.pair.rank for p in self.problems], [p.pair.scaling**0.5 for p in self.problems]
+        steps_A, steps_B = (
+            torch._foreach_div([step[:rank] for step, rank in zip(side, ranks, strict=True)], roots)
+            for side in self._run.increments(self._index)
+        )
+        return [(step_B.mT, step_A) for step_B, step_A in zip(steps_B, steps_A, strict=True)]
 
     @property
     def repaired(self) -> Tensor:

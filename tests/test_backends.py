@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -67,3 +68,24 @@ def test_every_preset_and_solver_runs_on_both_backends(kind: str, backend: str, 
         moved = float((want - start[name]).norm())
         assert moved > 0
         assert float((got[name].double() - want).norm()) <= 1e-3 * moved, name
+
+
+@pytest.mark.parametrize("settings", [{}, {"joint": False}, {"step": "gradient", "prox": 0.0}], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_an_update_that_fp16_cannot_hold_is_skipped(backend: str, settings: dict[str, Any]) -> None:
+    """The trap: an increment that is finite in fp32 becomes infinite where it is rounded to the parameter."""
+    model = plain_mlp((12, 10, 9, 6), dtype=torch.float16).to(DEVICE)
+    batch = tuple(t.to(DEVICE, torch.float16) for t in data(9, 12, 6))
+    optimizer = PSILoRA(model, 0.05, backend=backend, **settings)
+    train(model, optimizer, [batch])
+    assert optimizer.stats()["skipped_steps"] == 0
+    before = factors(model)
+    optimizer.param_groups[0]["lr"] = 1e7
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, [batch])
+    assert optimizer.stats()["skipped_steps"] == 1
+    optimizer.nonfinite = "raise"
+    with pytest.raises(RuntimeError, match=r"non-finite gradient or update in l1, l2, l3; no parameter"):
+        train(model, optimizer, [batch])
+    assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
