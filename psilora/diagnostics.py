@@ -43,7 +43,9 @@ class Observer:
     - update_ratio: ‖ΔW after − ΔW before‖ / ‖ΔW after‖.
     - momentum_kept: ‖M_t‖² / ‖μ·M_{t−1} + (1−τ)·G‖², the energy that the low-rank momentum keeps; absent without one,
       and where G is not known.
-    - clip_factor: what the gradient was multiplied by since backward, outside and by `max_grad_norm`.
+    - clip_factor: what the gradient was multiplied by since backward: by `max_grad_norm`, and outside (by a trainer's
+      `clip_grad_norm_`) where that shows in what was captured. A step from `.grad` alone cannot know the latter, and
+      without `max_grad_norm` has no such figure.
     - capture_bytes: bytes of X and S that were held.
     """
 
@@ -66,7 +68,8 @@ class Observer:
         self.wanted = False
         self._figures = _figures(seen) if seen else {}
         factors = [c.double().cpu() for c in (scales.clip, scales.external) if c is not None]
-        self._figures["clip_factor"] = torch.stack(factors).prod() if factors else torch.ones(())
+        if factors:
+            self._figures["clip_factor"] = torch.stack(factors).prod()
 
     def read(self) -> dict[str, float]:
         """Return the figures of the last step that was asked for, {} if there was none; waits for the device."""

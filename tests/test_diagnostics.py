@@ -94,6 +94,23 @@ def test_figures_match_their_definitions(gradient: str) -> None:
     assert stats["capture_bytes"] == held and (held > 0) == (gradient != "tangent")
 
 
+def test_clipping_outside_is_reported_only_where_it_can_be_known() -> None:
+    """The trap: a step from `.grad` alone would call a clipped gradient unclipped."""
+    known = {}
+    for name, settings in {"gradient": {"step": "gradient"}, "spectral": {}, "own": {"max_grad_norm": 1e9}}.items():
+        model = plain_mlp()
+        optimizer = PSILoRA(model, 0.05, **settings)
+        mse(model, data()).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1e-3))
+        optimizer.observe_next_step()
+        optimizer.step()
+        known[name] = optimizer.stats().get("clip_factor")
+        assert "update_ratio" in optimizer.stats()
+        if name == "gradient":
+            assert known[name] == pytest.approx(1e-3 / norm, rel=1e-2)
+    assert known["spectral"] is None and known["own"] == 1.0
+
+
 def test_observing_changes_nothing_and_lasts_one_step(monkeypatch: pytest.MonkeyPatch) -> None:
     watched, other = plain_mlp(), plain_mlp()
     other.load_state_dict(watched.state_dict())
