@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psilora.numerics import compute_dtype
 from psilora.problem import Problem
 from psilora.sharded import whole
 
@@ -23,7 +22,7 @@ def gradient_factor(
     """Return 1 / `loss_scale` times min(1, `max_norm` / norm), 0-d float64 on `device`, or None for 1.
 
     The norm is that of all gradients after unscaling, with those of LoRA factors divided by √s, so that it does not
-    depend on alpha, or replaced by the full gradients of their weights.
+    depend on alpha, or replaced by the full gradients of their weights. In float64: squares of 1e20 overflow in fp32.
 
     Args:
         problems: The pairs that have gradients.
@@ -39,9 +38,9 @@ def gradient_factor(
     norms = [] if full is None else [full.sqrt().to(device)]
     for p in problems if full is None else ():
         for grad in (p.dA, p.dB):
-            norms.append(torch.linalg.vector_norm(grad, dtype=p.dtype).to(device) / p.pair.scaling**0.5)
-    norms += [whole(torch.linalg.vector_norm(g, dtype=compute_dtype(g.dtype))).to(device) for g in others]
-    total = torch.linalg.vector_norm(torch.stack([n.double() for n in norms]))
+            norms.append(torch.linalg.vector_norm(grad, dtype=torch.float64).to(device) / p.pair.scaling**0.5)
+    norms += [whole(torch.linalg.vector_norm(g, dtype=torch.float64)).to(device) for g in others]
+    total = torch.linalg.vector_norm(torch.stack(norms))
     if unscale is not None:
         total = unscale * total
     clip: Tensor = max_norm / (total + 1e-6)

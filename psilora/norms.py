@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from psilora.batch import Batch
 from psilora.distributed import Communicator
-from psilora.gradient import TangentGradient, activation_squares
+from psilora.gradient import Chunks, TangentGradient
 from psilora.holdings import Dense
 from psilora.problem import Problem, Scales
 
@@ -52,29 +52,53 @@ def _tangent_squares(problems: Sequence[Problem]) -> list[Tensor]:
     groups: dict[tuple[object, ...], list[Problem]] = {}
     for problem in problems:
         groups.setdefault(problem.key, []).append(problem)
-    batches = [Batch(group, Scales()) for group in groups.values()]
-    return [TangentGradient(b.B, b.A, b.left, b.right).squares()[0].sum() for b in batches]
+    return [_tangent_square(Batch(group, Scales())) for group in groups.values()]
+
+
+def _tangent_square(b: Batch) -> Tensor:
+    """Σ‖G_T‖² of layers of one shape, of gradients scaled to 1, whose squares cannot overflow."""
+    largest = torch.maximum(b.left.abs().amax((1, 2)), b.right.abs().amax((1, 2)))[:, None, None]
+    largest = torch.where(largest == 0, 1.0, largest)
+    columns, _ = TangentGradient(b.B, b.A, b.left / largest, b.right / largest).squares()
+    return (columns.sum(1).double() * largest.flatten().double().square()).sum()
 
 
 def captured_square(problem: Problem) -> Tensor:
-    """Return ‖S_BᵀX‖² of one layer in one process."""
+    """Return ‖S_BᵀX‖² of one layer in one process, 0-d float64: squares overflow in fp32 where products do not."""
     if problem.record is not None and isinstance(problem.record.held, Dense):
-        return problem.record.held.tensors()[0].square().sum()
+        return _square(problem.record.held.tensors()[0])
     chunks = problem.record.chunks if problem.record is not None else []
     rows, d_in, d_out = sum(len(x) for x, _ in chunks), problem.pair.d_in, problem.pair.d_out
+    if rows == 0:
+        return problem.pair.lora_A.new_zeros((), dtype=torch.float64)
     grams, blocks = rows**2 * (d_in + d_out), rows * d_in * d_out
     if min(grams, blocks) > SKETCH_ABOVE:
-        return _sketch(problem).square().sum()
+        return _square(_sketch(problem))
     if grams > blocks:
-        return activation_squares(chunks, problem.dtype)[0].sum()
+        return torch.stack([_square(block) for block in _blocks(chunks, problem.dtype)]).sum()
     X, S = (torch.cat([pair[i].to(problem.dtype) for pair in chunks]) for i in (0, 1))
-    return ((X @ X.mT) * (S @ S.mT)).sum().clamp_min(0)
+    scale_X, scale_S = (torch.where(m == 0, 1.0, m) for m in (X.abs().amax(), S.abs().amax()))
+    X, S = X / scale_X, S / scale_S
+    return ((X @ X.mT) * (S @ S.mT)).sum().clamp_min(0) * (scale_X.double() * scale_S.double()).square()
+
+
+def _square(matrix: Tensor) -> Tensor:
+    """Return the sum of squares, 0-d float64."""
+    norm: Tensor = torch.linalg.vector_norm(matrix, dtype=torch.float64)
+    return norm.square()
+
+
+def _blocks(chunks: Chunks, dtype: torch.dtype, rows: int = 1024) -> Iterator[Tensor]:
+    """Yield Σ_j S_jᵀX_j, some rows at a time."""
+    for start in range(0, chunks[0][1].shape[1], rows):
+        products = [s[:, start : start + rows].to(dtype).mT @ x.to(dtype) for x, s in chunks]
+        yield functools.reduce(Tensor.add_, products)
 
 
 def _joint_squares(problems: Sequence[Problem], communicator: Communicator) -> list[Tensor]:
     """Return ‖S_BᵀX‖² of layers whose rows are spread over processes and whose loss is the mean of theirs."""
     sketches = [_sketch(problem) / communicator.world_size for problem in problems]
-    return [sketch.square().sum() for sketch in communicator.sums(sketches)]
+    return [_square(sketch) for sketch in communicator.sums(sketches)]
 
 
 def _sketch(problem: Problem) -> Tensor:

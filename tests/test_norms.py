@@ -92,6 +92,47 @@ def test_clipping_by_the_full_norm_is_a_smaller_loss(gradient: str, largest: flo
     assert largest > 1 or float(total) > 1.5 * largest  # the small limit clips
 
 
+@pytest.mark.parametrize("size", [1e-25, 1e22])
+@pytest.mark.parametrize("rows", [(3,), (200,)])
+def test_squares_neither_overflow_nor_vanish(rows: tuple[int, ...], size: float, monkeypatch: Any) -> None:
+    """By blocks, Grams, a sketch, from SᵀX and from `.grad`, in fp32."""
+    problem, tangent = make_problem((40, 24, 3), rows=rows), make_problem((40, 24, 3), gradient="tangent")
+    usual = float(norms.full_squares([tangent], None, None, CPU))
+    tangent.dA.mul_(size)
+    tangent.dB.mul_(size)
+    assert float(norms.full_squares([tangent], None, None, CPU)) == pytest.approx(size**2 * usual, rel=1e-4)
+    for _, s in problem.record.chunks:
+        s.mul_(size)
+    want = float(dense_gradient(problem).square().sum())
+    assert float(norms.full_squares([problem], None, None, CPU)) == pytest.approx(want, rel=1e-5)
+    held = Dense()
+    for x, s in problem.record.chunks:
+        held.take(Matrix(x), s, problem.pair)
+    monkeypatch.setattr(norms, "SKETCH_ABOVE", 0)
+    assert float(norms.full_squares([problem], None, None, CPU)) == pytest.approx(want, rel=1e-5)
+    problem.record.held = held
+    problem.record.chunks = []
+    assert float(norms.full_squares([problem], None, None, CPU)) == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"norm": "full"}, {"step": "gradient", "norm": "full"}], ids=str)
+def test_huge_finite_gradients_are_clipped_as_others_are(settings: dict[str, Any]) -> None:
+    """The trap: squares that overflow make the norm infinite and the step nothing."""
+    moved = []
+    for size in (1.0, 1e22):
+        torch.manual_seed(0)
+        model = plain_mlp(dtype=torch.float32)
+        model.l3.base.bias.requires_grad_()
+        batch = data(dtype=torch.float32)
+        optimizer = PSILoRA(model, 0.1, max_grad_norm=1e-3, metric=None, **settings)
+        (mse(model, batch) * size).backward()
+        optimizer.step()
+        assert optimizer.stats()["skipped_steps"] == 0
+        moved.append({**factors(model), "bias": model.l3.base.bias.detach().clone()})
+    for name, value in moved[0].items():
+        torch.testing.assert_close(value, moved[1][name], rtol=1e-3, atol=1e-6)
+
+
 def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"Invalid norm='l1'. Must be one of 'lora', 'full'."):
         PSILoRA(plain_mlp(), 0.1, norm="l1")
