@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
+
+from psilora import caller
 
 EVENTS = ("skipped_steps", "repaired_pivots")
 _MESSAGES = {
@@ -48,7 +48,7 @@ class Counters:
         for name, value in zip(EVENTS, values.tolist(), strict=True):
             if value and name not in self._warned:
                 self._warned.add(name)
-                warnings.warn(f"psilora: {_MESSAGES[name]} (warned once; see optimizer.stats())", stacklevel=4)
+                caller.warn(f"{_MESSAGES[name]} (warned once; see optimizer.stats())")
 
     def read(self) -> dict[str, int]:
         """Return the counts; waits for the device."""

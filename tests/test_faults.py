@@ -145,6 +145,18 @@ def test_a_nan_batch_leaves_no_trace(kind: dict[str, Any]) -> None:
     assert bool(naive.isnan().all())
 
 
+def test_every_optimizer_says_at_the_callers_line_that_it_has_skipped_a_step() -> None:
+    """The trap: Python's default filter shows a warning of one text and line once in a process."""
+    x, y = data()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            model = plain_mlp()
+            train(model, bare(model), [(x * float("nan"), y)] * 2)
+    assert [str(w.message)[:27] for w in seen] == ["psilora: a step was skipped"] * 2
+    assert {Path(w.filename).name for w in seen} == {"models.py"}
+
+
 def test_an_exception_in_backward_leaves_no_stale_rows() -> None:
     class Trip(torch.autograd.Function):
         @staticmethod

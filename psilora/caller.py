@@ -1,0 +1,23 @@
+"""Warnings that point at the line of a user's program."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+
+
+def warn(message: str) -> None:
+    """Warn at the line that called into this package, outside it and torch's wrappers.
+
+    Every time: it is for whoever warns, and not for the memory of Python's default filter, to say it once.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_back is not None and _package(frame.f_globals) in ("psilora", "torch"):
+        frame = frame.f_back
+    if frame is not None:
+        name = str(frame.f_globals.get("__name__"))
+        warnings.warn_explicit(f"psilora: {message}", UserWarning, frame.f_code.co_filename, frame.f_lineno, name)
+
+
+def _package(names: dict[str, object]) -> str:
+    return str(names.get("__name__", "")).partition(".")[0]
