@@ -190,6 +190,8 @@ def _refusal(pair: LoRAPair) -> str | None:
         scaling = scaling.get(pair.adapter)
     if not isinstance(scaling, (numbers.Real, Tensor)):
         return "it has no LoRA scaling"
+    if not (isinstance(scaling, Tensor) and scaling.is_meta) and not float(scaling) > 0:
+        return f"its LoRA scaling is {float(scaling)}, and must be > 0"
     if A.is_complex() or B.is_complex():
         return f"it is complex ({A.dtype}); factors must have a real floating dtype"
     groups = max((getattr(module, "groups", 1) for site in pair.sites for module in site), default=1)

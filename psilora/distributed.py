@@ -32,9 +32,14 @@ class Communicator:
         bytes: Payload all-reduced so far by this process: bytes of the tensors handed over, as one counts the bytes of
             a gradient that DDP all-reduces.
         rounds: Number of all-reduces so far.
+
+    Raises:
+        ValueError: `group` is something else.
     """
 
     def __init__(self, group: ProcessGroup | None = None) -> None:
+        if group is not None and not (distributed.is_available() and isinstance(group, distributed.ProcessGroup)):
+            raise ValueError(f"Invalid process_group={group!r}. Must be a torch.distributed.ProcessGroup or None.")
         self.group = group
         self.bytes = 0
         self.rounds = 0

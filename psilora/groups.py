@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from psilora.adapters import LoRAPair, describe, find_pairs
-from psilora.options import DENSE_LIMIT, OPTION_NAMES, Options, resolved
+from psilora.options import DENSE_LIMIT, OPTION_NAMES, Options, check_rate, resolved
 
 
 def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
@@ -31,9 +31,13 @@ def lora_groups(
     pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
     """Split the pairs into param groups: group 0 for the rest, then one per override."""
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise ValueError(f"Invalid groups={overrides!r}. Must be a sequence of {{'layers': …, **settings}}.")
     groups = [{**resolved(settings), "kind": "lora", "params": []}]
     matchers: list[Callable[[str], bool]] = []
     for override in overrides:
+        if not isinstance(override, Mapping):
+            raise ValueError(f"Invalid group {override!r} in groups. Must be a dict {{'layers': …, **settings}}.")
         unknown = set(override) - set(OPTION_NAMES) - {"layers"}
         if "layers" not in override or unknown:
             problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
@@ -42,6 +46,8 @@ def lora_groups(
         matchers.append(_matcher(group.pop("layers")))
         Options.from_group(group)
         groups.append(group)
+    for group in groups:
+        check_rate(group["lr"])
     for pair in pairs:
         index = next((i for i, match in enumerate(matchers, start=1) if match(pair.name)), 0)
         check_pair(pair, Options.from_group(groups[index]))
@@ -56,7 +62,10 @@ def lora_groups(
 
 def _matcher(layers: object) -> Callable[[str], bool]:
     if isinstance(layers, str):
-        pattern = re.compile(layers)
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression: {error}.") from error
         return lambda name: pattern.search(name) is not None
     if isinstance(layers, Sequence):
         names = set(layers)

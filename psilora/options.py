@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -91,8 +92,8 @@ class Options:
         if self.solver == "ritz" and self.num_iters < 1:
             raise ValueError(f"Invalid num_iters={self.num_iters}. Must be >= 1 with solver='ritz'.")
         _in_range("momentum", self.momentum, 0, 1)
-        if self.dampening is not None and not 0 <= self.dampening <= 1:
-            raise ValueError(f"Invalid dampening={self.dampening}. Must be in [0, 1] or None.")
+        if self.dampening is not None and not (is_real(self.dampening) and 0 <= self.dampening <= 1):
+            raise ValueError(f"Invalid dampening={self.dampening!r}. Must be in [0, 1] or None.")
         if self.momentum_rank is not None:
             _integer("momentum_rank", self.momentum_rank, 1)
             if self.step == "spectral":
@@ -104,14 +105,16 @@ class Options:
         if self.metric not in METRICS[self.step]:
             allowed = ", ".join(map(repr, METRICS[self.step]))
             raise ValueError(f"Invalid metric={self.metric!r}. Must be one of {allowed} with step={self.step!r}.")
-        if not 0 < self.gamma <= 1:
-            raise ValueError(f"Invalid metric_power={self.metric_power}. Must be in (0, 1].")
+        if not (is_real(self.gamma) and 0 < self.gamma <= 1):
+            raise ValueError(f"Invalid metric_power={self.metric_power!r}. Must be in (0, 1].")
         _in_range("metric_beta", self.metric_beta, 0, 1)
-        if not (math.isfinite(self.delta) and self.delta > 0):
-            raise ValueError(f"Invalid damping={self.damping}. Must be finite and > 0.")
+        if not (is_real(self.delta) and math.isfinite(self.delta) and self.delta > 0):
+            raise ValueError(f"Invalid damping={self.damping!r}. Must be finite and > 0.")
         _one_of("gradient", self.gradient, GRADIENTS)
         if self.step == "spectral" and self.gradient != "tangent":
             raise ValueError(f"Invalid gradient={self.gradient!r}. Must be 'tangent' with step='spectral'.")
+        for name in ("nesterov", "joint", "fade", "metric_bias_correction", "maximize"):
+            _flag(name, getattr(self, name))
         self._check_low_rank()
         _one_of("first", self.first, ("A", "B"))
         _one_of("loss_reduction", self.loss_reduction, ("mean", "sum"))
@@ -218,19 +221,35 @@ def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
 OPTION_NAMES = tuple(field.name for field in fields(Options))
 
 
+def is_real(value: object) -> bool:
+    """Whether a setting is a real number, of Python or numpy; True and False are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def check_rate(lr: float | Tensor) -> None:
+    """Raise ValueError for a learning rate in a tensor that is negative or not finite; waits for its device."""
+    if isinstance(lr, Tensor):
+        _at_least("lr", lr.item(), 0)
+
+
 def _at_least(name: str, value: float, bound: float) -> None:
-    if not (math.isfinite(value) and value >= bound):
-        raise ValueError(f"Invalid {name}={value}. Must be finite and >= {bound}.")
+    if not (is_real(value) and math.isfinite(value) and value >= bound):
+        raise ValueError(f"Invalid {name}={value!r}. Must be finite and >= {bound}.")
 
 
 def _in_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value < high:
-        raise ValueError(f"Invalid {name}={value}. Must be in [{low}, {high}).")
+    if not (is_real(value) and low <= value < high):
+        raise ValueError(f"Invalid {name}={value!r}. Must be in [{low}, {high}).")
 
 
 def _integer(name: str, value: object, bound: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < bound:
         raise ValueError(f"Invalid {name}={value!r}. Must be an integer >= {bound}.")
+
+
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"Invalid {name}={value!r}. Must be True or False.")
 
 
 def _one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

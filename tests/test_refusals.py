@@ -17,10 +17,16 @@ BAD_SETTINGS = [
     ({"lr": -0.1}, r"Invalid lr=-0.1. Must be finite and >= 0."),
     ({"lr": float("nan")}, "Invalid lr=nan"),
     ({"lr": torch.ones(2)}, r"Invalid lr of shape \(2,\). Must be a number or a one-element tensor."),
+    ({"lr": torch.tensor(-0.05)}, r"Invalid lr=-0.05\d*. Must be finite and >= 0."),
+    ({"lr": "0.1"}, r"Invalid lr='0.1'. Must be finite and >= 0."),
+    ({"lr": None}, r"Invalid lr=None. Must be finite and >= 0."),
+    ({"lr": True}, r"Invalid lr=True. Must be finite and >= 0."),
     ({"num_iters": -1}, r"Invalid num_iters=-1. Must be an integer >= 0."),
     ({"num_iters": 1.0}, r"Invalid num_iters=1.0. Must be an integer >= 0."),
     ({"momentum": 1.0}, r"Invalid momentum=1.0. Must be in \[0, 1\)."),
     ({"momentum": -0.1}, r"Invalid momentum=-0.1. Must be in \[0, 1\)."),
+    ({"momentum": "a"}, r"Invalid momentum='a'. Must be in \[0, 1\)."),
+    ({"dampening": "a"}, r"Invalid dampening='a'. Must be in \[0, 1\] or None."),
     ({"dampening": 1.5}, r"Invalid dampening=1.5. Must be in \[0, 1\] or None."),
     ({"momentum_rank": 0}, r"Invalid momentum_rank=0. Must be an integer >= 1."),
     ({"momentum_rank": 7}, r"base_model.model.l3: invalid momentum_rank=7. Must be in \[1, 6\]."),
@@ -37,6 +43,12 @@ BAD_SETTINGS = [
     ({"gradient": "backward", "momentum": 0, "num_iters": 2}, r"Invalid num_iters=2 with gradient='backward'"),
     ({"gradient": "backward", "momentum": 0, "metric": "kfac"}, r"Invalid metric='kfac' with gradient='backward'"),
     ({"gradient": "backward", "momentum": 0, "first": "B"}, r"Invalid first='B' with gradient='backward'"),
+    ({"maximize": "yes"}, r"Invalid maximize='yes'. Must be True or False."),
+    ({"nesterov": None}, r"Invalid nesterov=None. Must be True or False."),
+    ({"joint": 1}, r"Invalid joint=1. Must be True or False."),
+    ({"fade": "no"}, r"Invalid fade='no'. Must be True or False."),
+    ({"metric_bias_correction": 0}, r"Invalid metric_bias_correction=0. Must be True or False."),
+    ({"process_group": "x"}, r"Invalid process_group='x'. Must be a torch.distributed.ProcessGroup or None."),
     ({"first": "C"}, r"Invalid first='C'. Must be one of 'A', 'B'."),
     ({"max_grad_norm": 0.0}, r"Invalid max_grad_norm=0.0. Must be > 0 or None."),
     ({"backend": "cuda"}, r"Invalid backend='cuda'. Must be one of 'auto', 'reference', 'triton'."),
@@ -48,6 +60,11 @@ BAD_SETTINGS = [
     ({"groups": [{"lr": 1.0}]}, r"a group has no 'layers'"),
     ({"groups": [{"layers": "nowhere"}]}, r"no layer is left for layers='nowhere'"),
     ({"groups": [{"layers": 3}]}, r"Invalid layers=3"),
+    ({"groups": [{"layers": "("}]}, r"Invalid layers='\('. Must be a regular expression: missing \)"),
+    ({"groups": [{"layers": "l1", "lr": torch.tensor(-1.0)}]}, r"Invalid lr=-1.0. Must be finite"),
+    ({"groups": {"layers": "l1"}}, r"Invalid groups=\{'layers': 'l1'\}. Must be a sequence of \{'layers': …"),
+    ({"groups": None}, r"Invalid groups=None. Must be a sequence"),
+    ({"groups": ["l1"]}, r"Invalid group 'l1' in groups. Must be a dict \{'layers': …"),
 ]
 
 
@@ -77,6 +94,12 @@ def test_no_pair_is_an_error() -> None:
     frozen = plain_mlp().requires_grad_(False)
     with pytest.raises(ValueError, match="no trainable LoRA pair"):
         bare(frozen, 0.1)
+
+
+@pytest.mark.parametrize("alpha", [0, -8])
+def test_a_scaling_that_is_not_positive_is_refused_before_the_first_step(alpha: int) -> None:
+    with pytest.raises(ValueError, match=rf"l1 \(its LoRA scaling is {alpha / 4}, and must be > 0\)"):
+        bare(peft_mlp(lora_alpha=alpha), 0.1)
 
 
 def test_wrapped_models_are_refused_by_name() -> None:
