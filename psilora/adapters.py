@@ -67,6 +67,11 @@ class LoRAPair:
         return value
 
     @property
+    def path(self) -> str:
+        """The path of the adapted module alone."""
+        return self.name.removesuffix(f" ({self.adapter})")
+
+    @property
     def A(self) -> Tensor:
         """`lora_A` as a matrix (r, d_in), sharing its storage."""
         return as_matrix(self.lora_A)

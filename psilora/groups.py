@@ -34,7 +34,7 @@ def lora_groups(
     if isinstance(overrides, str) or not isinstance(overrides, Sequence):
         raise ValueError(f"Invalid groups={overrides!r}. Must be a sequence of {{'layers': …, **settings}}.")
     groups = [{**resolved(settings), "kind": "lora", "params": []}]
-    matchers: list[Callable[[str], bool]] = []
+    matchers: list[Callable[[LoRAPair], bool]] = []
     for override in overrides:
         if not isinstance(override, Mapping):
             raise ValueError(f"Invalid group {override!r} in groups. Must be a dict {{'layers': …, **settings}}.")
@@ -49,7 +49,7 @@ def lora_groups(
     for group in groups:
         check_rate(group["lr"])
     for pair in pairs:
-        index = next((i for i, match in enumerate(matchers, start=1) if match(pair.name)), 0)
+        index = next((i for i, match in enumerate(matchers, start=1) if match(pair)), 0)
         check_pair(pair, Options.from_group(groups[index]))
         groups[index]["params"] += [pair.lora_A, pair.lora_B]
     for override, group in zip(overrides, groups[1:], strict=True):
@@ -60,16 +60,17 @@ def lora_groups(
     return [group for group in groups if group["params"]]
 
 
-def _matcher(layers: object) -> Callable[[str], bool]:
+def _matcher(layers: object) -> Callable[[LoRAPair], bool]:
+    """Whether a pair is meant, by its name or by the path of its module alone, where the name ends in the adapter's."""
     if isinstance(layers, str):
         try:
             pattern = re.compile(layers)
         except re.error as error:
             raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression: {error}.") from error
-        return lambda name: pattern.search(name) is not None
+        return lambda pair: any(map(pattern.search, (pair.path, pair.name)))
     if isinstance(layers, Sequence):
         names = set(layers)
-        return lambda name: name in names
+        return lambda pair: pair.path in names or pair.name in names
     raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
 
 

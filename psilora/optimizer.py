@@ -111,9 +111,9 @@ class PSILoRA(torch.optim.Optimizer):
         nonfinite: "skip" makes a step with a non-finite gradient or update a no-op, decided on the device, counted, and
             warned about once; "raise" names the layers instead (waits for the device). Nothing is changed by either.
         unsupported: "raise" on adapters that are not one product s·B·A, or train them with "adamw".
-        groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's name, or a list of
-            names, **settings}; the first match wins, the rest forms group 0. Settings are the options above from `lr`
-            to `loss_reduction`, without max_grad_norm, norm, controller and backend.
+        groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's path, or a list of
+            paths, **settings}, where " (adapter)" may follow a path; the first match wins, the rest forms group 0.
+            Settings are those above from `lr` to `loss_reduction`, without max_grad_norm, norm, controller and backend.
         tokens: Rows N that a layer sees per step in this process, for gradient="auto": tokens, or output positions of a
             convolution. None: as many as each layer saw in the first step. The same in all processes, as every setting.
         capture_budget: Bytes of G that gradient="auto" may hold from backward to step, beside a metric's sums; None for

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -435,6 +436,18 @@ def test_groups_set_their_own_rate_and_momentum_rank() -> None:
     assert all(value != ("l2" in name) for name, value in moved.items())
     assert optimizer.state[optimizer.param_groups[2]["params"][0]]["momentum"].shape[0] == 2
     torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10)
+
+
+@pytest.mark.parametrize(
+    "layers", [r"\.l2$", r"l2 \(mine\)$", ["base_model.model.l2"], ["base_model.model.l2 (mine)"]], ids=str
+)
+def test_a_group_finds_the_layers_of_an_adapter_by_path_or_name(layers: Any) -> None:
+    """The trap: of an adapter that is not called "default", names end in its name."""
+    model = get_peft_model(MLP((24, 20, 16, 6)), LoraConfig(r=4, target_modules=["l1", "l2"]), adapter_name="mine")
+    optimizer = bare(model, 0.1, groups=[{"layers": layers, "lr": 0.02}])
+    (first, second) = optimizer.param_groups
+    assert [p.shape for p in second["params"]] == [(4, 20), (16, 4)] and second["lr"] == 0.02
+    assert len(first["params"]) == 2
 
 
 def test_groups_of_equal_layers_with_different_numbers_share_a_bucket_correctly() -> None:
