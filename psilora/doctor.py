@@ -52,6 +52,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name}={value} must be >= {least}")
+    if options.budget is not None and not options.budget >= 0:
+        parser.error(f"--budget={options.budget} must be >= 0")
+    if options.self_test and options.model:
+        parser.error("--self-test trains a model of its own; leave out --model")
     if not options.self_test:
         _print_section("Versions", versions())
         _print_section("Devices", devices())
@@ -127,7 +131,7 @@ def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Modul
     """Return the model `name` with LoRA adapters, on the meta device: shapes without weights.
 
     Raises:
-        SystemExit: peft or transformers is missing, or the model's configuration cannot be read.
+        SystemExit: peft or transformers is missing, the model's configuration cannot be read, or no layer is named.
     """
     try:
         from peft import LoraConfig, PeftConfig, get_peft_model
@@ -136,6 +140,8 @@ def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Modul
         raise SystemExit(f"--model needs the extra psilora[hf]: {error}") from error
     try:
         adapter: Any = PeftConfig.from_pretrained(name)
+        if adapter.base_model_name_or_path is None:
+            raise SystemExit(f"the adapter {name!r} does not say what its base model is")
         name = adapter.base_model_name_or_path
     except (ValueError, OSError):
         adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=targets)
@@ -144,8 +150,11 @@ def adapted_skeleton(name: str, rank: int, targets: str | list[str]) -> nn.Modul
     except (ValueError, OSError) as error:
         raise SystemExit(f"cannot read the configuration of {name!r}: {error}") from error
     adapter.inference_mode = False
-    with torch.device("meta"):
-        return get_peft_model(AutoModel.from_config(config), adapter)  # type: ignore[no-untyped-call]
+    try:
+        with torch.device("meta"):
+            return get_peft_model(AutoModel.from_config(config), adapter)  # type: ignore[no-untyped-call]
+    except (ValueError, re.error) as error:
+        raise SystemExit(f"cannot adapt {adapter.target_modules} of {name!r}: {error}") from error
 
 
 def rows_of_images(model: nn.Module, pairs: Sequence[LoRAPair], batch: int, size: int) -> list[int]:
@@ -183,7 +192,10 @@ def rows_of_images(model: nn.Module, pairs: Sequence[LoRAPair], batch: int, size
 def layers(pairs: Sequence[LoRAPair], unsupported: Sequence[Unsupported]) -> list[str]:
     """Return the layers grouped by shape and capture mode, then what cannot be trained."""
     kinds = Counter((p.name.rsplit(".", 1)[-1], p.d_out, p.d_in, p.rank, _mode(p)) for p in pairs)
-    lines = [f"{n} × {name} {d_out}×{d_in}, r = {r}: {mode}" for (name, d_out, d_in, r, mode), n in kinds.items()]
+    lines = []
+    for (name, d_out, d_in, r, mode), n in kinds.items():
+        above = f", more than the {min(d_out, d_in)} it can use" if r > min(d_out, d_in) else ""
+        lines.append(f"{n} × {name} {d_out}×{d_in}, r = {r}{above}: {mode}")
     lines += [f"{u.name}: not trainable here, {u.reason}" for u in unsupported]
     return lines or ["no LoRA pair found"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
@@ -89,6 +90,45 @@ def test_the_layers_of_a_model_without_its_weights(tmp_path, capsys: pytest.Capt
     tight = capsys.readouterr().out
     assert "tangent, dense would hold 4096 bytes, and all layers more than 10737" in tight and "together 8 KiB" in tight
     assert "X 32 KiB (shared) to 64 KiB, S 64 KiB" in out  # query and value read the same input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target-modules", "nope"], r"cannot adapt \{'nope'\} of '.*': Target modules \{'nope'\} not found"),
+        (["--target-modules", "("], r"cannot adapt \( of '.*': missing \)"),
+        (["--budget", "nan"], r"--budget=nan must be >= 0"),
+        (["--budget", "-1"], r"--budget=-1.0 must be >= 0"),
+        (["--self-test"], r"--self-test trains a model of its own"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_end_in_one_line(
+    arguments: list[str], message: str, tmp_path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import BertConfig
+
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(SystemExit) as left:
+        doctor.main(["--model", str(tmp_path), *arguments])
+    said = str(left.value.code) if isinstance(left.value.code, str) else capsys.readouterr().err
+    assert re.search(message, said.splitlines()[-1])
+
+
+def test_an_adapter_without_a_base_and_a_rank_above_the_width_are_named(
+    tmp_path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import BertConfig
+
+    LoraConfig(r=4, target_modules=["query"]).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="does not say what its base model is"):
+        doctor.main(["--model", str(tmp_path / "adapter")])
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    BertConfig(**sizes).save_pretrained(tmp_path)
+    assert doctor.main(["--model", str(tmp_path), "--target-modules", "query", "--rank", "1000"]) == 0
+    assert "query 32×32, r = 1000, more than the 32 it can use: captured exactly" in capsys.readouterr().out
 
 
 def test_a_convolutional_model(tmp_path, capsys: pytest.CaptureFixture) -> None:
