@@ -39,9 +39,11 @@ class IncompleteCheckpointError(RuntimeError):
 
 
 def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: int = 2, **parts: Stateful) -> Path:
-    """Save atomically and return the file; older checkpoints than the last `keep` are deleted afterwards.
+    """Save atomically and return the file; then delete all checkpoints but the last `keep` up to this step.
 
     At every moment the folder holds the previous checkpoint or the new one, whole. Of several processes, let one save.
+    Checkpoints of a higher step belong to a run that was rolled back to an earlier one: they are deleted as well, so
+    that the highest step is always the one that was saved last. Files with names of another form are left alone.
 
     Args:
         folder: Created if it is missing.
@@ -59,7 +61,10 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
         raise ValueError(f"Invalid keep={keep}. Must be >= 1.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"step-{step:08d}.pt"
+    path = folder / _name(step)
+    for leftover in folder.glob(f"*{_SUFFIX}"):  # of saves that were killed
+        if _step(leftover.with_suffix("")) is not None:
+            leftover.unlink()
     content = {
         "format": FORMAT,
         "step": step,
@@ -74,14 +79,18 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
         os.fsync(file.fileno())
     os.replace(aside, path)
     _flush_folder(folder)
-    for old in _files(folder)[:-keep]:
-        old.unlink()
+    steps = sorted(_checkpoints(folder))
+    kept = [saved for saved in steps if saved <= step][-keep:]
+    for saved in steps:
+        if saved not in kept:
+            (folder / _name(saved)).unlink()
     return path
 
 
 def latest_checkpoint(folder: str | Path) -> Path | None:
-    """Return the newest complete checkpoint in `folder`, or None; files that are cut off are passed over."""
-    return next((path for path in reversed(_files(Path(folder))) if zipfile.is_zipfile(path)), None)
+    """Return the checkpoint of the highest step in `folder`, or None; files that are cut off are passed over."""
+    found = _checkpoints(Path(folder))
+    return next((found[step] for step in sorted(found, reverse=True) if zipfile.is_zipfile(found[step])), None)
 
 
 def load_checkpoint(path: str | Path, model: nn.Module, **parts: Stateful) -> int:
@@ -116,9 +125,20 @@ def load_checkpoint(path: str | Path, model: nn.Module, **parts: Stateful) -> in
     return int(content["step"])
 
 
-def _files(folder: Path) -> list[Path]:
-    """The checkpoints by name, oldest first, without those still aside."""
-    return sorted(folder.glob("step-*.pt"))
+def _name(step: int) -> str:
+    return f"step-{step:08d}.pt"
+
+
+def _step(path: Path) -> int | None:
+    """The step in the name of a checkpoint, or None for any other file."""
+    digits = path.name.removeprefix("step-").removesuffix(".pt")
+    return int(digits) if digits.isdecimal() and path.name == _name(int(digits)) else None
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints by step, without those still aside."""
+    found = {_step(path): path for path in folder.glob("step-*.pt")}
+    return {step: path for step, path in found.items() if step is not None}
 
 
 def _read(path: Path) -> dict[str, Any]:

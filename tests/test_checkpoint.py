@@ -187,6 +187,31 @@ def test_old_checkpoints_go_and_bad_arguments_are_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "other.pt", model, optimizer=optimizer)
 
 
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_save_after_a_roll_back_stays_and_the_run_left_behind_goes(keep: int, tmp_path: Path) -> None:
+    """The trap: sorted by step, the file just written is the oldest, and what is newest belongs to another run."""
+    model, optimizer = one_step()
+    saved = [save_checkpoint(tmp_path, step, model, optimizer=optimizer) for step in (10, 20)]
+    load_checkpoint(saved[0], model, optimizer=optimizer)
+    path = save_checkpoint(tmp_path, 11, model, keep=keep, optimizer=optimizer)
+    assert latest_checkpoint(tmp_path) == path and load_checkpoint(path, model, optimizer=optimizer) == 11
+    assert names(tmp_path) == ["step-00000010.pt", "step-00000011.pt"][-keep:]
+
+
+def test_other_files_are_left_alone_and_leftovers_are_not(tmp_path: Path) -> None:
+    model, optimizer = one_step()
+    others = ["step-5-mine.pt", "step-7.pt", "step-best.pt", "mine.incomplete", "step-5-mine.pt.incomplete"]
+    for name in [*others, "step-00000003.pt.incomplete"]:
+        (tmp_path / name).write_bytes(b"")
+    for step in (99_999_999, 100_000_000):  # whose names do not sort as the numbers do
+        path = save_checkpoint(tmp_path, step, model, keep=1, optimizer=optimizer)
+        assert names(tmp_path) == sorted([*others, path.name]) and latest_checkpoint(tmp_path) == path
+
+
 def test_every_generator_is_restored(tmp_path: Path) -> None:
     import numpy
 
