@@ -291,7 +291,8 @@ class PSILoRA(torch.optim.Optimizer):
         if self._capture.superseded:
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
         joints = self._consensus()
-        problems = self._problems(joints)
+        gathered = Gathered()
+        problems = self._problems(joints, gathered)
         self._notices.trained(bool(problems))
         grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
         if not grads:
@@ -300,14 +301,14 @@ class PSILoRA(torch.optim.Optimizer):
         with contextlib.ExitStack() as stack:
             for device_type in sorted({grad.device.type for grad in grads}):
                 stack.enter_context(full_precision(device_type))
-            self._apply(problems, grads)
+            self._apply(problems, grads, gathered)
         world = self.communicator.world_size
         self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints.items()})
         self._capture.clear()
         self._counters.poll()
         return loss
 
-    def _apply(self, problems: list[Problem], grads: list[Tensor]) -> None:
+    def _apply(self, problems: list[Problem], grads: list[Tensor], gathered: Gathered) -> None:
         device = self._counters.values.device
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
         communicator, controller = self._shared, self._controller
@@ -333,7 +334,7 @@ class PSILoRA(torch.optim.Optimizer):
                 names.append("parameters outside the LoRA pairs")
             raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
         ok = finite & ~overflow
-        writes = [*engine.stage(buckets, ok), self._gathered.write_back]
+        writes = [*engine.stage(buckets, ok), gathered.write_back]
         if controller is not None:
             writes.insert(0, controller.end(buckets, clip, ok, self.state))
         repaired = [bucket.update.repaired.to(device) for bucket in buckets]
@@ -358,10 +359,9 @@ class PSILoRA(torch.optim.Optimizer):
             refuse_unshared(self._options(), shared.world_size)
         return {id(pair): joint for pair, joint in zip(pairs, consensus(pairs, self._capture, shared), strict=True)}
 
-    def _problems(self, joints: Mapping[int, Joint]) -> list[Problem]:
+    def _problems(self, joints: Mapping[int, Joint], gathered: Gathered) -> list[Problem]:
         """The pairs that have gradients."""
-        self._gathered = Gathered()
-        problems, blind = collect(self._options(), self._capture, joints, self.state, self._gathered)
+        problems, blind = collect(self._options(), self._capture, joints, self.state, gathered)
         self._notices.without_activations(blind)
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")

@@ -200,3 +200,20 @@ def test_equal_blocks_compiled_one_by_one_share_their_graphs() -> None:
 def test_the_operator_is_well_formed() -> None:
     arguments = (torch.randn(5, 3), torch.randn(5, 4), torch.tensor(10**6), False)
     torch.library.opcheck(torch.ops.psilora.capture, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`:UserWarning")
+@pytest.mark.parametrize("kind", [{}, {"step": "gradient"}], ids=str)
+def test_a_compiled_step_is_the_plain_one(kind: dict[str, str]) -> None:
+    """The trap: an attribute that the first step creates is lost where the tracer breaks the step in two."""
+    model, other = plain_mlp(), plain_mlp()
+    other.load_state_dict(model.state_dict())
+    ours, theirs = PSILoRA(model, 0.1, **kind), PSILoRA(other, 0.1, **kind)
+    step = torch.compile(ours.step, backend="eager")
+    for batch in (data(), data()):
+        for m, optimizer, take in ((model, ours, step), (other, theirs, theirs.step)):
+            optimizer.zero_grad()
+            mse(m, batch).backward()
+            take()
+    a, b = factors(model), factors(other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
