@@ -9,26 +9,29 @@ from collections.abc import Sequence
 from psilora.adapters import listed
 
 IDLE_STEPS = 2
+#: The same before the first gradient, where one step is often taken for a schedule or to create state.
+IDLE_START = 3
 
 
 class Notices:
     """What one optimizer has seen and said."""
 
     def __init__(self) -> None:
-        self._idle: int | None = None  # steps in a row without a gradient in any pair; None before the first with one
+        self._idle, self._started = 0, False  # steps in a row without a gradient in any pair, and whether one had any
         self._blind: set[str] = set()
 
     def trained(self, some: bool) -> None:
-        """Note whether a step found gradients; warn after IDLE_STEPS in a row without any, once there had been some."""
+        """Note whether a step found gradients; warn after a few in a row without any."""
         if some:
-            self._idle = 0
-        elif self._idle is not None:
-            self._idle += 1
-            if self._idle == IDLE_STEPS:
-                _warn(
-                    f"no gradient in any LoRA pair for {IDLE_STEPS} steps: the adapter was replaced, merged or "
-                    "disabled; after a change of adapters build a new PSILoRA"
-                )
+            self._idle, self._started = 0, True
+            return
+        self._idle += 1
+        limit = IDLE_STEPS if self._started else IDLE_START
+        if self._idle == limit:
+            _warn(
+                f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
+                "a change of adapters build a new PSILoRA"
+            )
 
     def without_activations(self, names: Sequence[str]) -> None:
         """Warn about the layers, of these names, that have not been named before."""

@@ -337,6 +337,22 @@ def test_an_adapter_that_comes_later_needs_a_new_optimizer() -> None:
     assert all(not torch.equal(before[name], value) for name, value in factors(model).items())
 
 
+def test_an_adapter_replaced_before_the_first_step_is_noticed() -> None:
+    """One step without a gradient is nothing to warn about: loops take one to start a schedule."""
+    model = adapters()
+    optimizer = PSILoRA(model, 0.1)
+    model.delete_adapter("default")
+    model.add_adapter("later", LoraConfig(r=3, target_modules=["l1", "l2"]))
+    model.set_adapter("later")
+    model.double()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, [data()] * 2)
+    with pytest.warns(UserWarning, match="no gradient in any LoRA pair for 3 steps") as seen:
+        train(model, optimizer, [data()] * 10)
+    assert len(seen) == 1
+
+
 def test_removing_an_adapter_leaves_the_others_training() -> None:
     model = adapters()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["l1", "l2"]))
