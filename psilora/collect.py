@@ -22,18 +22,21 @@ def collect(
     joints: Mapping[int, Joint],
     states: Mapping[Tensor, dict[str, Any]],
     gathered: Gathered,
-) -> tuple[list[Problem], list[str]]:
-    """Return the problems, and the names of pairs whose gradient came without the activations that were to come.
+) -> tuple[list[Problem], list[str], list[str]]:
+    """Return the problems, and the names of two kinds of pairs.
 
+    Those whose gradient came without the activations that were to come, and those of which one factor has none.
     Creates state where it is missing. The same pairs are taken in all processes: `joints`, by id of the pair, decide.
 
     Raises:
         RuntimeError: A metric has no activations, gradient="backward" saw several calls, or a gradient is sparse.
     """
-    problems, blind = [], []
+    problems, blind, halved = [], [], []
     for pair, options in settings:
         dA, dB, joint = pair.lora_A.grad, pair.lora_B.grad, joints[id(pair)]
         if dA is None or dB is None:
+            if dA is not dB:
+                halved.append(pair.name)
             continue
         if is_sparse(dA) or is_sparse(dB):
             raise RuntimeError(f"{pair.name}: sparse gradients are not supported; use dense ones")
@@ -59,7 +62,7 @@ def collect(
                 work, options, _matrix(dA), _matrix(dB), record, exact, state_A=state_A, state_B=state_B, joint=joint
             )
         )
-    return problems, blind
+    return problems, blind, halved
 
 
 def _matrix(gradient: Tensor) -> Tensor:

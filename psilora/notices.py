@@ -19,6 +19,7 @@ class Notices:
     def __init__(self) -> None:
         self._idle, self._started = 0, False  # steps in a row without a gradient in any pair, and whether one had any
         self._blind: set[str] = set()
+        self._halved: set[str] = set()
 
     def trained(self, some: bool) -> None:
         """Note whether a step found gradients; warn after a few in a row without any."""
@@ -31,6 +32,16 @@ class Notices:
             _warn(
                 f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
                 "a change of adapters build a new PSILoRA"
+            )
+
+    def halved(self, names: Sequence[str]) -> None:
+        """Warn about the layers, of these names, with a gradient for one factor only, once for each."""
+        new = [name for name in names if name not in self._halved]
+        self._halved.update(new)
+        if new:
+            _warn(
+                "a pair is not trained while one of its factors has no gradient, as when lora_A or lora_B is frozen: "
+                f"{listed(new)}"
             )
 
     def without_activations(self, names: Sequence[str]) -> None:

@@ -293,7 +293,6 @@ class PSILoRA(torch.optim.Optimizer):
         joints = self._consensus()
         gathered = Gathered()
         problems = self._problems(joints, gathered)
-        self._notices.trained(bool(problems))
         grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
         if not grads:
             self._capture.clear()
@@ -361,8 +360,10 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _problems(self, joints: Mapping[int, Joint], gathered: Gathered) -> list[Problem]:
         """The pairs that have gradients."""
-        problems, blind = collect(self._options(), self._capture, joints, self.state, gathered)
+        problems, blind, halved = collect(self._options(), self._capture, joints, self.state, gathered)
         self._notices.without_activations(blind)
+        self._notices.halved(halved)
+        self._notices.trained(bool(problems or halved))
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
         return problems

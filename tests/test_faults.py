@@ -353,6 +353,23 @@ def test_an_adapter_replaced_before_the_first_step_is_noticed() -> None:
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize("kind", [{}, {"step": "gradient"}], ids=str)
+def test_a_factor_frozen_in_training_is_named(kind: dict[str, Any]) -> None:
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.1, **kind)
+    train(model, optimizer, [data()])
+    model.l2.lora_A.requires_grad_(False)
+    before = factors(model)
+    with pytest.warns(UserWarning, match="not trained while one of its factors has no gradient.* l2$") as seen:
+        train(model, optimizer, [data()] * 3)
+    assert len(seen) == 1
+    assert all(torch.equal(before[name], value) == ("l2" in name) for name, value in factors(model).items())
+    model.l2.lora_A.requires_grad_()
+    before = factors(model)
+    train(model, optimizer, [data()])
+    assert all(not torch.equal(before[name], value) for name, value in factors(model).items())
+
+
 def test_removing_an_adapter_leaves_the_others_training() -> None:
     model = adapters()
     model.add_adapter("other", LoraConfig(r=3, target_modules=["l1", "l2"]))
