@@ -11,6 +11,7 @@ import os
 import pickle
 import random
 import zipfile
+from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,7 +54,7 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
         parts: What else has a state, e.g. optimizer=…, scheduler=…, scaler=….
 
     Raises:
-        ValueError: `step` or `keep` is out of range.
+        ValueError: `step` or `keep` is out of range, or a state holds what could not be loaded again; says what.
     """
     if step < 0:
         raise ValueError(f"Invalid step={step}. Must be >= 0.")
@@ -69,7 +70,7 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
         "format": FORMAT,
         "step": step,
         "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
-        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "parts": {name: _plain(part.state_dict()) for name, part in parts.items()},
         "generators": _generators(),
     }
     aside = path.with_name(path.name + _SUFFIX)
@@ -77,6 +78,7 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+    _refuse_unloadable(aside)
     os.replace(aside, path)
     _flush_folder(folder)
     steps = sorted(_checkpoints(folder))
@@ -106,7 +108,7 @@ def load_checkpoint(path: str | Path, model: nn.Module, **parts: Stateful) -> in
     Raises:
         FileNotFoundError: There is no such file.
         IncompleteCheckpointError: The file is cut off or damaged.
-        ValueError: Names, shapes or the format do not match; says which.
+        ValueError: Names, shapes or the format do not match, or it holds other objects; says which.
     """
     content = _read(Path(path))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -150,11 +152,36 @@ def _read(path: Path) -> dict[str, Any]:
             if (record := archive.testzip()) is not None:
                 raise IncompleteCheckpointError(f"{path} is damaged: the checksum of {record} is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+    except (EOFError, zipfile.BadZipFile) as error:
         raise IncompleteCheckpointError(f"{path} is damaged: {error}") from error
+    except pickle.UnpicklingError as error:  # what it says has the right checksum
+        raise ValueError(f"{path} is whole, but torch does not load it with weights_only=True: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path} is not a checkpoint of format {FORMAT}")
     return content
+
+
+def _plain(value: Any) -> Any:
+    """The same with numpy's numbers as Python's: a rate computed with numpy is one, and would not load again."""
+    numpy = _numpy()
+    if numpy is not None and isinstance(value, numpy.generic):
+        return value.item()
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _plain(item)) for key, item in value.items())
+    return value
+
+
+def _refuse_unloadable(path: Path) -> None:
+    """Raise ValueError, and delete the file, if it holds what does not load with weights_only=True."""
+    unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    if unsafe:
+        path.unlink()
+        raise ValueError(
+            f"a state holds other things than tensors, numbers and strings ({', '.join(sorted(unsafe))}), which do not "
+            "load with weights_only=True; nothing was saved"
+        )
 
 
 def _same_names(what: str, ours: Mapping[str, object], saved: Mapping[str, object]) -> None:

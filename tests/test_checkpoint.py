@@ -226,6 +226,31 @@ def test_every_generator_is_restored(tmp_path: Path) -> None:
     assert draw() == first
 
 
+def test_numbers_of_numpy_come_back_as_numbers(tmp_path: Path) -> None:
+    """A rate that is computed with numpy is one of them, and torch refuses to load it."""
+    import numpy
+
+    model, optimizer = one_step()
+    optimizer.param_groups[0]["lr"] = numpy.float64(0.02)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, numpy.int64(3))
+    path = save_checkpoint(tmp_path, 1, model, optimizer=optimizer, schedule=schedule)
+    assert load_checkpoint(path, model, optimizer=optimizer, schedule=schedule) == 1
+    assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.02
+    assert type(schedule.step_size) is int and schedule.get_last_lr() == [0.02]
+
+
+def test_what_could_not_be_loaded_is_not_saved_and_not_called_damaged(tmp_path: Path) -> None:
+    model, optimizer = one_step()
+    first = save_checkpoint(tmp_path, 1, model, optimizer=optimizer)
+    optimizer.param_groups[0]["note"] = tmp_path
+    with pytest.raises(ValueError, match=r"a state holds other things .*\(pathlib.*nothing was saved"):
+        save_checkpoint(tmp_path, 2, model, optimizer=optimizer)
+    assert names(tmp_path) == [first.name]
+    torch.save({"format": 1, "note": tmp_path}, first)
+    with pytest.raises(ValueError, match="is whole, but torch does not load it"):
+        load_checkpoint(first, model, optimizer=optimizer)
+
+
 def test_sixteen_bit_adapters_resume_bit_exactly(tmp_path: Path) -> None:
     model = plain_mlp(dtype=torch.bfloat16)
     optimizer = PSILoRA(model, 5.0, step="gradient")
