@@ -27,8 +27,9 @@ def external_scale(
 ) -> Tensor | None:
     """Return c (0-d float64 on `device`), the factor on `.grad` since backward, which X and S lack.
 
-    None without captures. Each layer's first capture is checked against `.grad`, waiting for the device once. On the
-    CPU every step is also checked for changes of `.grad` that are not a common factor.
+    None without captures. Each layer's first capture is checked against `.grad`, waiting for the device once; with one
+    process also one whose `.grad` was changed between two backward passes, which the probes do not see. On the CPU
+    every step is also checked for changes of `.grad` that are not a common factor.
 
     With several processes the probes are averaged before they are compared, because whoever averages `.grad` (DDP does,
     at the end of backward) does so after they are taken: averaging itself is no part of c. Only ⟨dB now, probe⟩
@@ -42,7 +43,7 @@ def external_scale(
     if not seen:
         return None
     exact = [(problem, record) for problem, record in seen if problem.exact]
-    new = [(problem, record) for problem, record in exact if not record.verified]
+    new = [(p, record) for p, record in exact if not record.verified or (record.changed and communicator is None)]
     world = 1 if communicator is None else communicator.world_size
     judged = bool(new) or (bool(exact) and device.type == "cpu")
     if communicator is None:

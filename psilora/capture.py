@@ -53,6 +53,7 @@ class Record:
         missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
             reached lora_A through neither.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
+        changed: Whether something other than backward has changed `.grad` between two backward passes.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
     """
 
@@ -76,6 +77,8 @@ class Record:
         self.sum_s2: Tensor | None = None
         self.missed = 0
         self.left: Tensor | None = None
+        self.changed = False
+        self._versions: dict[int, tuple[Tensor, int]] = {}  # by parameter, `.grad` and its version after backward
         self._probes.discard(self)
         self._pending: dict[int, Pending] = {}  # by backward pass
         self._backward = -1
@@ -88,9 +91,9 @@ class Record:
     def open(self, *, missed: bool) -> None:
         """Note that backward has reached lora_B's output, before anything of this call accumulates.
 
-        A new backward pass that finds no gradient starts afresh: what is here was left by a step that never came, after
-        a `zero_grad` on the model or an overflow, neither of which reaches the optimizer. What other threads have under
-        way stays.
+        A new backward pass that finds no gradient, or one set to zero, starts afresh: what is here was left by a step
+        that never came, after a `zero_grad` on the model or an overflow, neither of which reaches the optimizer. What
+        other threads have under way stays.
 
         Args:
             missed: Whether the call did not pass lora_A's input node, so that it will bring no X.
@@ -98,7 +101,7 @@ class Record:
         with self._lock:
             backward = torch._C._current_graph_task_id()
             if backward != self._backward:
-                if self.pair.lora_A.grad is None:
+                if self.pair.lora_A.grad is None or self._zeroed():
                     here = threading.get_ident()
                     under_way = {
                         task: pending
@@ -109,6 +112,32 @@ class Record:
                     self._pending = under_way
                 self._backward = backward
             self.missed += missed
+
+    def _zeroed(self) -> bool:
+        """Whether `.grad` is zero and what is held is not, so that it was set to zero in place; notes other changes.
+
+        Zero alone says nothing: a masked loss leaves it, and dA is zero at B = 0. Elsewhere than on the CPU, where a
+        look waits for the device, it takes a change that the version counters show, which one through `.data` does not;
+        and while a CUDA graph is captured, nobody can look.
+        """
+        on_cuda = self.pair.lora_A.device.type == "cuda"
+        if self.calls + self.missed == 0 or (on_cuda and torch.cuda.is_current_stream_capturing()):
+            return False
+        grads = [p.grad for p in (self.pair.lora_B, self.pair.lora_A) if p.grad is not None]
+        known = {id(grad): version for grad, version in self._versions.values()}
+        changed = any(known.get(id(grad)) != grad._version for grad in grads)
+        self.changed |= changed
+        if not (changed or self.pair.lora_A.device.type == "cpu") or any(bool(grad.any()) for grad in grads):
+            return False
+        if self.calls == 0 or (self.holds == "nothing" and self.sum_s2 is None):  # nothing is held to compare it with
+            return changed
+        left = self.sum_s2 if self.holds == "nothing" else self.held.dB(self.pair).to(grads[0].dtype)
+        return left is not None and bool(left.any())
+
+    def _note(self, parameter: Tensor) -> None:
+        """Remember `.grad` as backward leaves it."""
+        if parameter.grad is not None:
+            self._versions[id(parameter)] = parameter.grad, parameter.grad._version
 
     def add(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
         """Hold the input and output gradient of one call, from inside backward, until lora_A's gradient accumulates.
@@ -126,6 +155,7 @@ class Record:
             self.missed += pending is None  # something that bypasses the modules made this gradient
             for x, s, origin in () if pending is None else pending.calls:
                 self._take(x, s, origin)
+            self._note(self.pair.lora_A)
 
     def stand_in(self) -> None:
         """Hold no rows, for a pair that other processes captured in this step and this one did not run."""
@@ -171,6 +201,7 @@ class Record:
         """Keep a copy of dB as backward leaves it, if this is one of the probes."""
         with self._lock:  # of two threads, the one whose copy is older must not have the last word
             grad = self.pair.lora_B.grad
+            self._note(self.pair.lora_B)
             if grad is not None and (self in self._probes or len(self._probes) < PROBES):
                 self._probes.add(self)
                 self.left = grad.detach().clone()
