@@ -60,6 +60,22 @@ def lora_groups(
     return [group for group in groups if group["params"]]
 
 
+def pair_options(groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair]) -> list[tuple[LoRAPair, Options]]:
+    """Return every pair of the LoRA groups with the settings of its group; `pairs` by id of their lora_A."""
+    found: list[tuple[LoRAPair, Options]] = []
+    for group in groups:
+        if group["kind"] == "lora":
+            options = Options.from_group(group)
+            own = [pairs[id(p)] for p in group["params"][::2] if id(p) in pairs]
+            if len(group["params"]) != 2 * len(own):
+                raise RuntimeError(
+                    "the LoRA parameters of a group were replaced after construction, as DeepSpeed ZeRO does; "
+                    "use DDP or a single device"
+                )
+            found += [(pair, options) for pair in own]
+    return found
+
+
 def _matcher(layers: object) -> Callable[[LoRAPair], bool]:
     """Whether a pair is meant, by its name or by the path of its module alone, where the name ends in the adapter's."""
     if isinstance(layers, str):

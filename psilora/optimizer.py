@@ -21,7 +21,8 @@ from psilora.controller import CONTROLLERS, SlopeController
 from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
-from psilora.groups import checked_pairs, lora_groups
+from psilora.groups import checked_pairs, lora_groups, pair_options
+from psilora.loading import compatible, copy_loaded
 from psilora.norms import full_squares
 from psilora.notices import Notices
 from psilora.numerics import full_precision
@@ -30,7 +31,7 @@ from psilora.others import Others, adamw_group
 from psilora.problem import Problem, Scales
 from psilora.representation import Planner
 from psilora.sharded import Gathered, is_sharded, local, refuse_sharded
-from psilora.state import copy_loaded, init_state
+from psilora.state import init_state
 from psilora.triton_backend import Backends
 
 if TYPE_CHECKING:
@@ -237,18 +238,7 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _options(self) -> list[tuple[LoRAPair, Options]]:
         """Every pair with the current settings of its group."""
-        found = []
-        for group in self.param_groups:
-            if group["kind"] == "lora":
-                options = Options.from_group(group)
-                pairs = [self._pairs.get(id(p)) for p in group["params"][::2]]
-                if None in pairs or len(group["params"]) != 2 * len(pairs):
-                    raise RuntimeError(
-                        "the LoRA parameters of a group were replaced after construction, as DeepSpeed ZeRO does; "
-                        "use DDP or a single device"
-                    )
-                found += [(pair, options) for pair in pairs if pair is not None]
-        return found
+        return pair_options(self.param_groups, self._pairs)
 
     def _attach(self, tokens: int | None, budget: float | None) -> Capture:
         """Hook the pairs whose settings need activations, and say which cannot give them."""
@@ -389,9 +379,16 @@ class PSILoRA(torch.optim.Optimizer):
             self._controller.init_state(self.state)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype."""
-        super().load_state_dict(dict(state_dict))
-        copy_loaded(state_dict, self.param_groups, self.state)
+        """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype.
+
+        An option that it lacks, being of another version, stays as it is here.
+
+        Raises:
+            ValueError: It is another optimizer's or of other parameters; nothing has been changed.
+        """
+        found, _ = compatible(state_dict, self.param_groups, self._pairs)
+        super().load_state_dict(found)
+        copy_loaded(found, self.param_groups, self.state)
         self._capture.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -67,29 +66,3 @@ def _init_metric(pair: LoRAPair, options: Options, state_B: dict[str, Any], stat
     )
     state_A.update(metric_A)
     state_B.update(metric_B)
-
-
-def copy_loaded(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: MutableMapping[Any, dict[str, Any]]
-) -> None:
-    """Set the state that torch has loaded to what was saved, bit by bit.
-
-    torch rounds it to the parameters' dtype, and where it does not it keeps the tensor itself, which the source would
-    go on changing.
-
-    Args:
-        state_dict: What was loaded.
-        groups: The optimizer's param groups.
-        state: Its state, after torch's `load_state_dict`.
-    """
-    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-    current = [(group["kind"], p) for group in groups for p in group["params"]]
-    for i, (kind, parameter) in zip(saved, current, strict=True):
-        for key, value in state_dict["state"].get(i, {}).items():
-            if not isinstance(value, Tensor):
-                continue
-            if kind == "lora":
-                dtype = state_dtype(key, parameter)
-                state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
-            else:
-                state[parameter][key] = state[parameter][key].clone()

@@ -1,0 +1,109 @@
+"""Loading a state: whether it fits, before anything is changed, and its numbers bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psilora.adapters import LoRAPair
+from psilora.groups import check_pair, pair_options
+from psilora.options import Options
+from psilora.state import init_state, state_dtype
+
+
+def compatible(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair]
+) -> tuple[dict[str, Any], list[tuple[LoRAPair, Options]]]:
+    """Return the state dict with every option, and its settings, pair by pair.
+
+    Args:
+        state_dict: To be loaded.
+        groups: The optimizer's param groups; an option that `state_dict` lacks is taken from here.
+        pairs: By id of their lora_A.
+
+    Raises:
+        ValueError: It is of another optimizer, other parameters or shapes; says which.
+    """
+    saved = state_dict.get("param_groups", ())
+    ours, theirs = ([group.get("kind") for group in found] for found in (groups, saved))
+    if ours != theirs:
+        raise ValueError(
+            f"the state has param groups of the kinds {theirs}, this optimizer {ours}: it is not the state of a "
+            "PSILoRA with the same groups"
+        )
+    for i, (old, new) in enumerate(zip(groups, saved, strict=True)):
+        if len(old["params"]) != len(new["params"]):
+            raise ValueError(
+                f"param group {i} has {len(old['params'])} parameters, but {len(new['params'])} were saved"
+            )
+    complete = [{**old, **new} for old, new in zip(groups, saved, strict=True)]
+    settings = pair_options(
+        [{**new, "params": old["params"]} for old, new in zip(groups, complete, strict=True)], pairs
+    )
+    states = _by_parameter({**state_dict, "param_groups": complete}, groups)
+    for pair, options in settings:
+        check_pair(pair, options)
+        _check_pair_state(pair, options, states)
+    for i, group in enumerate(groups):
+        for j, parameter in enumerate(group["params"] if group["kind"] != "lora" else ()):
+            for key, value in states[id(parameter)].items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    _same_shape(f"parameter {j} of param group {i}", key, value, parameter.shape)
+    return {**state_dict, "param_groups": complete}, settings
+
+
+def _check_pair_state(pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raise ValueError if a state has another shape than its settings give a pair of this shape."""
+    lora_A, lora_B = (
+        nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in (pair.lora_A, pair.lora_B)
+    )
+    expected: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    init_state(replace(pair, lora_A=lora_A, lora_B=lora_B), options, *expected)
+    for name, parameter, wanted in zip(("lora_B", "lora_A"), (pair.lora_B, pair.lora_A), expected, strict=True):
+        for key, value in states[id(parameter)].items():
+            if key in wanted and isinstance(value, Tensor):
+                _same_shape(f"{pair.name}.{name}", key, value, wanted[key].shape)
+            elif key == "change":
+                _same_shape(f"{pair.name}.{name}", key, value, parameter.shape)
+
+
+def _same_shape(name: str, key: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: the state {key!r} has shape {tuple(value.shape)}. Must be {tuple(shape)}.")
+
+
+def _by_parameter(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The saved state of each of the groups' parameters, by its id."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    current = [p for group in groups for p in group["params"]]
+    return {id(p): state_dict["state"].get(i, {}) for i, p in zip(saved, current, strict=True)}
+
+
+def copy_loaded(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: MutableMapping[Any, dict[str, Any]]
+) -> None:
+    """Set the state that torch has loaded to what was saved, bit by bit.
+
+    torch rounds it to the parameters' dtype, and where it does not it keeps the tensor itself, which the source would
+    go on changing.
+
+    Args:
+        state_dict: What was loaded.
+        groups: The optimizer's param groups.
+        state: Its state, after torch's `load_state_dict`.
+    """
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    current = [(group["kind"], p) for group in groups for p in group["params"]]
+    for i, (kind, parameter) in zip(saved, current, strict=True):
+        for key, value in state_dict["state"].get(i, {}).items():
+            if not isinstance(value, Tensor):
+                continue
+            if kind == "lora":
+                dtype = state_dtype(key, parameter)
+                state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
+            else:
+                state[parameter][key] = state[parameter][key].clone()
