@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from psilora import engine
-from psilora.adapters import LoRAPair, check_model, describe, is_sparse, listed
+from psilora.adapters import LoRAPair, check_model, is_sparse, listed
 from psilora.agreement import external_scale
-from psilora.capture import Capture
 from psilora.clipping import gradient_factor
 from psilora.collect import collect
 from psilora.consensus import Joint, consensus, refuse_unshared
@@ -223,7 +221,8 @@ class PSILoRA(torch.optim.Optimizer):
             self.backend = "reference"
         if norm == "full" and any(o.gradient == "backward" and o.captures is not None for _, o in self._options()):
             raise ValueError("norm='full' needs G, of which gradient='backward' keeps nothing; use gradient='dense'")
-        self._capture = self._attach(tokens, capture_budget)
+        self._planner = Planner(self._options(), tokens, capture_budget)
+        self._capture = self._planner.capture()
 
     @classmethod
     def paper(cls, model: nn.Module, lr: float | Tensor, **overrides: Any) -> PSILoRA:
@@ -239,22 +238,6 @@ class PSILoRA(torch.optim.Optimizer):
     def _options(self) -> list[tuple[LoRAPair, Options]]:
         """Every pair with the current settings of its group."""
         return pair_options(self.param_groups, self._pairs)
-
-    def _attach(self, tokens: int | None, budget: float | None) -> Capture:
-        """Hook the pairs whose settings need activations, and say which cannot give them."""
-        wanted = [(pair, o) for pair, o in self._options() if o.captures is not None]
-        blind = [pair for pair, _ in wanted if pair.uncaptured is not None]
-        metric = [pair for pair, o in wanted if pair.uncaptured is not None and o.metric is not None]
-        if metric:
-            raise ValueError(
-                f"the metric needs activations that cannot be captured for {describe(metric)}; "
-                "set metric=None for these layers through `groups`"
-            )
-        if blind:
-            warnings.warn(f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4)
-        seen = [(pair, o) for pair, o in wanted if pair.uncaptured is None]
-        self._planner = Planner(seen, tokens, budget)
-        return self._planner.capture()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse later groups: pairs and hooks come from the model; build a new optimizer instead."""
@@ -350,7 +333,9 @@ class PSILoRA(torch.optim.Optimizer):
 
     def _problems(self, joints: Mapping[int, Joint], gathered: Gathered) -> list[Problem]:
         """The pairs that have gradients."""
-        problems, blind, halved = collect(self._options(), self._capture, joints, self.state, gathered)
+        settings = self._options()
+        self._planner.check(settings)
+        problems, blind, halved = collect(settings, self._capture, joints, self.state, gathered)
         self._notices.without_activations(blind)
         self._notices.halved(halved)
         self._notices.trained(bool(problems or halved))
@@ -384,9 +369,10 @@ class PSILoRA(torch.optim.Optimizer):
         An option that it lacks, being of another version, stays as it is here.
 
         Raises:
-            ValueError: It is another optimizer's or of other parameters; nothing has been changed.
+            ValueError: It is another optimizer's, of other parameters, or needs other hooks; nothing has been changed.
         """
-        found, _ = compatible(state_dict, self.param_groups, self._pairs)
+        found, settings = compatible(state_dict, self.param_groups, self._pairs)
+        self._planner.check(settings)
         super().load_state_dict(found)
         copy_loaded(found, self.param_groups, self.state)
         self._capture.clear()

@@ -186,6 +186,20 @@ class Options:
         return None if self.metric is None else "statistics"
 
     @property
+    def sums(self) -> str | None:
+        """What the metric needs of X and S where they are not kept: "squares", "products" or None."""
+        if self.statistics != "kfac":
+            return None
+        return "squares" if self.form == "diagonal" else "products"
+
+    @property
+    def hooks(self) -> tuple[object, ...]:
+        """What must be equal for the captures of other settings to serve these."""
+        if self.captures is None:
+            return (None,)
+        return (self.gradient, None if self.gradient == "exact" else self.sums)
+
+    @property
     def structure(self) -> tuple[object, ...]:
         """What must be equal for two layers to be computed in one batch; the numbers may differ."""
         return (

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from psilora.adapters import LoRAPair
+from psilora.adapters import LoRAPair, describe
 from psilora.capture import Capture
 from psilora.holdings import HOLDS
 from psilora.numerics import compute_dtype
@@ -73,9 +74,12 @@ class Planner:
     under autocast this counts up to twice what is held.
 
     Args:
-        settings: The pairs that are captured, with their options.
+        settings: All pairs with their options; those that need captures and can give them are hooked.
         tokens: N, rows per step in a process, or None.
         budget: Bytes for all pairs under "auto", or None.
+
+    Raises:
+        ValueError: `tokens` or `budget` is out of range, or a metric needs activations that cannot be captured.
 
     Attributes:
         choices: By pair name, for the pairs under "auto"; empty while undecided.
@@ -85,10 +89,11 @@ class Planner:
         for name, value in (("tokens", tokens), ("capture_budget", budget)):
             if value is not None and not value > 0:
                 raise ValueError(f"Invalid {name}={value}. Must be > 0 or None.")
-        self.settings = list(settings)
+        self.settings = _capturable(settings)
+        self._built = {id(pair): (options, options.hooks) for pair, options in settings}
         self.budget = budget
         self.choices: dict[str, Choice] = {}
-        self._auto = [pair for pair, options in settings if options.gradient == "auto"]
+        self._auto = [pair for pair, options in self.settings if options.gradient == "auto"]
         if tokens is not None:
             self._choose(tokens)
 
@@ -106,6 +111,22 @@ class Planner:
                 options.gradient if options.gradient != "auto" else choice.gradient if choice else undecided
             )
         return now
+
+    def check(self, settings: Sequence[tuple[LoRAPair, Options]]) -> None:
+        """Raise ValueError, by layer, if these settings need other captures than those that the pairs were hooked for.
+
+        Changed in a param group, or loaded, they would take another gradient than the one they name.
+        """
+        known, hooks = None, None
+        for pair, options in settings:
+            if options is not known:  # that of a whole group
+                known, hooks = options, options.hooks
+            built, attached = self._built[id(pair)]
+            if hooks != attached and (pair.uncaptured is None or options.metric is not None):
+                raise ValueError(
+                    f"{pair.name}: {_named(options)} needs other captures than {_named(built)}, with which the "
+                    "optimizer was built; build it with the settings that it is to use or to load"
+                )
 
     def capture(self) -> Capture:
         """Hook the pairs, each to hold what its gradient needs."""
@@ -131,8 +152,25 @@ class Planner:
                 record.hold(HOLDS[gradient], _sums(options, HOLDS[gradient]))
 
 
+def _capturable(settings: Sequence[tuple[LoRAPair, Options]]) -> list[tuple[LoRAPair, Options]]:
+    """The pairs whose settings need activations and that can give them; says which cannot."""
+    wanted = [(pair, options) for pair, options in settings if options.captures is not None]
+    blind = [pair for pair, _ in wanted if pair.uncaptured is not None]
+    metric = [pair for pair, options in wanted if pair.uncaptured is not None and options.metric is not None]
+    if metric:
+        raise ValueError(
+            f"the metric needs activations that cannot be captured for {describe(metric)}; "
+            "set metric=None for these layers through `groups`"
+        )
+    if blind:
+        warnings.warn(f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4)
+    return [(pair, options) for pair, options in wanted if pair.uncaptured is None]
+
+
+def _named(options: Options) -> str:
+    return f"step={options.step!r}, gradient={options.gradient!r}, metric={options.metric!r}"
+
+
 def _sums(options: Options, holds: str) -> str | None:
     """Which sums K-FAC needs because the rows are not kept; Shampoo comes from G, however that is known."""
-    if options.statistics != "kfac" or holds == "rows":
-        return None
-    return "squares" if options.form == "diagonal" else "products"
+    return None if holds == "rows" else options.sums

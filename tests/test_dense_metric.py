@@ -203,8 +203,12 @@ def test_another_metric_than_that_of_the_state_or_the_capture_is_refused_with_no
     other = bare(model, 0.1, metric="kfac", gradient="tangent")
     source = bare(layer_of(9, 9), 0.1, metric="kfac-dense", gradient="tangent")
     source.init_state()
-    other.load_state_dict(source.state_dict())
-    with pytest.raises(RuntimeError, match=r"statistics of metric='kfac-dense' were not captured; build the optimizer"):
+    with pytest.raises(ValueError, match=r"metric='kfac-dense' needs other captures than .*metric='kfac', with which"):
+        other.load_state_dict(source.state_dict())
+    train(model, other, [batch])
+    before = factors(model)
+    other.param_groups[0]["metric"] = "kfac-dense"
+    with pytest.raises(ValueError, match=r"metric='kfac-dense' needs other captures"):
         train(model, other, [batch])
     assert all(torch.equal(before[name], value) for name, value in factors(model).items())
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import data, plain_mlp, train
+from models import data, factors, plain_mlp, train
 from torch import nn
 
 from psilora import PSILoRA
@@ -42,6 +42,64 @@ def assert_equal(a: State, b: State) -> None:
 
 
 EXACT: State = {"step": "gradient"}
+TANGENT: State = {"step": "gradient", "gradient": "tangent"}
+DENSE: State = {"step": "gradient", "gradient": "dense"}
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading"),
+    [
+        (EXACT, {}),
+        ({}, EXACT),
+        (TANGENT, EXACT),
+        (EXACT, TANGENT),
+        (DENSE, EXACT),
+        ({**DENSE, "metric": "kfac"}, DENSE),
+        ({**TANGENT, "metric": "kfac"}, TANGENT),
+    ],
+    ids=str,
+)
+def test_settings_that_need_other_hooks_are_refused(saved: State, loading: State) -> None:
+    """The trap: the groups say "exact" and nothing is captured, so that the step takes the tangent gradient."""
+    state = everything(stepped(headed(), **saved))
+    optimizer = stepped(headed(), **loading)
+    before = everything(optimizer)
+    with pytest.raises(ValueError, match=r"l1: step=.* needs other captures than step=.*, with which the optimizer"):
+        optimizer.load_state_dict(state)
+    assert_equal(before, everything(optimizer))
+
+
+@pytest.mark.parametrize(
+    ("built", "change"),
+    [
+        ({}, EXACT | {"gradient": "exact", "metric": None}),
+        (EXACT, {"step": "spectral", "gradient": "tangent"}),
+        (TANGENT, {"gradient": "exact"}),
+        (EXACT, {"gradient": "tangent"}),
+        (DENSE, {"metric": "kfac"}),
+    ],
+    ids=str,
+)
+def test_groups_changed_by_hand_to_need_other_hooks_are_refused(built: State, change: State) -> None:
+    model = headed()
+    optimizer = stepped(model, **built)
+    optimizer.param_groups[0].update(change)
+    before = factors(model)
+    with pytest.raises(ValueError, match="needs other captures"):
+        train(model, optimizer, [data()])
+    assert all(torch.equal(before[name], value) for name, value in factors(model).items())
+
+
+def test_what_the_hooks_serve_may_be_loaded() -> None:
+    """Rows of X and S serve every metric."""
+    source = headed()
+    state = everything(stepped(source, step="gradient", metric="kfac"))
+    model = headed()
+    model.load_state_dict(source.state_dict())
+    optimizer = PSILoRA(model, 0.05, step="gradient")
+    optimizer.load_state_dict(state)
+    assert_equal(state, everything(optimizer))
+    train(model, optimizer, [data()])
 
 
 @pytest.mark.parametrize("kind", [{}, {"step": "gradient", "metric": "kfac"}, {"controller": "slope"}], ids=str)

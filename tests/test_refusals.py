@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -220,8 +221,9 @@ def conv_model() -> tuple[nn.Module, Tensor]:
 def test_uncapturable_layers_fall_back_by_name_and_still_train(make: Any, layer: str) -> None:
     model, x = make()
     randomise_B(model)
-    with pytest.warns(UserWarning, match=f"using the tangent gradient .* for {layer} "):
+    with pytest.warns(UserWarning, match=f"using the tangent gradient .* for {layer} ") as seen:
         optimizer = bare(model, 0.2)
+    assert Path(seen[0].filename).name == "models.py", "the line that calls PSILoRA"
     loss = lambda: (model(x) - 1).square().mean()  # noqa: E731
     start = loss().item()
     before = factors(model)
