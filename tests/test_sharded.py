@@ -32,8 +32,10 @@ def world(folder: Path) -> list[dict[str, Any]]:
 def test_sharded_factors_are_those_of_one_process(world: list[dict[str, Any]], name: str) -> None:
     alone = train_alone(SHARDED[name], len(world), trainable_bias=True)
     numel = sum(p.numel() for p in alone.values())
+    # One rounding of `.grad` moves the factors of the spectral steps by 2e-6: whitening amplifies it.
+    allowed = 1e-5 if SHARDED[name].settings.get("step") == "spectral" else 1e-6
     for results in world:
-        assert error(results[name]["factors"], alone) <= 1e-6
+        assert error(results[name]["factors"], alone) <= allowed
         assert 0.3 * numel < results[name]["part"] < 0.7 * numel  # each holds its part only
         assert results[name]["stats"] == 0
     assert error(factors_of(Net(trainable_bias=True)), alone) > 4e-3
