@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
-import warnings
 from collections.abc import Sequence
 
+from psilora import caller
 from psilora.adapters import listed
 
 IDLE_STEPS = 2
@@ -29,7 +28,7 @@ class Notices:
         self._idle += 1
         limit = IDLE_STEPS if self._started else IDLE_START
         if self._idle == limit:
-            _warn(
+            caller.warn(
                 f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
                 "a change of adapters build a new PSILoRA"
             )
@@ -39,7 +38,7 @@ class Notices:
         new = [name for name in names if name not in self._halved]
         self._halved.update(new)
         if new:
-            _warn(
+            caller.warn(
                 "a pair is not trained while one of its factors has no gradient, as when lora_A or lora_B is frozen: "
                 f"{listed(new)}"
             )
@@ -49,15 +48,7 @@ class Notices:
         new = [name for name in names if name not in self._blind]
         self._blind.update(new)
         if new:
-            _warn(
+            caller.warn(
                 "gradients without captured activations (a fused or compiled kernel bypasses lora_A and lora_B, or "
                 f"the optimizer was detached); using the tangent gradient for {listed(new)}"
             )
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that calls `step`, outside this package and torch's wrappers."""
-    level, frame = 1, inspect.currentframe()
-    while frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("psilora", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(f"psilora: {message}", stacklevel=level)
