@@ -42,14 +42,14 @@ def test_plain_loop_learns_and_goes_on_from_its_checkpoint(tmp_path: Path, capsy
 def test_hf_trainer_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard", reason="TensorBoard is an extra: psilora[loops]")
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
-    losses = example("hf_trainer")(["--steps", "8", "--output", str(tmp_path)])
+    losses = example("hf_trainer")(["--steps", "16", "--output", str(tmp_path)])
     assert losses[-1] < losses[0] - 0.1
     assert list(tmp_path.glob("events.*"))
 
 
 def test_trl_sft_learns(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
-    losses = example("trl_sft")(["--steps", "8", "--output", str(tmp_path)])
+    losses = example("trl_sft")(["--steps", "16", "--output", str(tmp_path)])
     assert losses[-1] < losses[0] - 0.1
 
 
