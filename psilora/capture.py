@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psilora import compiled
 from psilora.adapters import LoRAPair
+from psilora.graphs import capturing
 from psilora.holdings import KINDS, Holding, Input, Matrix, Rows
 from psilora.numerics import compute_dtype, full_precision
 from psilora.origins import Origin, Originals, origin_of
@@ -120,14 +121,14 @@ class Record:
         look waits for the device, it takes a change that the version counters show, which one through `.data` does not;
         and while a CUDA graph is captured, nobody can look.
         """
-        on_cuda = self.pair.lora_A.device.type == "cuda"
-        if self.calls + self.missed == 0 or (on_cuda and torch.cuda.is_current_stream_capturing()):
+        device = self.pair.lora_A.device
+        if self.calls + self.missed == 0 or capturing(device):
             return False
         grads = [p.grad for p in (self.pair.lora_B, self.pair.lora_A) if p.grad is not None]
         known = {id(grad): version for grad, version in self._versions.values()}
         changed = any(known.get(id(grad)) != grad._version for grad in grads)
         self.changed |= changed
-        if not (changed or self.pair.lora_A.device.type == "cpu") or any(bool(grad.any()) for grad in grads):
+        if not (changed or device.type == "cpu") or any(bool(grad.any()) for grad in grads):
             return False
         if self.calls == 0 or (self.holds == "nothing" and self.sum_s2 is None):  # nothing is held to compare it with
             return changed

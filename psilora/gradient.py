@@ -7,7 +7,7 @@ is in the weight's own units: G = ∂L/∂W, whatever the LoRA scaling.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -136,17 +136,22 @@ class TangentGradient:
         return Q.mT @ ((P.mT @ P) @ Q), P @ ((Q @ Q.mT) @ P.mT)
 
 
+def activation_blocks(chunks: Chunks, dtype: torch.dtype, block: int = 1024) -> Iterator[Tensor]:
+    """Yield `block` rows of G = Σ_j S_jᵀX_j at a time."""
+    for start in range(0, chunks[0][1].shape[1], block):
+        products = [s[:, start : start + block].to(dtype).mT @ x.to(dtype) for x, s in chunks]
+        yield functools.reduce(Tensor.add_, products)
+
+
 def activation_squares(chunks: Chunks, dtype: torch.dtype, block: int = 1024) -> tuple[Tensor, Tensor]:
     """Return diag(GᵀG) (d_in,) and diag(GGᵀ) (d_out,) of G = Σ_j S_jᵀX_j, without holding all of G.
 
     Costs 2·N·d_in·d_out operations: `block` rows of G are formed at a time.
     """
-    d_in, d_out = chunks[0][0].shape[1], chunks[0][1].shape[1]
-    columns = chunks[0][0].new_zeros(d_in, dtype=dtype)
+    columns = chunks[0][0].new_zeros(chunks[0][0].shape[1], dtype=dtype)
     rows = []
-    for start in range(0, d_out, block):
-        products = [s[:, start : start + block].to(dtype).mT @ x.to(dtype) for x, s in chunks]
-        part = functools.reduce(Tensor.add_, products).square_()
+    for part in activation_blocks(chunks, dtype, block):
+        part.square_()
         columns += part.sum(0)
         rows.append(part.sum(1))
     return columns, torch.cat(rows)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from psilora.batch import Batch
 from psilora.distributed import Communicator
-from psilora.gradient import Chunks, TangentGradient
+from psilora.gradient import TangentGradient, activation_blocks
 from psilora.holdings import Dense
-from psilora.problem import Problem, Scales
+from psilora.problem import Problem, Scales, grouped
 
 #: Multiply-adds per layer above which ‖G‖² is estimated: about 1 ms of fp32 products on a current GPU.
 SKETCH_ABOVE = 2**33
@@ -49,10 +49,7 @@ def full_squares(
 
 
 def _tangent_squares(problems: Sequence[Problem]) -> list[Tensor]:
-    groups: dict[tuple[object, ...], list[Problem]] = {}
-    for problem in problems:
-        groups.setdefault(problem.key, []).append(problem)
-    return [_tangent_square(Batch(group, Scales())) for group in groups.values()]
+    return [_tangent_square(Batch(group, Scales())) for group in grouped(problems)]
 
 
 def _tangent_square(b: Batch) -> Tensor:
@@ -75,7 +72,7 @@ def captured_square(problem: Problem) -> Tensor:
     if min(grams, blocks) > SKETCH_ABOVE:
         return _square(_sketch(problem))
     if grams > blocks:
-        return torch.stack([_square(block) for block in _blocks(chunks, problem.dtype)]).sum()
+        return torch.stack([_square(block) for block in activation_blocks(chunks, problem.dtype)]).sum()
     X, S = (torch.cat([pair[i].to(problem.dtype) for pair in chunks]) for i in (0, 1))
     scale_X, scale_S = (torch.where(m == 0, 1.0, m) for m in (X.abs().amax(), S.abs().amax()))
     X, S = X / scale_X, S / scale_S
@@ -86,13 +83,6 @@ def _square(matrix: Tensor) -> Tensor:
     """Return the sum of squares, 0-d float64."""
     norm: Tensor = torch.linalg.vector_norm(matrix, dtype=torch.float64)
     return norm.square()
-
-
-def _blocks(chunks: Chunks, dtype: torch.dtype, rows: int = 1024) -> Iterator[Tensor]:
-    """Yield Σ_j S_jᵀX_j, some rows at a time."""
-    for start in range(0, chunks[0][1].shape[1], rows):
-        products = [s[:, start : start + rows].to(dtype).mT @ x.to(dtype) for x, s in chunks]
-        yield functools.reduce(Tensor.add_, products)
 
 
 def _joint_squares(problems: Sequence[Problem], communicator: Communicator) -> list[Tensor]:

@@ -35,8 +35,7 @@ class Notices:
 
     def halved(self, names: Sequence[str]) -> None:
         """Warn about the layers, of these names, with a gradient for one factor only, once for each."""
-        new = [name for name in names if name not in self._halved]
-        self._halved.update(new)
+        new = _first_time(names, self._halved)
         if new:
             caller.warn(
                 "a pair is not trained while one of its factors has no gradient, as when lora_A or lora_B is frozen: "
@@ -45,10 +44,16 @@ class Notices:
 
     def without_activations(self, names: Sequence[str]) -> None:
         """Warn about the layers, of these names, that have not been named before."""
-        new = [name for name in names if name not in self._blind]
-        self._blind.update(new)
+        new = _first_time(names, self._blind)
         if new:
             caller.warn(
                 "gradients without captured activations (a fused or compiled kernel bypasses lora_A and lora_B, or "
                 f"the optimizer was detached); using the tangent gradient for {listed(new)}"
             )
+
+
+def _first_time(names: Sequence[str], said: set[str]) -> list[str]:
+    """The names that have not been said yet; adds them to those that have."""
+    new = [name for name in names if name not in said]
+    said.update(new)
+    return new

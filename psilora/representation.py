@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from psilora import caller
 from psilora.adapters import LoRAPair, describe
 from psilora.capture import Capture
 from psilora.holdings import HOLDS
@@ -163,7 +163,7 @@ def _capturable(settings: Sequence[tuple[LoRAPair, Options]]) -> list[tuple[LoRA
             "set metric=None for these layers through `groups`"
         )
     if blind:
-        warnings.warn(f"psilora: using the tangent gradient (from .grad alone) for {describe(blind)}", stacklevel=4)
+        caller.warn(f"using the tangent gradient (from .grad alone) for {describe(blind)}")
     return [(pair, options) for pair, options in wanted if pair.uncaptured is None]
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from psilora import plan
+from psilora.graphs import capturing
 from psilora.plan import Layer, Structure
 from psilora.problem import Problem, Scales
 
@@ -71,11 +72,6 @@ def unsupported(problem: Problem) -> str | None:
     if any(t.device != device for t in tensors):
         return "tensors on several devices"
     return None if device.type == ("cpu" if _interpreted() else "cuda") else f"device {device}"
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is launched on a device goes into a CUDA graph instead of being run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _interpreted() -> bool:

@@ -6,13 +6,12 @@ by name, and training silently wrong is worse than training slowly. An explicit 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from psilora import triton_backend
+from psilora import caller, triton_backend
 from psilora.lorsum import Pair
 from psilora.problem import Problem, Scales, grouped
 from psilora.reference import reference_update
@@ -106,8 +105,7 @@ def _distrust(device: torch.device, reason: str, backends: triton_backend.Backen
     _verdicts[device] = False
     if backends is not None:
         backends.pop(device, None)
-    warnings.warn(
-        f"psilora: the Triton kernels are not used on {device}: {reason}. The reference backend takes over; please "
-        "report this with the output of `python -m psilora.doctor`",
-        stacklevel=6,
+    caller.warn(
+        f"the Triton kernels are not used on {device}: {reason}. The reference backend takes over; please "
+        "report this with the output of `python -m psilora.doctor`"
     )
