@@ -14,9 +14,33 @@ from psilora.groups import check_pair, pair_options
 from psilora.options import Options
 from psilora.state import init_state, state_dtype
 
+#: What wrappers put into the paths of modules: DDP, torch.compile, FSDP and checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def named(
+    groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair], others: Mapping[int, str]
+) -> list[list[str]]:
+    """Return the names of what each param group trains: pairs (two parameters each), or parameters.
+
+    Args:
+        groups: The optimizer's param groups.
+        pairs: By id of their lora_A.
+        others: Names of the parameters outside, by id.
+    """
+    return [
+        [pairs[id(p)].name for p in group["params"][::2]]
+        if group["kind"] == "lora"
+        else [others[id(p)] for p in group["params"]]
+        for group in groups
+    ]
+
 
 def compatible(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair]
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    pairs: Mapping[int, LoRAPair],
+    names: Sequence[Sequence[str]],
 ) -> tuple[dict[str, Any], list[tuple[LoRAPair, Options]]]:
     """Return the state dict with every option, and its settings, pair by pair.
 
@@ -24,9 +48,11 @@ def compatible(
         state_dict: To be loaded.
         groups: The optimizer's param groups; an option that `state_dict` lacks is taken from here.
         pairs: By id of their lora_A.
+        names: Of what each group trains, as `named` gives them. A state that holds its own ("names" of its groups) must
+            agree; one without, of an earlier version, is taken by position.
 
     Raises:
-        ValueError: It is of another optimizer, other parameters or shapes; says which.
+        ValueError: It is of another optimizer, other layers, parameters or shapes; says which.
     """
     saved = state_dict.get("param_groups", ())
     ours, theirs = ([group.get("kind") for group in found] for found in (groups, saved))
@@ -40,7 +66,10 @@ def compatible(
             raise ValueError(
                 f"param group {i} has {len(old['params'])} parameters, but {len(new['params'])} were saved"
             )
-    complete = [{**old, **new} for old, new in zip(groups, saved, strict=True)]
+        _same_names(i, names[i], new.get("names"))
+    complete = [
+        {**old, **{k: v for k, v in new.items() if k != "names"}} for old, new in zip(groups, saved, strict=True)
+    ]
     settings = pair_options(
         [{**new, "params": old["params"]} for old, new in zip(groups, complete, strict=True)], pairs
     )
@@ -54,6 +83,28 @@ def compatible(
                 if isinstance(value, Tensor) and value.dim() > 0:
                     _same_shape(f"parameter {j} of param group {i}", key, value, parameter.shape)
     return {**state_dict, "param_groups": complete}, settings
+
+
+def _same_names(i: int, ours: Sequence[str], saved: Sequence[str] | None) -> None:
+    """Raise ValueError where the state of one layer would be loaded into another."""
+    if saved is None:
+        return
+    wrong = [(old, new) for old, new in zip(saved, ours, strict=False) if not _same_name(old, new)]
+    if wrong or len(saved) != len(ours):
+        what = f"of {wrong[0][0]!r} would be loaded into {wrong[0][1]!r}" if wrong else f"has {len(saved)} names"
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"the state of param group {i} {what}{more}: it was saved for other layers, or in another order; build the "
+            "optimizer on the same model, or delete 'names' from the state's param_groups to load it by position"
+        )
+
+
+def _same_name(saved: str, ours: str) -> bool:
+    """Whether two names mean one layer, seen from further inside the model by one of them, or through a wrapper."""
+    short, long = sorted(
+        (".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in (saved, ours)), key=len
+    )
+    return long == short or not short or long.endswith(("" if short[0] == " " else ".") + short)
 
 
 def _check_pair_state(pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]]) -> None:

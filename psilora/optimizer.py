@@ -20,7 +20,7 @@ from psilora.counters import Counters
 from psilora.diagnostics import Observer
 from psilora.distributed import Communicator
 from psilora.groups import checked_pairs, lora_groups, pair_options
-from psilora.loading import compatible, copy_loaded
+from psilora.loading import compatible, copy_loaded, named
 from psilora.norms import full_squares
 from psilora.notices import Notices
 from psilora.numerics import full_precision
@@ -196,7 +196,9 @@ class PSILoRA(torch.optim.Optimizer):
         self._pairs = {id(pair.lora_A): pair for pair in pairs}
         param_groups = lora_groups(pairs, settings, groups)
         taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
-        rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
+        outside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
+        rest = list(outside.values())
+        self._outside = {id(p): name for name, p in outside.items()}
         if rest:
             adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
             param_groups.append(adamw_group(rest, maximize=maximize, **adamw))  # type: ignore[arg-type]
@@ -363,15 +365,28 @@ class PSILoRA(torch.optim.Optimizer):
         if self._controller is not None:
             self._controller.init_state(self.state)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict, whose groups also hold the "names" of their layers or parameters, in order."""
+        state = super().state_dict()
+        for group, names in zip(state["param_groups"], self._names(), strict=True):
+            group["names"] = names
+        return state
+
+    def _names(self) -> list[list[str]]:
+        """What each param group trains."""
+        return named(self.param_groups, self._pairs, self._outside)
+
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype.
 
-        An option that it lacks, being of another version, stays as it is here.
+        An option that it lacks, being of another version, stays as it is here. Layers are told by name: a prefix of all
+        paths and what wrappers insert do not matter, another order does.
 
         Raises:
-            ValueError: It is another optimizer's, of other parameters, or needs other hooks; nothing has been changed.
+            ValueError: It is another optimizer's, of other layers or parameters, or needs other hooks; nothing has been
+                changed.
         """
-        found, settings = compatible(state_dict, self.param_groups, self._pairs)
+        found, settings = compatible(state_dict, self.param_groups, self._pairs, self._names())
         self._planner.check(settings)
         super().load_state_dict(found)
         copy_loaded(found, self.param_groups, self.state)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from models import data, factors, plain_mlp, train
+from accelerate import Accelerator
+from models import MLP, data, factors, peft_mlp, plain_mlp, train
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
-from psilora import PSILoRA
+from psilora import LoRALinear, PSILoRA
+from psilora.checkpoint import save_checkpoint
 from psilora.options import OPTION_NAMES
 
 State = dict[str, Any]
@@ -195,3 +202,151 @@ def test_every_state_of_another_rank_is_refused_by_layer_and_sizes(settings: Sta
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state)
     assert_equal(before, everything(optimizer))
+
+
+def square(names: str = "q_proj k_proj") -> nn.Module:
+    """Layers of one shape, under the names of an attention, in this order."""
+    model = nn.ModuleDict()
+    for name in names.split():
+        model[name] = LoRALinear(nn.Linear(12, 12), 3)
+    return model.double()
+
+
+def stepped_square(model: nn.Module, **settings: Any) -> PSILoRA:
+    layers = [m for m in model.modules() if isinstance(m, LoRALinear)]
+    optimizer = PSILoRA(model, 0.05, **settings)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    sum(layer(x).square().sum() for layer in layers).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.mark.parametrize("names", ["k_proj q_proj", "q_proj o_proj"])
+def test_the_state_of_another_layer_of_the_same_shape_is_refused(names: str) -> None:
+    """The trap: torch matches by position, and all shapes agree."""
+    state = everything(stepped_square(square()))
+    optimizer = stepped_square(square(names=names))
+    before = everything(optimizer)
+    saved, ours = next((a, b) for a, b in zip(["q_proj", "k_proj"], names.split(), strict=True) if a != b)
+    with pytest.raises(ValueError, match=rf"group 0 of '{saved}' would be loaded into '{ours}'.*delete 'names'"):
+        optimizer.load_state_dict(state)
+    assert_equal(before, everything(optimizer))
+    for group in state["param_groups"]:  # by an earlier version
+        del group["names"]
+    optimizer.load_state_dict(state)
+    loaded = everything(optimizer)
+    assert all(torch.equal(v, loaded["state"][i][k]) for i, s in state["state"].items() for k, v in s.items())
+    assert loaded["param_groups"][0]["names"] == names.split()
+
+
+def test_the_state_of_another_adapter_or_head_is_refused() -> None:
+    model = peft_mlp(dtype=torch.float32)
+    state = everything(stepped_float(model))
+    other = get_peft_model(MLP((24, 20, 16, 6)), LoraConfig(r=4, target_modules=["l1", "l2", "l3"]), "other")
+    with pytest.raises(ValueError, match=r"'base_model.model.l1' would be loaded into 'base_model.model.l1 \(other\)'"):
+        PSILoRA(other, 0.1).load_state_dict(state)
+    heads = [plain_mlp((24, 20, 20, 20)) for _ in range(2)]
+    heads[0].l2.base.bias.requires_grad_()
+    heads[1].l3.base.bias.requires_grad_()
+    with pytest.raises(ValueError, match=r"group 1 of 'l2.base.bias' would be loaded into 'l3.base.bias'"):
+        PSILoRA(heads[1], 0.1).load_state_dict(PSILoRA(heads[0], 0.1).state_dict())
+
+
+def stepped_float(model: nn.Module) -> PSILoRA:
+    optimizer = PSILoRA(model, 0.05)
+    train(model, optimizer, [data(dtype=torch.float32)])
+    return optimizer
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: model,
+        lambda model: nn.Sequential(OrderedDict(module=model)),
+        lambda model: nn.Sequential(OrderedDict(_orig_mod=nn.Sequential(OrderedDict(module=model)))),
+        lambda model: nn.Sequential(OrderedDict(encoder=model)),
+    ],
+    ids=["plain", "ddp", "compiled ddp", "part of a model"],
+)
+def test_a_wrapped_model_loads_the_state_of_the_plain_one_and_back(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    plain, wrapped = stepped_square(square()), stepped_square(wrap(square()))
+    states = [everything(plain), everything(wrapped)]
+    plain.load_state_dict(states[1])
+    wrapped.load_state_dict(states[0])
+    for optimizer, state in ((plain, states[1]), (wrapped, states[0])):
+        now = everything(optimizer)
+        assert all(torch.equal(v, now["state"][i][k]) for i, s in state["state"].items() for k, v in s.items())
+
+
+def test_a_layer_by_itself_loads_what_it_was_in_the_model() -> None:
+    model = square(names="q_proj")
+    whole, alone = stepped_square(model), stepped_square(model["q_proj"])
+    assert everything(alone)["param_groups"][0]["names"] == [""]
+    alone.load_state_dict(whole.state_dict())
+    whole.load_state_dict(alone.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")  # it is, and dcp says so
+def test_the_names_survive_files_accelerate_and_distributed_checkpoints(tmp_path: Path) -> None:
+    model = headed()
+    optimizer = stepped(model)
+    names = [["l1", "l2", "l3"], ["l3.base.bias"]]
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    save_checkpoint(tmp_path / "own", 1, model, optimizer=optimizer)
+    dcp.save({"optimizer": get_optimizer_state_dict(model, optimizer)}, checkpoint_id=tmp_path / "dcp")
+    accelerator = Accelerator(cpu=True)
+    prepared = accelerator.prepare(stepped(headed()))
+    accelerator.save_state(str(tmp_path / "accelerate"))
+    from_dcp = {"optimizer": get_optimizer_state_dict(model, stepped(model))}
+    for group in from_dcp["optimizer"]["param_groups"]:
+        group["names"] = ["unread"] * len(group["names"])
+    dcp.load(from_dcp, checkpoint_id=tmp_path / "dcp")
+    read = torch.load(tmp_path / "own/step-00000001.pt", weights_only=True)["parts"]["optimizer"]
+    files = [tmp_path / "state.pt", *(tmp_path / "accelerate").glob("optimizer*")]
+    assert len(files) == 2
+    for state in [from_dcp["optimizer"], read, *(torch.load(file, weights_only=True) for file in files)]:
+        assert [group["names"] for group in state["param_groups"]] == names
+    prepared.load_state_dict(torch.load(files[0], weights_only=True))
+    set_optimizer_state_dict(model, optimizer, from_dcp["optimizer"])
+    for group in from_dcp["optimizer"]["param_groups"]:
+        group["names"].reverse()
+    with pytest.raises(ValueError, match="group 0 of 'l3' would be loaded into 'l1', and 1 more differ"):
+        set_optimizer_state_dict(model, optimizer, from_dcp["optimizer"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "change", "message"),
+    [
+        (EXACT, {"momentum_rank": 2}, "l1: the state holds a momentum of rank 4, and momentum_rank=2 asks for rank 2"),
+        ({**EXACT, "momentum_rank": 2}, {"momentum_rank": None}, "of rank 2, and momentum_rank=None asks for rank 4"),
+        (TANGENT, {"momentum_rank": 6}, "of rank 4, and momentum_rank=6 asks for rank 6"),
+        ({"metric": None}, {"joint": False}, "of rank 8, and joint=False asks for rank 4"),
+    ],
+    ids=str,
+)
+def test_a_momentum_of_another_rank_than_its_group_asks_for_is_refused(
+    settings: State, change: State, message: str
+) -> None:
+    """The trap: the step goes on at the old rank, and what is saved then does not load."""
+    model = headed()
+    optimizer = stepped(model, **settings)
+    kept = {key: optimizer.param_groups[0][key] for key in change}
+    state, before = everything(optimizer), factors(model)
+    optimizer.param_groups[0].update(change)
+    with pytest.raises(RuntimeError, match=message):
+        train(model, optimizer, [data()])
+    assert all(torch.equal(before[name], value) for name, value in factors(model).items())
+    optimizer.param_groups[0].update(kept)
+    assert_equal(state, everything(optimizer))
+    train(model, optimizer, [data()])
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def test_a_momentum_begins_at_the_rank_that_the_group_asks_for_by_then() -> None:
+    model = headed()
+    optimizer = PSILoRA(model, 0.05, **EXACT)
+    optimizer.param_groups[0]["momentum_rank"] = 2
+    train(model, optimizer, [data()])
+    assert optimizer.state[model.l1.lora_A.weight]["momentum"].shape == (2, 24)
+    optimizer.load_state_dict(optimizer.state_dict())
