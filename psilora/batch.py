@@ -48,9 +48,9 @@ class Batch:
     def column(self, values: Sequence[float | Tensor]) -> Tensor:
         """Return one number per layer as (L, 1, 1)."""
         if any(isinstance(v, Tensor) for v in values):
-            tensor = torch.stack([torch.as_tensor(v, dtype=self.dtype).to(self.device).reshape(()) for v in values])
+            tensor = torch.stack([torch.as_tensor(v, dtype=self.dtype, device=self.device).reshape(()) for v in values])
         else:
-            tensor = torch.tensor(values, dtype=self.dtype).to(self.device, non_blocking=True)
+            tensor = torch.tensor(values, dtype=self.dtype, device="cpu").to(self.device, non_blocking=True)
         return tensor.view(-1, 1, 1)
 
     def states(self, name: str) -> tuple[Tensor, Tensor]:

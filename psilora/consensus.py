@@ -57,7 +57,7 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
         return [Joint(*counts) for counts in local]
     world = communicator.world_size
     device = pairs[0].lora_A.device
-    counts = torch.tensor(local, dtype=torch.float64).to(device)
+    counts = torch.tensor(local, dtype=torch.float64, device="cpu").to(device)
     overlaps = torch.stack([_overlap(pair, capture.record(pair)).to(device) for pair in pairs])
     counts, overlaps = communicator.sums([counts, overlaps])
     joints = []
@@ -86,7 +86,7 @@ def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:
     """Return ⟨dB now, dB left⟩ and ‖dB left‖² in this process, (2,) float64; 0 where there is none."""
     now = pair.lora_B.grad
     if now is None or record is None or record.left is None or is_sparse(now):
-        return torch.zeros(2, dtype=torch.float64)
+        return torch.zeros(2, dtype=torch.float64, device="cpu")
     left = record.left.double()
     return torch.stack([(now.detach().double() * left).sum(), left.square().sum()])
 

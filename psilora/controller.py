@@ -59,7 +59,7 @@ class SlopeController:
         """Create the state where it does not exist yet."""
         first = self.pairs[0].lora_A
         if "controller" not in state[first]:
-            numbers = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64)
+            numbers = torch.tensor([START, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0], dtype=torch.float64, device="cpu")
             state[first]["controller"] = numbers.to(first.device)
         for pair in self.pairs:
             for parameter in (pair.lora_A, pair.lora_B):

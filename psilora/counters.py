@@ -39,7 +39,7 @@ class Counters:
                 return
             self._warn(self._host)
         if self._host is None:
-            self._host = torch.zeros(len(EVENTS), dtype=torch.int64, pin_memory=True)
+            self._host = torch.zeros(len(EVENTS), dtype=torch.int64, device="cpu", pin_memory=True)
         self._host.copy_(self.values, non_blocking=True)
         self._copied = torch.cuda.Event()
         self._copied.record()

@@ -328,11 +328,11 @@ def _train(backend: str, device: str, dtype: torch.dtype, case: dict[str, Any]) 
     model = nn.Sequential(LoRALinear(nn.Linear(24, 40), 4, 8), nn.Tanh(), LoRALinear(nn.Linear(40, 16), 4, 8))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, device="cpu") * 0.2)
     model = model.to(device, dtype)
     optimizer = PSILoRA(model, 0.1, backend=backend, **case)
     for _ in range(3):
-        x = torch.randn(33, 24, generator=generator).to(device, dtype)
+        x = torch.randn(33, 24, generator=generator, device="cpu").to(device, dtype)
         optimizer.zero_grad()
         (model(x) - 1).square().mean().backward()
         optimizer.step()

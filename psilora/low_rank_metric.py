@@ -28,7 +28,7 @@ def directions(F: Tensor) -> Tensor:
     layers, d, k = F.shape
     size = torch.linalg.vector_norm(F, dim=1, keepdim=True)
     generator = torch.Generator().manual_seed(0)
-    others = torch.randn(d, min(k, d - k), generator=generator, dtype=torch.float64).to(F.device)
+    others = torch.randn(d, min(k, d - k), generator=generator, dtype=torch.float64, device="cpu").to(F.device)
     own = (F / torch.where(size == 0, 1.0, size)).double()
     Q: Tensor = torch.linalg.qr(torch.cat([own, others.expand(layers, -1, -1)], -1))[0]
     return Q.to(F.dtype)

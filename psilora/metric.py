@@ -49,8 +49,8 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         return activation_squares(record.chunks, dtype)
     if record.sum_x2 is not None and record.sum_s2 is not None:
         return record.sum_x2, record.sum_s2
-    x2 = sum((x.to(dtype).square().sum(0) for x, _ in record.chunks), torch.zeros((), dtype=dtype))
-    s2 = sum((s.to(dtype).square().sum(0) for _, s in record.chunks), torch.zeros((), dtype=dtype))
+    x2 = _total([x.to(dtype).square().sum(0) for x, _ in record.chunks])
+    s2 = _total([s.to(dtype).square().sum(0) for _, s in record.chunks])
     return x2, s2
 
 

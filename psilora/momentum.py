@@ -26,7 +26,7 @@ def initial_momentum(B: Tensor, A: Tensor, rank: int, dtype: torch.dtype) -> tup
         dtype: dtype of the state, at least fp32.
     """
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(rank, A.shape[1], generator=generator, dtype=torch.float64)
+    rows = torch.randn(rank, A.shape[1], generator=generator, dtype=torch.float64, device="cpu")
     return B.new_zeros(B.shape[0], rank, dtype=dtype), rows.to(A.device, dtype)
 
 

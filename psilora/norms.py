@@ -113,5 +113,6 @@ def _columns(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if size <= COLUMNS:
         return torch.eye(size, dtype=dtype, device=device)
     generator = torch.Generator().manual_seed(0)
-    columns: Tensor = torch.randn(size, COLUMNS, generator=generator, dtype=dtype) / COLUMNS**0.5
+    numbers = torch.randn(size, COLUMNS, generator=generator, dtype=dtype, device="cpu")
+    columns: Tensor = numbers / COLUMNS**0.5
     return columns.to(device)

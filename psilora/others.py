@@ -56,7 +56,7 @@ class Others:
             self._adamw = None
             return
         if self._adamw is None:
-            self._adamw = torch.optim.AdamW([torch.zeros(1)])
+            self._adamw = torch.optim.AdamW([torch.zeros(1, device="cpu")])
         self._adamw.param_groups = groups
         self._adamw.state = owner.state
 

@@ -61,7 +61,7 @@ def disagreement(executions: Sequence[triton_backend.Computed], scales: Scales) 
 
     Waits for the device, and costs one step of the reference.
     """
-    sums = torch.zeros(2, 2, dtype=torch.float64)
+    sums = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
     steps = {id(p): step for e in executions for p, step in zip(e.problems, e.increments(), strict=True)}
     for problems in grouped([p for e in executions for p in e.problems]):
         spectral = problems[0].options.step == "spectral"

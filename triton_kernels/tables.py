@@ -132,7 +132,7 @@ class PointerTable:
         return self._sent
 
     def _pin(self) -> Tensor:
-        return torch.zeros(self._size, dtype=torch.int64, pin_memory=True)
+        return torch.zeros(self._size, dtype=torch.int64, device="cpu", pin_memory=True)
 
 
 def int32_table(rows: Iterable[Sequence[int]], columns: int, device: torch.device) -> Tensor:

@@ -88,7 +88,7 @@ class PreconditionedAdamW(PairOptimizer):
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:
         """Take Adam's direction of each preconditioned gradient."""
         g_B, g_A = preconditioned(layer, group["damping"])
-        state["step"] = state.get("step", torch.zeros(())) + 1
+        state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
         t = int(state["step"])
         D_B, moments_B = adam_direction(g_B, state, "B", group["betas"], group["eps"], t)
         D_A, moments_A = adam_direction(g_A, state, "A", group["betas"], group["eps"], t)

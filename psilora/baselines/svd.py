@@ -66,7 +66,7 @@ class SVDLoRA(PairOptimizer):
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:
         """Form the full step and truncate it."""
         G = layer.gradient
-        state["step"] = state.get("step", torch.zeros(())) + 1
+        state["step"] = state.get("step", torch.zeros((), device="cpu")) + 1
         if group["rule"] == "adamw":
             D, moments = adam_direction(G, state, "W", group["betas"], group["eps"], int(state["step"]))
             state |= moments
