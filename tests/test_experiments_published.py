@@ -84,6 +84,48 @@ def test_broken_idx_files_are_refused(tmp_path: Path, content: bytes, message: s
         module("tasks.vision").read_idx(path)
 
 
+def test_table1_trains_every_method_resumes_and_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table1 = module("table1")
+    monkeypatch.setattr(table1, "POINTS", 2)
+    mnist_files(tmp_path)
+    out = tmp_path / "out"
+    command = ["table1", "--data", str(tmp_path), "--out", str(out), "--lrs", "0.02", "--seeds", "0-1", "--quiet"]
+    module("__main__").main([*command, "--epochs", "1"])
+    files = {path: path.read_bytes() for path in out.rglob("*.json")}
+    assert len(files) == 2 * len(table1.METHODS)
+    victim = next(iter(files))
+    victim.unlink()
+    module("__main__").main([*command, "--epochs", "1"])
+    assert {path: path.read_bytes() for path in out.rglob("*.json")} == files  # the missing one, bit for bit
+
+    merged = tmp_path / "results" / "table1.json"
+    assert module("store").merge(out, merged) == len(files)
+    runs = [run for run in module("store").contents(merged.parent) if run["table1"]["method"] == "oplora-2"]
+    accuracies = [list(run["accuracy"].values()) for run in runs]
+    assert [run["table1"]["seed"] for run in runs] == [0, 1] and {len(a) for a in accuracies} == {2}
+    row = next(line for line in table1.table(module("store").contents(out)) if line.startswith("| oplora-2 |"))
+    final, mean = 50 * sum(a[-1] for a in accuracies), 25 * sum(map(sum, accuracies))
+    assert row == f"| oplora-2 | 0.02 | 1 | 2 | {final:.2f} | {mean:.2f} | 0 | 0 |"
+    assert row in module("report").write(merged.parent).read_text()
+
+
+def test_table1_adapts_the_linear_layers_and_trains_the_convolutions() -> None:
+    table1, vision = module("table1"), module("tasks.vision")
+    model = vision.adapted(vision.LeNet5(), table1.RANK)
+    trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+    adapters = {f"classifier.{i}.lora_{side}" for i in (0, 2, 4) for side in "AB"}
+    assert trained == {"features.0", "features.3", *adapters}
+    assert {m.lora_A.weight.shape[0] for m in model.modules() if hasattr(m, "lora_A")} == {8}
+
+
+def test_a_run_of_table1_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    mnist_files(tmp_path)
+    table1 = module("table1")
+    found = table1.train("sgd", 1e30, 0, 2, tmp_path)
+    line = table1.table([{"table1": {"method": "sgd", "lr": 1e30, "seed": 0, "epochs": 2}, **found}])[-1]
+    assert "| not finite |" in line
+
+
 def test_cifar100_reads_its_pickles_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inner = tmp_path / "cifar-100-python"
     inner.mkdir()

@@ -1,9 +1,9 @@
-"""MNIST and CIFAR-100 as in OPLoRA's Table 1, from local files in their published formats. Not run here.
+"""MNIST and CIFAR-100 as in OPLoRA's Table 1, from local files in their published formats.
 
 MNIST: the four IDX files, gzipped or not. CIFAR-100: the pickles `train` and `test` of `cifar-100-python`. LeNet5 and
 PatchMLP start from random weights; adapters (alpha = r) go on their linear layers, whose base stays frozen, and the
-other layers are trained. The papers train those by SGD with momentum, here AdamW does. A tenth of the training images
-validates.
+other layers are trained. The papers train those by SGD with momentum, here AdamW does (`experiments.table1` does as
+they do). A tenth of the training images validates.
 """
 
 from __future__ import annotations
@@ -137,16 +137,21 @@ def with_validation(splits: dict[str, Images]) -> dict[str, Images]:
     return {"train": (x[kept], y[kept]), "validation": (x[held_out], y[held_out]), "test": splits["test"]}
 
 
-def make(condition: str, rank: int, seed: int, folder: Path) -> ImageSession:
-    """A session on the files of `folder`; `condition` is "mnist" or "cifar100"."""
-    data = with_validation(mnist(folder) if condition == "mnist" else cifar100(folder))
-    torch.manual_seed(seed)
-    network = LeNet5() if condition == "mnist" else PatchMLP()
+def adapted(network: nn.Module, rank: int) -> nn.Module:
+    """`network` with adapters on its linear layers, everything else trained as it is."""
     linear = {id(p) for module in network.modules() if isinstance(module, nn.Linear) for p in module.parameters()}
     trained = [p for p in network.parameters() if id(p) not in linear]
     model = adapt(network, rank)
     for parameter in trained:
         parameter.requires_grad_(True)
+    return model
+
+
+def make(condition: str, rank: int, seed: int, folder: Path) -> ImageSession:
+    """A session on the files of `folder`; `condition` is "mnist" or "cifar100"."""
+    data = with_validation(mnist(folder) if condition == "mnist" else cifar100(folder))
+    torch.manual_seed(seed)
+    model = adapted(LeNet5() if condition == "mnist" else PatchMLP(), rank)
     steps = EPOCHS[condition] * max(1, len(data["train"][1]) // BATCH)
     return ImageSession(model, data, steps, seed, HEAD_LR)
 
