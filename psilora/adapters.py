@@ -67,6 +67,11 @@ class LoRAPair:
         return value
 
     @property
+    def trainable(self) -> bool:
+        """Whether both factors require a gradient now; one that does not is never moved, and they move together."""
+        return self.lora_A.requires_grad and self.lora_B.requires_grad
+
+    @property
     def path(self) -> str:
         """The path of the adapted module alone."""
         return self.name.removesuffix(f" ({self.adapter})")

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from psilora import compiled
 from psilora.adapters import LoRAPair
+from psilora.discards import Passes, Versions, present, suspects
 from psilora.graphs import capturing
 from psilora.holdings import KINDS, Holding, Input, Matrix, Rows
 from psilora.numerics import compute_dtype, full_precision
@@ -51,6 +52,7 @@ class Record:
         sum_x2, sum_s2: Where `sums` is "squares", Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,); where it is "products",
             XᵀX (d_in, d_in) and S_BᵀS_B (d_out, d_out); in the compute dtype, None before the first call.
         itemsize: Bytes per number of the narrowest X or S_B that came, as it came; 8 before the first.
+        versions: `.grad` as backward has left it.
         missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
             reached lora_A through neither.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
@@ -58,13 +60,23 @@ class Record:
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
     """
 
-    def __init__(self, pair: LoRAPair, holds: str, sums: str | None, probes: set[Record], originals: Originals) -> None:
+    def __init__(
+        self,
+        pair: LoRAPair,
+        holds: str,
+        sums: str | None,
+        probes: set[Record],
+        originals: Originals,
+        passes: Passes,
+    ) -> None:
         self.pair = pair
         self.holds = holds
         self.sums = sums
         self.verified = False
         self._probes = probes
         self._originals = originals
+        self._passes = passes
+        self.versions = Versions()
         self._lock = threading.Lock()
         self.clear()
 
@@ -79,7 +91,7 @@ class Record:
         self.missed = 0
         self.left: Tensor | None = None
         self.changed = False
-        self._versions: dict[int, tuple[Tensor, int]] = {}  # by parameter, `.grad` and its version after backward
+        self.versions.clear()
         self._probes.discard(self)
         self._pending: dict[int, Pending] = {}  # by backward pass
         self._backward = -1
@@ -92,53 +104,57 @@ class Record:
     def open(self, *, missed: bool) -> None:
         """Note that backward has reached lora_B's output, before anything of this call accumulates.
 
-        A new backward pass that finds no gradient, or one set to zero, starts afresh: what is here was left by a step
-        that never came, after a `zero_grad` on the model or an overflow, neither of which reaches the optimizer. What
-        other threads have under way stays.
+        The first such call of a backward pass drops, of all records, what belongs to gradients that were reset since.
 
         Args:
             missed: Whether the call did not pass lora_A's input node, so that it will bring no X.
         """
+        backward = torch._C._current_graph_task_id()
+        self._passes.begin(backward)
         with self._lock:
-            backward = torch._C._current_graph_task_id()
             if backward != self._backward:
-                if self.pair.lora_A.grad is None or self._zeroed():
-                    here = threading.get_ident()
-                    under_way = {
-                        task: pending
-                        for task, pending in self._pending.items()
-                        if task == backward or pending.thread != here
-                    }
-                    self.clear()
-                    self._pending = under_way
+                if self.pair.lora_A.grad is None:
+                    self._restart(backward)
                 self._backward = backward
             self.missed += missed
 
-    def _zeroed(self) -> bool:
-        """Whether `.grad` is zero and what is held is not, so that it was set to zero in place; notes other changes.
+    def refresh(self, backward: int) -> None:
+        """Start afresh if `.grad` is gone or was set to zero: a new backward pass begins, or a step.
+
+        What is here was left by a step that never came, after a `zero_grad` on the model or an overflow, neither of
+        which reaches the optimizer.
+
+        Args:
+            backward: The pass that begins, whose changes of `.grad` are noted; -1 for none.
+        """
+        with self._lock:
+            if self.idle:
+                return
+            changed = self.versions.changes(self.pair) > 0
+            self.changed |= changed and backward >= 0
+            if self.pair.lora_A.grad is None or self._zeroed(changed, unless_held=changed and backward >= 0):
+                self._restart(backward)
+
+    def _restart(self, backward: int) -> None:
+        """Forget all but what this pass, and other threads, have under way."""
+        here, pending = threading.get_ident(), self._pending
+        self.clear()
+        self._pending = {task: calls for task, calls in pending.items() if task == backward or calls.thread != here}
+
+    def _zeroed(self, changed: bool, unless_held: bool) -> bool:
+        """Whether `.grad` is zero and what is held is not, so that it was set to zero in place.
 
         Zero alone says nothing: a masked loss leaves it, and dA is zero at B = 0. Elsewhere than on the CPU, where a
         look waits for the device, it takes a change that the version counters show, which one through `.data` does not;
-        and while a CUDA graph is captured, nobody can look.
+        and while a CUDA graph is captured, nobody can look. Where nothing is held to compare it with, `unless_held`.
         """
-        device = self.pair.lora_A.device
-        if self.calls + self.missed == 0 or capturing(device):
+        device, grads = self.pair.lora_A.device, present(self.pair)
+        if capturing(device) or not (changed or device.type == "cpu") or any(bool(grad.any()) for grad in grads):
             return False
-        grads = [p.grad for p in (self.pair.lora_B, self.pair.lora_A) if p.grad is not None]
-        known = {id(grad): version for grad, version in self._versions.values()}
-        changed = any(known.get(id(grad)) != grad._version for grad in grads)
-        self.changed |= changed
-        if not (changed or device.type == "cpu") or any(bool(grad.any()) for grad in grads):
-            return False
-        if self.calls == 0 or (self.holds == "nothing" and self.sum_s2 is None):  # nothing is held to compare it with
-            return changed
+        if self.calls == 0 or (self.holds == "nothing" and self.sum_s2 is None):
+            return unless_held
         left = self.sum_s2 if self.holds == "nothing" else self.held.dB(self.pair).to(grads[0].dtype)
         return left is not None and bool(left.any())
-
-    def _note(self, parameter: Tensor) -> None:
-        """Remember `.grad` as backward leaves it."""
-        if parameter.grad is not None:
-            self._versions[id(parameter)] = parameter.grad, parameter.grad._version
 
     def add(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
         """Hold the input and output gradient of one call, from inside backward, until lora_A's gradient accumulates.
@@ -156,7 +172,7 @@ class Record:
             self.missed += pending is None  # something that bypasses the modules made this gradient
             for x, s, origin in () if pending is None else pending.calls:
                 self._take(x, s, origin)
-            self._note(self.pair.lora_A)
+            self.versions.note(self.pair.lora_A)
 
     def stand_in(self) -> None:
         """Hold no rows, for a pair that other processes captured in this step and this one did not run."""
@@ -202,7 +218,7 @@ class Record:
         """Keep a copy of dB as backward leaves it, if this is one of the probes."""
         with self._lock:  # of two threads, the one whose copy is older must not have the last word
             grad = self.pair.lora_B.grad
-            self._note(self.pair.lora_B)
+            self.versions.note(self.pair.lora_B)
             if grad is not None and (self in self._probes or len(self._probes) < PROBES):
                 self._probes.add(self)
                 self.left = grad.detach().clone()
@@ -211,6 +227,11 @@ class Record:
     def chunks(self) -> list[tuple[Tensor, Tensor]]:
         """(X, S_B) of each call, in backward order; [] where rows are not kept."""
         return self.held.chunks if isinstance(self.held, Rows) else []
+
+    @property
+    def idle(self) -> bool:
+        """Whether no backward pass has reached the pair since the last step."""
+        return self.calls == 0 and self.missed == 0
 
     @property
     def captured(self) -> bool:
@@ -230,7 +251,9 @@ class Capture:
     def __init__(self, pairs: list[LoRAPair], holds: Sequence[str], sums: Sequence[str | None] | None = None) -> None:
         probes: set[Record] = set()
         kinds, originals = zip(pairs, holds, sums or [None] * len(pairs), strict=True), Originals()
-        self.records = {id(pair): Record(pair, kind, s, probes, originals) for pair, kind, s in kinds}
+        self._passes = Passes()
+        self.records = {id(pair): Record(pair, kind, s, probes, originals, self._passes) for pair, kind, s in kinds}
+        self._passes.records = list(self.records.values())
         self.superseded = False
         self._handles: list[RemovableHandle] = []
         for pair in pairs:
@@ -259,8 +282,19 @@ class Capture:
 
     def clear(self) -> None:
         """Drop everything captured."""
+        self._passes.clear()
         for record in self.records.values():
             record.clear()
+
+    def refresh(self) -> None:
+        """Before a step, drop what was captured for gradients that have been reset since."""
+        for record in suspects(list(self.records.values())):
+            record.refresh(-1)
+
+    @property
+    def attached(self) -> bool:
+        """Whether its hooks are on the model."""
+        return bool(self._handles)
 
     def nbytes(self) -> int:
         """Return the bytes held; storage shared between layers is counted once."""

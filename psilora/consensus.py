@@ -14,6 +14,7 @@ from torch import Tensor
 
 from psilora.adapters import LoRAPair, is_sparse, listed
 from psilora.capture import Capture, Record
+from psilora.discards import present
 from psilora.distributed import Communicator
 from psilora.options import Options
 
@@ -23,7 +24,7 @@ class Joint:
     """Sums over the processes, for one pair.
 
     Attributes:
-        gradients: Processes in which both factors have a gradient.
+        gradients: Processes in which both factors are trainable and have a gradient.
         calls, missed, rows: Captured backward calls, those of which only a part was seen, and rows N.
         probed: Processes whose dB was kept as backward left it, or that ran no backward for the pair.
         overlap: (Σ⟨dB now, dB left⟩, Σ‖dB left‖²), (2,) float64, where dB left is dB as backward left it in a process;
@@ -36,6 +37,11 @@ class Joint:
     rows: int
     probed: int
     overlap: Tensor | None = None
+
+    @property
+    def unreached(self) -> bool:
+        """Whether no backward pass of any process has reached the pair."""
+        return self.calls == 0 and self.missed == 0
 
     @property
     def captured(self) -> bool:
@@ -75,7 +81,7 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
 
 def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int]:
     """Return this process's counts, in the order of `Joint`."""
-    gradients = int(pair.lora_A.grad is not None and pair.lora_B.grad is not None)
+    gradients = int(pair.trainable and len(present(pair)) == 2)
     if record is None:
         return gradients, 0, 0, 0, 0
     idle = record.calls == 0 and record.missed == 0

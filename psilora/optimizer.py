@@ -254,7 +254,8 @@ class PSILoRA(torch.optim.Optimizer):
         """Take one step; return the closure's loss, if there is one.
 
         Order: metric, both projections, check, commit, AdamW, drop captures. Everything is computed before anything is
-        written, so an error leaves parameters and state as they were. Pairs without gradients are left alone.
+        written, so an error leaves parameters and state as they were. Pairs without gradients are left alone, and so
+        are those with a frozen factor, and captured ones with gradients of zero that no backward pass has left there.
 
         Raises:
             RuntimeError: A gradient is sparse, a capture does not match `.grad`, or (nonfinite="raise") is not finite.
@@ -265,6 +266,7 @@ class PSILoRA(torch.optim.Optimizer):
                 loss = closure()
         if self._capture.superseded:
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
+        self._capture.refresh()
         joints = self._consensus()
         gathered = Gathered()
         problems = self._problems(joints, gathered)
@@ -337,13 +339,13 @@ class PSILoRA(torch.optim.Optimizer):
         """The pairs that have gradients."""
         settings = self._options()
         self._planner.check(settings)
-        problems, blind, halved = collect(settings, self._capture, joints, self.state, gathered)
-        self._notices.without_activations(blind)
-        self._notices.halved(halved)
-        self._notices.trained(bool(problems or halved))
+        found = collect(settings, self._capture, joints, self.state, gathered)
+        self._notices.without_activations(found.blind)
+        self._notices.halved(found.halved)
+        self._notices.trained(bool(found.problems or found.halved))
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
-        return problems
+        return found.problems
 
     def _overflow(self, device: torch.device) -> Tensor:
         """Whether a GradScaler, which tells through `found_inf`, wants this step skipped; a 0-d bool."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from psilora.adapters import LoRAPair, check_model, describe, is_sparse
 from psilora.capture import Capture
+from psilora.discards import all_zero, present
 from psilora.groups import checked_pairs
 from psilora.numerics import compute_dtype, full_precision
 from psilora.others import Others, adamw_group
@@ -110,7 +111,7 @@ class PairOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step; return the closure's loss, if there is one. Pairs without gradients are left alone.
+        """Take one step; return the closure's loss, if there is one. Pairs without gradients or frozen are left alone.
 
         Raises:
             RuntimeError: A gradient is sparse, or G is needed and was not captured or does not reproduce `.grad`.
@@ -120,9 +121,11 @@ class PairOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         group = self.param_groups[0]
+        if self._capture is not None:
+            self._capture.refresh()
         proposals = []
         for pair in self._pairs:
-            if pair.lora_A.grad is None or pair.lora_B.grad is None:
+            if len(present(pair)) < 2 or not pair.trainable or self._unreached(pair):
                 continue
             with full_precision(pair.lora_A.device.type):
                 proposals.append((pair, self.propose(self._layer(pair), dict(self.state[pair.lora_B]), group)))
@@ -144,6 +147,11 @@ class PairOptimizer(torch.optim.Optimizer):
         B, A = pair.B.to(dtype) * root, pair.A.to(dtype) * root
         left, right = dA.flatten(1).to(dtype) / root, dB.flatten(1).to(dtype) / root
         return Layer(B, A, left, right, self._gradient(pair, A, right))
+
+    def _unreached(self, pair: LoRAPair) -> bool:
+        """Whether no backward pass has reached a captured pair, and its gradients are zero."""
+        record = None if self._capture is None else self._capture.record(pair)
+        return record is not None and record.idle and not any(map(is_sparse, present(pair))) and all_zero([pair])[0]
 
     def _gradient(self, pair: LoRAPair, A: Tensor, right: Tensor) -> Tensor | None:
         """G = c·S_BᵀX/s, checked against GÃᵀ from `.grad` where that is more than rounding."""
