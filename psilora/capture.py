@@ -36,10 +36,10 @@ _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]] = weakref.We
 
 @dataclass
 class Pending:
-    """The calls of one backward pass, run by one thread, that nothing has confirmed yet: X, S_B and X's origin."""
+    """The calls of one backward pass, run by one thread, not yet confirmed: X, S_B, X's origin and the call."""
 
     thread: int
-    calls: list[tuple[Tensor, Tensor | None, Origin | None]] = field(default_factory=list)
+    calls: list[tuple[Tensor, Tensor | None, Origin | None, object]] = field(default_factory=list)
 
 
 class Record:
@@ -48,13 +48,15 @@ class Record:
     Attributes:
         held: What is kept of X (N_j, d_in) and S_B (N_j, d_out) of each call; see `psilora.holdings`.
         holds: Its kind, from the next call on.
-        calls, rows: number of calls and N = Σ N_j.
+        calls, rows: number of calls and N = Σ N_j; a call that two backward passes reach through one graph is one.
         sum_x2, sum_s2: Where `sums` is "squares", Σ_n x_n² (d_in,) and Σ_n (S_B)_n² (d_out,); where it is "products",
             XᵀX (d_in, d_in) and S_BᵀS_B (d_out, d_out); in the compute dtype, None before the first call.
         itemsize: Bytes per number of the narrowest X or S_B that came, as it came; 8 before the first.
         versions: `.grad` as backward has left it.
         missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
             reached lora_A through neither.
+        overlaid: Whether two backward passes reached one call and only sums of squares are kept: those of S₁ + S₂ need
+            both at once.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         changed: Whether something other than backward has changed `.grad` between two backward passes.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
@@ -89,6 +91,8 @@ class Record:
         self.sum_x2: Tensor | None = None
         self.sum_s2: Tensor | None = None
         self.missed = 0
+        self.overlaid = False
+        self._taken: dict[object, int] = {}  # the place of each call among the chunks
         self.left: Tensor | None = None
         self.changed = False
         self.versions.clear()
@@ -156,22 +160,23 @@ class Record:
         left = self.sum_s2 if self.holds == "nothing" else self.held.dB(self.pair).to(grads[0].dtype)
         return left is not None and bool(left.any())
 
-    def add(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
+    def add(self, x: Tensor, s: Tensor | None, origin: Origin | None = None, call: object = None) -> None:
         """Hold the input and output gradient of one call, from inside backward, until lora_A's gradient accumulates.
 
+        `call` stands for it in every pass through its graph; None for one that cannot be told from another.
         `torch.autograd.grad` passes through the nodes as well, but leaves `.grad` alone: nothing confirms its calls.
         """
         with self._lock:
             pending = self._pending.setdefault(torch._C._current_graph_task_id(), Pending(threading.get_ident()))
-            pending.calls.append((x, s, origin))
+            pending.calls.append((x, s, origin, call))
 
     def confirm(self) -> None:
         """Take the calls of this backward pass: lora_A's gradient, which waits for all of them, has accumulated."""
         with self._lock:
             pending = self._pending.pop(torch._C._current_graph_task_id(), None)
             self.missed += pending is None  # something that bypasses the modules made this gradient
-            for x, s, origin in () if pending is None else pending.calls:
-                self._take(x, s, origin)
+            for x, s, origin, call in () if pending is None else pending.calls:
+                self._take(x, s, origin, call)
             self.versions.note(self.pair.lora_A)
 
     def stand_in(self) -> None:
@@ -179,25 +184,31 @@ class Record:
         weight = self.pair.lora_A
         self._hold(Matrix(weight.new_zeros(0, self.pair.d_in)), weight.new_zeros(0, self.pair.d_out))
 
-    def _take(self, x: Tensor, s: Tensor | None, origin: Origin | None = None) -> None:
+    def _take(self, x: Tensor, s: Tensor | None, origin: Origin | None, call: object) -> None:
         if s is None:
             self.missed += 1
             return
-        conv, x = self.pair.convolution, x.detach()
-        if conv is None:
-            x = x.flatten(0, -2)
+        conv, s = self.pair.convolution, s.detach()
+        s = s.flatten(0, -2) if conv is None else position_rows(s, conv)
+        again = call is not None and call in self._taken
+        if again and isinstance(self.held, Rows):
+            self.held.overlay(self._taken[call], s)
+            return
+        x = x.detach() if conv is not None else x.detach().flatten(0, -2)
         if self.holds == "rows":
             x = self._originals.share(x, origin)
-        if conv is None:
-            self._hold(Matrix(x), s.detach().flatten(0, -2))
-        else:
-            self._hold(Patches(x, conv), position_rows(s.detach(), conv))
+        if call is not None:
+            self._taken[call] = self.calls
+        self._hold(Matrix(x) if conv is None else Patches(x, conv), s, again)
 
-    def _hold(self, x: Input, s: Tensor) -> None:
-        self.calls += 1
-        self.rows += s.shape[0]
+    def _hold(self, x: Input, s: Tensor, again: bool = False) -> None:
         self.itemsize = min(self.itemsize, x.dtype.itemsize, s.element_size())
         self.held.take(x, s, self.pair)
+        if again and self.holds != "cross":  # whose products of one pass with another are missing
+            self.overlaid |= self.sums is not None
+            return
+        self.calls += 1
+        self.rows += s.shape[0]
         if self.sums is not None:
             self._add_sums(x, s.to(compute_dtype(self.pair.lora_A.dtype)))
 
@@ -339,7 +350,7 @@ class _InputNode(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         token: _Token = ctx.token
         s, token.s = token.s, None
-        token.record.add(x, s, token.origin)
+        token.record.add(x, s, token.origin, token)
         return (grad if ctx.needs_input_grad[0] else None), None, None
 
 

@@ -51,7 +51,8 @@ def collect(
     in all processes: `joints`, by id of the pair, decide.
 
     Raises:
-        RuntimeError: A metric has no activations, gradient="backward" saw several calls, or a gradient is sparse.
+        RuntimeError: A metric has no activations, gradient="backward" saw several calls, K-FAC's sums one call in two
+            backward passes, or a gradient is sparse.
     """
     found = Collected()
     unreached = _unreached([pair for pair, _ in settings], capture, joints)
@@ -79,6 +80,12 @@ def collect(
             raise RuntimeError(
                 f"{pair.name}: gradient='backward' takes one call of a layer per step, there were {joint.calls}; "
                 "for accumulation and several forwards use gradient='dense' or 'exact'"
+            )
+        if record is not None and joint.overlaid:
+            raise RuntimeError(
+                f"{pair.name}: two backward passes went through one forward pass, and the sums that "
+                f"gradient={options.gradient!r} keeps of each for metric={options.metric!r} do not add up; take one "
+                "backward of the sum of the losses, or gradient='exact'"
             )
         work = gathered.pair(pair)
         state_A, state_B = states[pair.lora_A], states[pair.lora_B]
@@ -116,8 +123,8 @@ def _why_none(joint: Joint, capture: Capture) -> str:
             "or is left from an earlier step; call zero_grad() before backward, or use metric=None"
         )
     return (
-        "a fused or compiled kernel bypasses lora_A and lora_B; use metric=None for the layer through `groups`, or have it "
-        "call its modules"
+        "a fused or compiled kernel bypasses lora_A and lora_B; use metric=None for the layer through `groups`, or "
+        "have it call its modules"
     )
 
 

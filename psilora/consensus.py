@@ -26,6 +26,7 @@ class Joint:
     Attributes:
         gradients: Processes in which both factors are trainable and have a gradient.
         calls, missed, rows: Captured backward calls, those of which only a part was seen, and rows N.
+        overlaid: Processes in which two backward passes reached one call (see `psilora.capture.Record`).
         probed: Processes whose dB was kept as backward left it, or that ran no backward for the pair.
         overlap: (Σ⟨dB now, dB left⟩, Σ‖dB left‖²), (2,) float64, where dB left is dB as backward left it in a process;
             None with one process, which compares the two itself.
@@ -35,6 +36,7 @@ class Joint:
     calls: int
     missed: int
     rows: int
+    overlaid: int
     probed: int
     overlap: Tensor | None = None
 
@@ -52,7 +54,7 @@ class Joint:
 def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communicator | None) -> list[Joint]:
     """Return the sums for each pair, the same in all processes; they must call this together, with the same pairs.
 
-    This is one all-reduce of seven numbers per pair, and the only time a step waits for the device, because what to
+    This is one all-reduce of eight numbers per pair, and the only time a step waits for the device, because what to
     compute depends on it. Without a communicator the process decides alone.
 
     Raises:
@@ -68,8 +70,7 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
     counts, overlaps = communicator.sums([counts, overlaps])
     joints = []
     for numbers, overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
-        gradients, calls, missed, rows, probed = numbers
-        joints.append(Joint(gradients, calls, missed, rows, probed, overlap))
+        joints.append(Joint(*numbers, overlap))
     partial = [pair.name for pair, joint in zip(pairs, joints, strict=True) if 0 < joint.gradients < world]
     if partial:
         raise RuntimeError(
@@ -79,13 +80,13 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
     return joints
 
 
-def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int]:
+def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int, int]:
     """Return this process's counts, in the order of `Joint`."""
     gradients = int(pair.trainable and len(present(pair)) == 2)
     if record is None:
-        return gradients, 0, 0, 0, 0
-    idle = record.calls == 0 and record.missed == 0
-    return gradients, record.calls, record.missed, record.rows, int(idle or record.left is not None)
+        return gradients, 0, 0, 0, 0, 0
+    probed = record.idle or record.left is not None
+    return gradients, record.calls, record.missed, record.rows, int(record.overlaid), int(probed)
 
 
 def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:

@@ -97,6 +97,11 @@ class Rows:
         """See `Holding`. Under autocast X may be wider than S_B: neither is kept wider than the gradient."""
         self.chunks.append((x.rows(s.dtype if s.element_size() < x.dtype.itemsize else x.dtype), s))
 
+    def overlay(self, index: int, s: Tensor) -> None:
+        """Add S_B of another backward pass through a call, whose X is the same."""
+        x, before = self.chunks[index]
+        self.chunks[index] = x, before + s
+
     def tensors(self) -> list[Tensor]:
         """See `Holding`."""
         return [t for chunk in self.chunks for t in chunk]

@@ -93,7 +93,7 @@ def test_traffic_is_thin_products_beside_the_gradients_of_adamw(worlds: Worlds, 
     steps, layers, flags = CASES["exact"].steps, len(DIMS) - 1, 2 * 4
     gradients = 4 * RANK * (sum(DIMS[:-1]) + sum(DIMS[1:]))  # what DDP all-reduces for AdamW in a step
     products = 4 * RANK * sum(DIMS[1:])
-    counts = 7 * 8 * layers
+    counts = 8 * 8 * layers
     for results in world:
         assert results["exact"]["bytes"] == steps * (products + counts + flags) + products
         assert results["exact"]["rounds"] == 3 * steps + 1
