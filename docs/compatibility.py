@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "PEFT": "peft",
     "Lightning": "lightning",
     "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
     "DeepSpeed": "deepspeed",
 }
 

@@ -1,4 +1,4 @@
-"""QLoRA: adapters on a base in 4 bits. Needs a CUDA device and bitsandbytes, and says so where they are missing.
+"""QLoRA: adapters on a base in 4 bits, on a GPU or a CPU. Needs bitsandbytes, and says so where it is missing.
 
 python examples/qlora.py --model meta-llama/Llama-3.2-1B     # without --model: a tiny model made on the spot
 """
@@ -22,11 +22,9 @@ def main(arguments: list[str] | None = None) -> list[float]:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--model", default=None)
     options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        raise SystemExit("qlora.py needs a CUDA device: bitsandbytes' 4-bit kernels are made for it")
     if importlib.util.find_spec("bitsandbytes") is None:
         raise SystemExit("qlora.py needs bitsandbytes: pip install bitsandbytes")
-
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     four_bits = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -37,7 +35,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         if options.model is None:
             tiny_llama(hidden_size=64, intermediate_size=128).save_pretrained(folder)
         name = options.model or folder
-        base = AutoModelForCausalLM.from_pretrained(name, quantization_config=four_bits, device_map={"": 0})
+        base = AutoModelForCausalLM.from_pretrained(name, quantization_config=four_bits, device_map={"": device})
     model = get_peft_model(
         prepare_model_for_kbit_training(base), LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
     )
@@ -45,13 +43,13 @@ def main(arguments: list[str] | None = None) -> list[float]:
     data, losses = rows(), []
     for step in range(options.steps):
         picked = torch.randint(len(data), (8,)).tolist()
-        batch = {key: torch.stack([data[i][key] for i in picked]).cuda() for key in ("input_ids", "labels")}
+        batch = {key: torch.stack([data[i][key] for i in picked]).to(device) for key in ("input_ids", "labels")}
         optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = model(**batch).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
         if step % 10 == 0:
             print(f"step {step}: loss {losses[-1]:.3f}")
     return losses
