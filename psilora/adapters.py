@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from psilora.patches import Convolution, reading
+from psilora.tied import tied
 
 # PEFT layer classes that run `lora_B(lora_A(dropout(x)))` on the inner linears, and variants that keep G = SᵀX there.
 _PEFT_LINEAR = frozenset(
@@ -120,7 +121,8 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
     """Return the trainable LoRA pairs of `model` in module order, and what looks like LoRA but cannot be one pair.
 
     Recognised are PEFT's LoRA layers (the trainable adapters of each), `psilora.LoRALinear` and any module whose
-    `lora_A` and `lora_B` are linear or convolutions with a numeric `scaling`, and modules with bare parameters.
+    `lora_A` and `lora_B` are linear or convolutions with a numeric `scaling`, and modules with bare parameters. Modules
+    that share both parameters are one pair; pairs whose parameters are others on shared memory are none.
     """
     pairs: list[LoRAPair] = []
     unsupported: list[Unsupported] = []
@@ -142,7 +144,14 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
             by_factors[factors] = found
             seen.update(dict.fromkeys(factors, found.name))
             pairs.append(found)
-    return pairs, unsupported
+    partners = tied([[(pair.name, pair.lora_A), (pair.name, pair.lora_B)] for pair in pairs])
+    for pair, partner in zip(pairs, partners, strict=True):
+        if partner is not None:
+            reason = (
+                f"its factors lie in the memory of those of {partner}, as with PEFT's ensure_weight_tying, and would "
+            )
+            unsupported.append(_refuse(pair, f"{reason}be moved by two steps at once; freeze one of the two"))
+    return [pair for pair, partner in zip(pairs, partners, strict=True) if partner is None], unsupported
 
 
 def _tie(pair: LoRAPair, other: LoRAPair) -> None:

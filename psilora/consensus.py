@@ -70,7 +70,8 @@ def consensus(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communi
     counts, overlaps = communicator.sums([counts, overlaps])
     joints = []
     for numbers, overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
-        joints.append(Joint(*numbers, overlap))
+        gradients, calls, missed, rows, overlaid, probed = numbers
+        joints.append(Joint(gradients, calls, missed, rows, overlaid, probed, overlap))
     partial = [pair.name for pair, joint in zip(pairs, joints, strict=True) if 0 < joint.gradients < world]
     if partial:
         raise RuntimeError(

@@ -109,7 +109,8 @@ class PSILoRA(torch.optim.Optimizer):
         loss_reduction: "mean" or "sum" over the N rows; used by the metric only.
         nonfinite: "skip" makes a step with a non-finite gradient or update a no-op, decided on the device, counted, and
             warned about once; "raise" names the layers instead (waits for the device). Nothing is changed by either.
-        unsupported: "raise" on adapters that are not one product s·B·A, or train them with "adamw".
+        unsupported: "raise" on adapters that are not one product s·B·A, or that lie in the memory of another's (PEFT's
+            `ensure_weight_tying`), or train them with "adamw".
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's path, or a list of
             paths, **settings}, where " (adapter)" may follow a path; the first match wins, the rest forms group 0.
             Settings are those above from `lr` to `loss_reduction`, without max_grad_norm, norm, controller and backend.
