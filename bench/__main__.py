@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from bench import compare, report, results
-from bench.measure import Row
+from bench.candidate import Row
 from bench.shapes import MODELS
 from bench.suites import Settings
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import results
-from bench.measure import Row
+from bench.candidate import Row
 
 Key = tuple[str, str]
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from bench.workload import Workload
-from psilora import plan
-from psilora.plan import Layer, Structure
+from psilora.backends.triton.gradient import plan
+from psilora.backends.triton.gradient.plan import Layer, Structure
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from bench.measure import Candidate, Row
+    from bench.candidate import Candidate, Row
 
 _scratch: list[Tensor] = []
 

@@ -46,8 +46,8 @@ tests() {
   else
     echo "== pytest-xdist is not installed: one test at a time"
   fi
-  # By files, since pytest would drop the one before a folder that holds it.
-  run 400 tests "${python[@]}" -m pytest -m gpu tests/test_gpu.py tests/test_*.py tests/scenarios -q --durations 10 \
+  # By files and folders, since pytest would drop the one before a folder that holds it.
+  run 400 tests "${python[@]}" -m pytest -m gpu tests/test_gpu.py tests/test_*.py tests/[a-z]*/ -q --durations 10 \
     -p no:cacheprovider -W default "${parallel[@]}"
 }
 

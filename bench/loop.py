@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.workload import Pair
-from psilora.momentum import initial_momentum
+from psilora.lowrank.momentum import initial_momentum
 
 Term = tuple[float, Tensor, Tensor]  # c, B_i, A_i
 

@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from psilora import engine, lorsum, native, numerics
-from psilora.gradient import ActivationGradient, TangentGradient
+from psilora import lorsum
+from psilora.linalg import native, spd
+from psilora.lowrank.gradient_operator import ActivationGradient, TangentGradient
+from psilora.steps.update import all_finite
 
 Benchmark = Callable[..., Any]
 LAYERS, WIDTH, TOKENS = 24, 768, 1024
-SOLVES = {"pytorch": numerics.spd_solve, "native": native.spd_solve}
+SOLVES = {"pytorch": spd.spd_solve, "native": native.spd_solve}
 
 
 def agree(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
@@ -64,8 +66,8 @@ def test_tangent_gradient(benchmark: Benchmark) -> None:
 
 def test_all_finite(benchmark: Benchmark) -> None:
     tensors: Sequence[Tensor] = [torch.randn(WIDTH, 8) for _ in range(2 * LAYERS)]
-    assert not bool(engine.all_finite([*tensors, torch.tensor([float("inf")])], torch.device("cpu")))
-    benchmark(engine.all_finite, tensors, torch.device("cpu"))
+    assert not bool(all_finite([*tensors, torch.tensor([float("inf")])], torch.device("cpu")))
+    benchmark(all_finite, tensors, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("num_iters", [1, 2, 4])

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from bench.measure import Row
+from bench.candidate import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

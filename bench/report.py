@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import plots, results
-from bench.measure import Row
+from bench.candidate import Row
 from bench.targets import Records, rows_of, verdicts
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.measure import Row
+from bench.candidate import Row
 
 PACKAGES = ("psilora", "torch", "triton", "peft", "transformers", "pytorch_optimizer")
 

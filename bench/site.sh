@@ -13,7 +13,8 @@ PYTHON=${PYTHON:-python3}
 if [ "$1" = --check ]; then
   exec "$PYTHON" -P -c '
 import importlib, os, sys
-from psilora import native, triton_backend
+from psilora import native
+from psilora.backends.triton import backend as triton_backend
 if triton_backend.unavailable_reason() is not None:
     sys.exit(f"the kernels cannot run: {triton_backend.unavailable_reason()}")
 site = os.path.realpath(sys.argv[1] + "/site")

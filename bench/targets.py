@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.measure import Row
+from bench.candidate import Row
 
 Records = Mapping[str, Mapping[str, Any]]
 GPU = "H200"

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from experiments.methods import METHODS
+from experiments.schedule import schedule
 from experiments.tasks import Scores, Session, Task
 
-WARMUP_SHARE = 0.06
 TRAIN_POINTS = 20
 
 
@@ -54,12 +53,6 @@ class Result:
     step_ms: float = 0.0
     state_bytes: int = 0
     digest: str = ""
-
-
-def schedule(step: int, steps: int) -> float:
-    """Linear warm-up over WARMUP_SHARE of the steps, then linear decay to 0; `step` counts from 0."""
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    return (step + 1) / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 def run(task: Task, key: Key, folder: Path) -> Result:
@@ -167,18 +160,3 @@ def versions() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "machine": f"{platform.system()} {platform.machine()}",
     }
-
-
-def adapt(model: nn.Module, rank: int) -> nn.Module:
-    """Freeze `model` and put `psilora.LoRALinear` (s = 1) around every `nn.Linear`, in place.
-
-    A layer narrower than `rank` gets the highest rank it allows.
-    """
-    from psilora import LoRALinear
-
-    model.requires_grad_(False)
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and not isinstance(module, LoRALinear):
-                setattr(module, name, LoRALinear(child, min(rank, child.in_features, child.out_features)))
-    return model

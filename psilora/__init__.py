@@ -1,10 +1,10 @@
 """psilora: the PSI-LoRA / OPLoRA optimizer for LoRA fine-tuning."""
 
-from psilora.lora import LoRALinear
-from psilora.lorsum import lorsum
+from psilora.adapters.linear import LoRALinear
+from psilora.lowrank.lorsum import lorsum
+from psilora.lowrank.ritz import ritz
 from psilora.optimizer import PSILoRA
 from psilora.presets import OPLoRA, create_psilora_optimizer
-from psilora.rayleigh_ritz import ritz
 
 __version__ = "0.1.0"
 

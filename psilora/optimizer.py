@@ -1,4 +1,4 @@
-"""`PSILoRA`: the optimizer class. It knows the order of a step; the mathematics is in lorsum.py and reference.py."""
+"""`PSILoRA`: the optimizer class. It knows the order of a step; the mathematics is in lowrank/ and steps/."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from psilora import engine
-from psilora.adapters import LoRAPair, check_model, is_sparse, listed
-from psilora.agreement import external_scale
-from psilora.clipping import gradient_factor
-from psilora.collect import collect
-from psilora.consensus import Joint, consensus, refuse_unshared
-from psilora.controller import CONTROLLERS, SlopeController
-from psilora.counters import Counters
-from psilora.diagnostics import Observer
-from psilora.distributed import Communicator
-from psilora.groups import checked_pairs, lora_groups, pair_options
-from psilora.loading import compatible, copy_loaded, named
-from psilora.norms import full_squares
-from psilora.notices import Notices
-from psilora.numerics import full_precision
-from psilora.options import OPTION_NAMES, PAPER, Options, resolved
-from psilora.others import Others, adamw_group
-from psilora.problem import Problem, Scales
-from psilora.representation import Planner
-from psilora.sharded import Gathered, is_sharded, local, refuse_sharded
-from psilora.state import init_state
-from psilora.triton_backend import Backends
+from psilora.adapters.model import check_model
+from psilora.adapters.pair import LoRAPair, is_sparse, listed
+from psilora.backends import dispatch
+from psilora.backends.triton.backend import Backends
+from psilora.capture.policy import Planner
+from psilora.distributed.communicator import Communicator
+from psilora.distributed.sharding import Gathered, is_sharded, local, refuse_sharded
+from psilora.linalg.precision import full_precision
+from psilora.monitor.counters import Counters
+from psilora.monitor.observer import Observer
+from psilora.monitor.warn_once import Notices
+from psilora.options.base import OPTION_NAMES, Options, resolved
+from psilora.options.published import PAPER
+from psilora.param_groups.adamw import AuxAdamW, adamw_group
+from psilora.param_groups.lora import checked_pairs, lora_groups, pair_options
+from psilora.steps.assemble import assemble
+from psilora.steps.clipping import gradient_factor
+from psilora.steps.controller import CONTROLLERS, SlopeController
+from psilora.steps.counts import GlobalCounts, global_counts, refuse_unshared
+from psilora.steps.gradient_norm import full_squares
+from psilora.steps.problem import Problem, Scales
+from psilora.steps.state import compatible, copy_loaded, init_state, named
+from psilora.steps.update import all_finite
+from psilora.steps.verify import external_scale
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -77,7 +79,7 @@ class PSILoRA(torch.optim.Optimizer):
         joint: Move both factors along one low-rank O; False moves each by half along the polar factor of its own
             gradient's momentum, with half of the state, and no LoRSum. Spectral only.
         fade: Multiply a layer's η by min(1, n̂/n̄), its recent gradient norm over the mean of all steps so far (see
-            `psilora.spectral_core.faded`), so that it comes to rest with its gradient. Spectral only.
+            `psilora.lowrank.spectral.faded`), so that it comes to rest with its gradient. Spectral only.
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
@@ -100,10 +102,10 @@ class PSILoRA(torch.optim.Optimizer):
         first: The factor that is updated first, "A" or "B".
         max_grad_norm: Clip the gradient's norm, over all parameters; None for no clipping.
         norm: What counts of a LoRA pair: "lora", dA/√s and dB/√s, or "full", the gradient G of its weight (its
-            tangent projection where only `.grad` is known), exact or estimated; see `psilora.norms`.
+            tangent projection where only `.grad` is known), exact or estimated; see `psilora.steps.gradient_norm`.
         maximize: Ascend instead.
-        controller: "slope" multiplies every η by one factor that it finds (see `psilora.controller`), from the last
-            increment of every parameter, which it keeps; experimental. None leaves them.
+        controller: "slope" multiplies every η by one factor that it finds (see `psilora.steps.controller`), from the
+            last increment of every parameter, which it keeps; experimental. None leaves them.
         backend: "auto": Triton kernels on CUDA, once they have agreed with the reference there, else the reference;
             "reference": plain PyTorch; "triton".
         loss_reduction: "mean" or "sum" over the N rows; used by the metric only.
@@ -181,7 +183,7 @@ class PSILoRA(torch.optim.Optimizer):
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         Options(**resolved(settings))
-        engine.check_backend(backend)
+        dispatch.check_backend(backend)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")
         for name, value, allowed in (
@@ -211,7 +213,7 @@ class PSILoRA(torch.optim.Optimizer):
                     group.pop(name, None)
         self._constructed = True
         self._controller = SlopeController(pairs) if controller == "slope" else None
-        self._others = Others(self)
+        self._others = AuxAdamW(self)
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
         self._notices = Notices()
@@ -298,20 +300,20 @@ class PSILoRA(torch.optim.Optimizer):
         scales = Scales(clip, external, rate, share)
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
-        buckets = engine.compute(problems, scales, self.backend, communicator, self._backends)
+        buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
         results = [tensor for bucket in buckets for tensor in bucket.tensors()]
-        finite = engine.all_finite([local(grad) for grad in grads] + results, device)
+        finite = all_finite([local(grad) for grad in grads] + results, device)
         overflow = self._overflow(device)
         if communicator is not None or self._sharded:
             wrong, found = self.communicator.sums([(~finite).float(), overflow.float()])
             finite, overflow = wrong == 0, found > 0
         if self.nonfinite == "raise" and not bool(finite | overflow):
-            names = engine.nonfinite(buckets)
-            if not bool(engine.all_finite([local(grad) for grad in self._others.gradients], device)):
+            names = dispatch.nonfinite(buckets)
+            if not bool(all_finite([local(grad) for grad in self._others.gradients], device)):
                 names.append("parameters outside the LoRA pairs")
             raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
         ok = finite & ~overflow
-        writes = [*engine.stage(buckets, ok), gathered.write_back]
+        writes = [*dispatch.stage(buckets, ok), gathered.write_back]
         if controller is not None:
             writes.insert(0, controller.end(buckets, clip, ok, self.state))
         repaired = [bucket.update.repaired.to(device) for bucket in buckets]
@@ -329,18 +331,18 @@ class PSILoRA(torch.optim.Optimizer):
         """What sums captures over several processes; None where `.grad`, averaged by whoever runs them, is enough."""
         return self.communicator if self._capture.records and self.communicator.world_size > 1 else None
 
-    def _consensus(self) -> dict[int, Joint]:
+    def _consensus(self) -> dict[int, GlobalCounts]:
         """What all processes know of each pair, by its id."""
         pairs, shared = list(self._pairs.values()), self._shared
         if shared is not None:
             refuse_unshared(self._options(), shared.world_size)
-        return {id(pair): joint for pair, joint in zip(pairs, consensus(pairs, self._capture, shared), strict=True)}
+        return {id(pair): joint for pair, joint in zip(pairs, global_counts(pairs, self._capture, shared), strict=True)}
 
-    def _problems(self, joints: Mapping[int, Joint], gathered: Gathered) -> list[Problem]:
+    def _problems(self, joints: Mapping[int, GlobalCounts], gathered: Gathered) -> list[Problem]:
         """The pairs that have gradients."""
         settings = self._options()
         self._planner.check(settings)
-        found = collect(settings, self._capture, joints, self.state, gathered)
+        found = assemble(settings, self._capture, joints, self.state, gathered)
         self._notices.without_activations(found.blind)
         self._notices.halved(found.halved)
         self._notices.trained(bool(found.problems or found.halved))
@@ -415,7 +417,7 @@ class PSILoRA(torch.optim.Optimizer):
         return self._planner.gradients()
 
     def observe_next_step(self) -> None:
-        """Have the next step compute the figures of `psilora.diagnostics.Observer`, at about the cost of a step."""
+        """Have the next step compute the figures of `psilora.monitor.observer.Observer`; costs about a step."""
         self._observer.request()
 
     def stats(self) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from psilora.optimizer import PSILoRA
-from psilora.options import OPLORA
+from psilora.options.published import OPLORA
 
 
 class OPLoRA(PSILoRA):

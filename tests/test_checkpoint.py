@@ -25,7 +25,7 @@ class Server:
     """Starts training runs in forks of a process that has imported everything; see crash_server.py."""
 
     def __init__(self, folder: Path) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("crash_server.py")), str(folder)]
+        command = [sys.executable, str(Path(__file__).with_name("support") / "crash_server.py"), str(folder)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         assert self._line() == "ready"
 

@@ -11,8 +11,9 @@ import torch
 from models import bare
 from torch import Tensor, nn
 
-from psilora import LoRALinear, PSILoRA, trust
-from psilora.engine import backend_unavailable
+from psilora import LoRALinear, PSILoRA
+from psilora.backends import self_check
+from psilora.backends.dispatch import backend_unavailable
 
 pytestmark = pytest.mark.skipif(
     backend_unavailable("triton") is not None, reason=f"no Triton backend: {backend_unavailable('triton')}"
@@ -136,7 +137,7 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     x = torch.randn(64, model[0].base.in_features, device="cuda")
     for _ in range(3):  # compiles, and checks the first captures, which may wait
         step(model, optimizer, x)
-    assert trust._verdicts.get(x.device) is True  # the kernels take the step below
+    assert self_check._verdicts.get(x.device) is True  # the kernels take the step below
     optimizer.zero_grad()
     (model(x) - 1).square().mean().backward()
     torch.cuda.set_sync_debug_mode("error")

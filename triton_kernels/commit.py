@@ -11,8 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from psilora import momentum
-from psilora.triton_kernels._compat import INTERPRET, tl, triton
+from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.gram import emit_rows, stored_grams
 from psilora.triton_kernels.layout import (
     ADDRESSES,
@@ -34,25 +33,13 @@ from psilora.triton_kernels.layout import (
     tile_at,
     variant,
 )
+from psilora.triton_kernels.split import rounded
 from psilora.triton_kernels.variants import FP32_UP_TO, SLOW_TARGET, Variant
 
-IMBALANCE = tl.constexpr(momentum.IMBALANCE)
-
 
 @triton.jit
-def rounded(value, DTYPE: tl.constexpr):
-    """Return fp32 values in the storage dtype, to nearest even (the interpreter would truncate to bf16)."""
-    if INTERPRET and DTYPE == tl.bfloat16:
-        bits = value.to(tl.uint32, bitcast=True)
-        even = bits + 0x7FFF + ((bits >> 16) & 1)
-        bits = tl.where(tl.abs(value) < float("inf"), even, bits) & 0xFFFF0000
-        return bits.to(tl.float32, bitcast=True).to(DTYPE)
-    return value.to(DTYPE)
-
-
-@triton.jit
-def _balance(size_B, size_A, SIDE: tl.constexpr):
-    """Return what the momentum's factor is multiplied with: t for A, 1/t for B; see `psilora.momentum.balance`."""
+def _balance(size_B, size_A, SIDE: tl.constexpr, IMBALANCE: tl.constexpr):
+    """Return what the momentum's factor is multiplied with, t for A, 1/t for B, where ‖B_m‖² > IMBALANCE·‖A_m‖²."""
     ratio = size_B / size_A
     exponent = ((ratio.to(tl.int32, bitcast=True) >> 23) - 127) >> 2
     exponent = tl.where((ratio > IMBALANCE) & (ratio < float("inf")), exponent, 0)
@@ -64,7 +51,7 @@ def _balance(size_B, size_A, SIDE: tl.constexpr):
 def _commit_side(
     addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, problem, problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """F ← F + F_s/√s where F_s ≠ 0, F_m and D ← their workspaces, step ← step + 1, for the columns of a tile."""
     r, rm, d = sizes(dims_ptr, problem, SIDE)
@@ -75,8 +62,8 @@ def _commit_side(
     own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
     k = tl.arange(0, RP)[:, None]
     weight = 1.0
-    if BALANCED:
-        weight = _balance(tl.load(sizes_ptr + problems + problem), tl.load(sizes_ptr + problem), SIDE)
+    if IMBALANCE > 0:
+        weight = _balance(tl.load(sizes_ptr + problems + problem), tl.load(sizes_ptr + problem), SIDE, IMBALANCE)
     for first in range(start, end, BN):
         n = (first + tl.arange(0, BN))[None, :]
         inside = (n < end) & (k < r)
@@ -108,13 +95,13 @@ def _commit_side(
 def _commit_tile(
     addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out_ptr, problem, problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr,
-    HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
     EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     if ok:
         _commit_side(
             addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, problem, problems, start, end,
-            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN,
+            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN,
         )  # fmt: skip
         tl.debug_barrier()  # the Grams read what other threads have written
     if EMIT:
@@ -129,7 +116,7 @@ def _commit_tile(
 def _commit_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, sizes_ptr, ok_ptr, out_ptr, problems,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
-    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, BALANCED: tl.constexpr,
+    A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr,
     HAS_METRIC: tl.constexpr, OWN: tl.constexpr, EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr,
     MASK_B: tl.constexpr,
 ):  # fmt: skip
@@ -141,27 +128,28 @@ def _commit_kernel(
     if side == 0:
         _commit_tile(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
-            0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN, EMIT_A, MASK_A,
+            0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, EMIT_A, MASK_A,
         )  # fmt: skip
     else:
         _commit_tile(
             addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
-            1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, BALANCED, HAS_METRIC, OWN, EMIT_B, MASK_B,
+            1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, EMIT_B, MASK_B,
         )  # fmt: skip
 
 
 def commit(
     addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, ok: Tensor, out: Tensor,
-    *, sizes: Tensor | None = None, OWN: int = 1, **constexprs: Any,
+    *, sizes: Tensor | None = None, imbalance: float = 0.0, OWN: int = 1, **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`.
 
-    A momentum has up to OWN times as many rows as the padded rank. It is balanced by its `sizes` (2, L) of A and B.
+    A momentum has up to OWN times as many rows as the padded rank. It is balanced by its `sizes` (2, L)
+    of A and B where their ratio is above `imbalance`, unless that is 0.
     """
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _commit_kernel[(tiles.shape[0],)](
         addresses, scalars, dims, tiles, scale, scale if sizes is None else sizes, ok, out, dims.shape[0],
-        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, BALANCED=sizes is not None, **constexprs,
+        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, IMBALANCE=imbalance, **constexprs,
         num_warps=warps, num_stages=1, maxnreg=STREAM_REGISTERS,
     )  # fmt: skip
 
@@ -171,7 +159,7 @@ def _variants() -> list[Variant]:
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {
             "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
-            "BALANCED": True, "HAS_METRIC": True, "OWN": 1, "EMIT_A": True, "EMIT_B": True,
+            "IMBALANCE": 65536.0, "HAS_METRIC": True, "OWN": 1, "EMIT_A": True, "EMIT_B": True,
             "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
@@ -179,7 +167,7 @@ def _variants() -> list[Variant]:
             fp32, targets = {**constexprs, "A_TYPE": tl.float32}, (SLOW_TARGET,)
             found.append(variant("commit_fp32", _commit_kernel, padded, warps, fp32, STREAM_REGISTERS, targets=targets))
         spectral = {
-            **constexprs, "BALANCED": False, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0,
+            **constexprs, "IMBALANCE": 0.0, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0,
         }  # fmt: skip
         found.append(variant("commit_spectral", _commit_kernel, padded, warps, spectral, STREAM_REGISTERS))
     return found

@@ -13,6 +13,18 @@ from torch import Tensor
 
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
 
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """Return fp32 values in the storage dtype, to nearest even (the interpreter would truncate to bf16)."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        even = bits + 0x7FFF + ((bits >> 16) & 1)
+        bits = tl.where(tl.abs(value) < float("inf"), even, bits) & 0xFFFF0000
+        return bits.to(tl.float32, bitcast=True).to(DTYPE)
+    return value.to(DTYPE)
+
+
 #: Triton's name of each dtype that the streaming kernels read.
 TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 

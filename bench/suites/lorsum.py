@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from bench import minilm
-from bench.measure import Candidate, Row, measure
+from bench.candidate import Candidate, Row
+from bench.measure import measure
 from bench.shapes import Model
 from bench.suites import Settings
 from bench.workload import Workload
 from psilora import PSILoRA, lorsum
-from psilora.engine import backend_unavailable
+from psilora.backends.dispatch import backend_unavailable
 
 ITERATIONS = (1, 2, 4, 8, 16)
 #: Of an fp32 result against the same method in float64, and of an excess below zero.

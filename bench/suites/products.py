@@ -6,11 +6,12 @@ import functools
 
 import torch
 
-from bench.measure import Candidate, Row, bandwidth, measure
+from bench.candidate import Candidate, Row
+from bench.measure import bandwidth, measure
 from bench.shapes import MODELS
 from bench.suites import Settings
 from bench.workload import Workload
-from psilora.engine import backend_unavailable
+from psilora.backends.dispatch import backend_unavailable
 
 #: Tensor cores truncate their fp32 sums: a bias of up to 2.2e-5 over 14336 products; a wrong index is off by far more.
 TOLERANCE = 1e-4

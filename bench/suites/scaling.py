@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Candidate, Row, bandwidth, measure, touched
+from bench.candidate import Candidate, Row
+from bench.measure import bandwidth, measure, touched
 from bench.shapes import uniform
 from bench.suites import Settings, step
 from bench.workload import Workload
-from psilora.engine import backend_unavailable
+from psilora.backends.dispatch import backend_unavailable
 
 KINDS = ("exact, momentum", "tangent, momentum")
 BASE = {"layers": 12, "tokens": 128, "rank": 8, "width": 384}

@@ -1,7 +1,7 @@
 """Batched r×r solves: psilora's native operator and Triton factor against torch's Cholesky, on the optimizer's shapes.
 
-`psilora.numerics.spd_solve` is the plain-PyTorch solve with the repair ladder, which the native operator replaces on
-the CPU where this suite says that it is faster (`psilora.solver` names the ranks).
+`psilora.linalg.spd.spd_solve` is the plain-PyTorch solve with the repair ladder, which the native operator replaces on
+the CPU where this suite says that it is faster (`psilora.linalg.spd` names the ranks).
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench.measure import Candidate, Row, measure
+from bench.candidate import Candidate, Row
+from bench.measure import measure
 from bench.suites import Settings
-from psilora import native, numerics
-from psilora.engine import backend_unavailable
-from psilora.plan import PADDED_RANKS
+from psilora.backends.dispatch import backend_unavailable
+from psilora.backends.triton.launch import PADDED_RANKS
+from psilora.linalg import native, spd
 
 RANKS = (4, 8, 16, 32, 64, 128)
 COUNTS = (1, 24, 224, 1000)
@@ -68,7 +69,7 @@ def problem(rank: int, count: int, columns: int, dtype: torch.dtype, device: str
 def _candidates(gram: Tensor, rhs: Tensor, settings: Settings) -> list[Candidate]:
     solves: dict[str, Solve] = {
         "cholesky_ex + cholesky_solve": torch_solve,
-        "psilora.numerics": lambda g, b: numerics.spd_solve(g, b)[0],
+        "psilora.linalg.spd": lambda g, b: spd.spd_solve(g, b)[0],
     }
     if native.available():
         solves["psilora native"] = lambda g, b: native.spd_solve(g, b)[0]

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from bench import costs
+from bench.candidate import Candidate, Row
 from bench.loop import PerLayerLoop
-from bench.measure import Candidate, Row, bandwidth, measure
+from bench.measure import bandwidth, measure
 from bench.shapes import MODELS
 from bench.suites import Settings
 from bench.workload import Workload, increment_error
 from psilora import PSILoRA
-from psilora.engine import backend_unavailable
+from psilora.backends.dispatch import backend_unavailable
 
 KINDS: dict[str, dict[str, Any]] = {
     "exact": {"momentum": 0.0},

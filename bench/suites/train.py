@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import minilm
-from bench.measure import Row, peak_bytes, summary
+from bench.candidate import Row
+from bench.measure import peak_bytes, summary
 from bench.suites import Settings
 from psilora import PSILoRA
 

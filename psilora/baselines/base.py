@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.adapters import LoRAPair, check_model, describe, is_sparse
-from psilora.capture import Capture
-from psilora.discards import all_zero, present
-from psilora.groups import checked_pairs
-from psilora.numerics import compute_dtype, full_precision
-from psilora.others import Others, adamw_group
+from psilora.adapters.model import check_model
+from psilora.adapters.pair import LoRAPair, describe, is_sparse
+from psilora.capture.discards import all_zero, present
+from psilora.capture.hooks import Capture
+from psilora.linalg.precision import compute_dtype, full_precision
+from psilora.param_groups.adamw import AuxAdamW, adamw_group
+from psilora.param_groups.lora import checked_pairs
 
 #: ‖GAᵀ from .grad − GAᵀ‖ / ‖GAᵀ from .grad‖ above which a captured G is refused; 16-bit gradients stay below it.
 CAPTURE_TOLERANCE = 0.1
@@ -102,7 +103,7 @@ class PairOptimizer(torch.optim.Optimizer):
             )
         super().__init__(groups, {})
         self._pairs = pairs
-        self._others = Others(self)
+        self._others = AuxAdamW(self)
         self._capture = Capture(pairs, ["rows"] * len(pairs)) if full_gradient else None
 
     @abstractmethod

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, check_betas, check_range
-from psilora.numerics import spd_solve
+from psilora.linalg.spd import spd_solve
 
 
 def preconditioned(layer: Layer, damping: float) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, check_range
-from psilora.lorsum import Projection, turns
-from psilora.numerics import spd_solve
+from psilora.linalg.spd import spd_solve
+from psilora.lowrank.lorsum import Projection, turns
 
 
 class ProjectedMomentum(PairOptimizer):

@@ -1,0 +1,96 @@
+"""PEFT's layers: which adapters cannot be one product, and which cannot be captured."""
+
+from __future__ import annotations
+
+import numbers
+
+from torch import Tensor, nn
+
+from psilora.adapters.convolution import reading
+from psilora.adapters.pair import LoRAPair
+
+# PEFT layer classes that run `lora_B(lora_A(dropout(x)))` on the inner linears, and variants that keep G = SᵀX there.
+_PEFT_LINEAR = frozenset(
+    "Linear Linear8bitLt Linear4bit GPTQLoraLinear AwqLoraLinear AqlmLoraLinear EetqLoraLinear HqqLoraLinear "
+    "IncLoraLinear TorchaoLoraLinear TeLinear".split()
+)
+_PEFT_CONVOLUTION = frozenset({"_ConvNd"})
+_EXACT_VARIANTS = frozenset(
+    "DoraLinearVariant DoraConv1dVariant DoraConv2dVariant DoraConv3dVariant ALoraLinearVariant QALoraLinearVariant "
+    "MiCALinearVariant".split()
+)
+
+# ΔW = s·B·A holds, so `.grad` is right, but the inner layers are not run on the layer's input.
+_GRAD_ONLY = {
+    "MultiheadAttention": "it adds the adapter to the weight instead of calling lora_A",
+    "VeloraLinearVariant": "VeLoRA keeps a compressed input",
+    "MontecloraLinearVariant": "MonteCLoRA perturbs lora_A's weight in the forward pass",
+}
+# ΔW is not one product s·B·A, so neither the activations nor the gradients of B and A describe it.
+_REFUSED = {
+    "KasaLinearVariant": "KaSA puts singular values between B and A",
+    "BdLoraLinearVariant": "BD-LoRA packs a block-diagonal factor",
+    "ArrowLinearVariant": "Arrow mixes several adapters per token",
+}
+
+
+def refusal(pair: LoRAPair) -> str | None:
+    """Return why the pair cannot be trained as one product ΔW = s·B·A, or None."""
+    owner, A, B = pair.owner, pair.lora_A, pair.lora_B
+    if not (A.requires_grad and B.requires_grad):
+        return f"only {'lora_A' if A.requires_grad else 'lora_B'} is trainable; the two factors move together"
+    if isinstance(getattr(owner, "lora_A", None), nn.ParameterDict):
+        return f"{type(owner).__name__} keeps lora_A as a parameter, not as a layer"
+    scaling = getattr(owner, "scaling", None)
+    if isinstance(scaling, dict):
+        scaling = scaling.get(pair.adapter)
+    if not isinstance(scaling, (numbers.Real, Tensor)):
+        return "it has no LoRA scaling"
+    if not (isinstance(scaling, Tensor) and scaling.is_meta) and not float(scaling) > 0:
+        return f"its LoRA scaling is {float(scaling)}, and must be > 0"
+    if A.is_complex() or B.is_complex():
+        return f"it is complex ({A.dtype}); factors must have a real floating dtype"
+    groups = max((getattr(module, "groups", 1) for site in pair.sites for module in site), default=1)
+    if groups != 1:
+        return f"its convolution has groups={groups}, each with a product of its own"
+    if A.dim() < 2 or B.dim() < 2 or B.shape[1:].numel() != A.shape[0]:
+        return f"the shapes {tuple(B.shape)} of lora_B and {tuple(A.shape)} of lora_A do not chain (rank mismatch)"
+    if getattr(owner, "num_experts", 1) != 1:
+        return f"it holds one product for each of {owner.num_experts} experts"
+    variant = _variant(pair)
+    if variant is None:
+        return None
+    if variant in _REFUSED:
+        return _REFUSED[variant]
+    known = variant in _EXACT_VARIANTS or variant in _GRAD_ONLY or variant.startswith(("Dora", "MiCA"))
+    return None if known else f"the LoRA variant {variant} is not known"
+
+
+def no_capture(pair: LoRAPair) -> str | None:
+    """Return why X and S cannot be captured at the pair's inner layers, or None when they can; notes a convolution."""
+    variant = _variant(pair)
+    if variant in _GRAD_ONLY:
+        return _GRAD_ONLY[variant]
+    if not pair.sites:
+        return "its factors are bare parameters, so their inputs cannot be seen"
+    for cls in type(pair.owner).__mro__:
+        if cls.__name__ in _GRAD_ONLY:
+            return _GRAD_ONLY[cls.__name__]
+    linear = all(isinstance(module, nn.Linear) for site in pair.sites for module in site)
+    if not linear:
+        ((lora_A, lora_B),) = pair.sites
+        how = reading(lora_A, lora_B)
+        if isinstance(how, str):
+            return how
+        pair.convolution = how
+    if pair.adapter is None:
+        return None
+    names = {cls.__name__ for cls in type(pair.owner).__mro__ if cls.__module__.startswith("peft.")}
+    if names & (_PEFT_LINEAR if linear else _PEFT_CONVOLUTION) and variant in {None, *_EXACT_VARIANTS}:
+        return None
+    return f"{type(pair.owner).__name__} is not a layer known to run lora_B(lora_A(x))"
+
+
+def _variant(pair: LoRAPair) -> str | None:
+    variant = getattr(pair.owner, "lora_variant", {}).get(pair.adapter)
+    return None if variant is None else type(variant).__name__

@@ -1,0 +1,1 @@
+"""The Triton backend: all layers at once, in a few launches."""

@@ -1,0 +1,255 @@
+"""The Triton backend: executes a step's plan on all layers at once, without waiting for the device.
+
+One upload carries every address and scalar; workspaces and tables are kept per set of shapes. Everything is computed
+into workspaces; parameters and state are written by the commit launch alone, where the step is accepted.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from psilora.backends.triton.gradient import plan
+from psilora.backends.triton.gradient.plan import Layer, Structure
+from psilora.backends.triton.launch import PADDED_RANKS
+from psilora.runtime import capturing
+from psilora.steps.problem import Problem, Scales
+
+if TYPE_CHECKING:
+    from psilora.backends.triton.gradient.bucket import Workspace
+    from psilora.backends.triton.gradient.ritz import Products, RitzUpdate
+    from psilora.backends.triton.gradient.run import Run
+    from psilora.backends.triton.spectral import SpectralRun
+
+
+#: The update of problems that share their launches.
+Computed: TypeAlias = "Execution | RitzUpdate"
+#: What an optimizer keeps from step to step, by device.
+Backends: TypeAlias = "dict[torch.device, Backend]"
+#: Executions kept per optimizer: one per set of captured shapes.
+KEPT_RUNS = 16
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def unavailable_reason() -> str | None:
+    """Return why no kernel can run here, or None where they can (on CUDA, or in Triton's interpreter on the CPU)."""
+    try:
+        from psilora.triton_kernels import _compat
+    except ImportError as error:
+        return f"the kernels are not installed: {error}"
+    reason: str | None = _compat.unavailable_reason()
+    if reason is None and not _compat.interpreted() and not torch.cuda.is_available():
+        reason = "there is no CUDA device (on the CPU the kernels only run in Triton's interpreter, TRITON_INTERPRET=1)"
+    return reason
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Return why the kernels cannot take a problem, or None; such problems are left to the reference backend."""
+    pair = problem.pair
+    if problem.dtype == torch.float64:
+        return "fp64 parameters"
+    if problem.exact and problem.holds != "rows":
+        return "a gradient that is not kept as X and S"
+    tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
+    if problem.exact and problem.record is not None:
+        tensors += [t for chunk in problem.record.chunks for t in chunk]
+    if problem.options.form not in (None, "diagonal"):
+        return f"metric={problem.options.metric!r}"
+    if problem.options.solver == "ritz" and not problem.exact:
+        return "solver='ritz' without X and S"
+    if any(t.dtype not in _FLOATS for t in tensors):
+        return "a dtype other than fp32, bf16 and fp16"
+    chunks = problem.record.chunks if problem.exact and problem.record is not None else []
+    if len({(x.dtype, s.dtype) for x, s in chunks}) > 1:
+        return "captured calls of different dtypes"
+    if not (pair.lora_A.is_contiguous() and pair.lora_B.is_contiguous()):
+        return "parameters that are not contiguous"
+    if max(pair.rank, _momentum_rank(problem)) > PADDED_RANKS[-1]:
+        return f"a rank above {PADDED_RANKS[-1]}"
+    device = pair.lora_A.device
+    if any(t.device != device for t in tensors):
+        return "tensors on several devices"
+    return None if device.type == ("cpu" if _interpreted() else "cuda") else f"device {device}"
+
+
+def _interpreted() -> bool:
+    from psilora.triton_kernels import _compat
+
+    return bool(_compat.interpreted())
+
+
+def _momentum_rank(problem: Problem) -> int:
+    """The rank of a gradient step's momentum; a spectral step's follows from the pair's."""
+    if problem.options.step == "spectral":
+        return 0
+    return problem.state_A["momentum"].shape[0] if problem.options.momentum > 0 else 0
+
+
+def layer_of(problem: Problem) -> Layer:
+    """Return what the plan knows of a problem."""
+    o, pair = problem.options, problem.pair
+    low = min(problem.dA.element_size(), problem.dB.element_size()) < 4
+    chunks = problem.record.chunks if problem.record is not None else []
+    return Layer(
+        pair.d_out,
+        pair.d_in,
+        pair.rank,
+        _momentum_rank(problem),
+        Structure(
+            num_iters=o.num_iters,
+            first=o.first,
+            momentum=o.momentum > 0,
+            metric=o.metric,
+            corrected=o.metric_bias_correction,
+            decay=o.weight_decay > 0,
+            exact=problem.exact,
+            reuse=not (problem.exact and low),
+        ),
+        pair.lora_A.dtype,
+        pair.lora_B.dtype,
+        problem.dA.dtype,
+        problem.dB.dtype,
+        chunks[0][0].dtype if chunks else torch.float32,
+        chunks[0][1].dtype if chunks else torch.float32,
+        pair.lora_A.device,
+        tuple(x.shape[0] for x, _ in chunks),
+    )
+
+
+class Execution:
+    """A bucket whose update lies in workspaces, waiting for its commit; stands for `psilora.steps.update.Update`.
+
+    Attributes:
+        problems: The bucket's problems, in order.
+    """
+
+    def __init__(self, run: Run | SpectralRun, index: int, problems: list[Problem]) -> None:
+        self.problems = problems
+        self._run, self._index = run, index
+
+    def tensors(self) -> list[Tensor]:
+        """Return (L, 1): NaN for a layer with a non-finite gradient or result, else 0."""
+        return [torch.where(self._run.flags(self._index) > 0, math.nan, 0.0).view(-1, 1)]
+
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
+        ranks, roots = [p.pair.rank for p in self.problems], [p.pair.scaling**0.5 for p in self.problems]
+        steps_A, steps_B = (
+            torch._foreach_div([step[:rank] for step, rank in zip(side, ranks, strict=True)], roots)
+            for side in self._run.increments(self._index)
+        )
+        return [(step_B.mT, step_A) for step_B, step_A in zip(steps_B, steps_A, strict=True)]
+
+    @property
+    def repaired(self) -> Tensor:
+        """Number of r×r solves with a repaired pivot and a right-hand side that is not zero, 0-d int64."""
+        return self._run.repaired(self._index)
+
+    def commit(self, ok: Tensor) -> None:
+        """Write parameters and state where `ok`, a 0-d bool on the same device, holds."""
+        self._run.commit(self._index, ok)
+
+
+def compute(problems: Sequence[Problem], scales: Scales, backends: Backends | None = None) -> list[Computed]:
+    """Compute the updates of problems on one device, of any shapes and settings, without changing any of them.
+
+    Args:
+        problems: The problems.
+        scales: Of this step.
+        backends: What earlier steps have left, extended by this one; None prepares everything for this step alone.
+    """
+    device = problems[0].pair.lora_A.device
+    backend = Backend() if backends is None else backends.setdefault(device, Backend())
+    return backend.compute(problems, scales)
+
+
+class Backend:
+    """The workspaces and prepared executions of one optimizer's problems on one device."""
+
+    def __init__(self) -> None:
+        self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
+        self._workspaces: dict[object, list[Workspace]] = {}
+        self._spectral: dict[object, tuple[object, SpectralRun]] = {}
+        self._products: Products | None = None
+        self._captured: list[Run | SpectralRun] = []  # a CUDA graph replays with their memory
+
+    def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
+        """See the function `compute`."""
+        gradient = [p for p in problems if p.options.step == "gradient" and p.options.solver == "als"]
+        ritz = [p for p in problems if p.options.solver == "ritz"]
+        spectral = [p for p in problems if p.options.step == "spectral"]
+        found: list[Computed] = [*self._spectral_steps(spectral, scales)]
+        found += self._gradient_steps(gradient, scales) if gradient else []
+        found += self._ritz_steps(ritz, scales) if ritz else []
+        return found
+
+    def _ritz_steps(self, problems: Sequence[Problem], scales: Scales) -> list[RitzUpdate]:
+        from psilora.backends.triton.gradient.ritz import Products, ritz_updates
+
+        if self._products is None:
+            self._products = Products()
+        return ritz_updates(problems, scales, self._products)
+
+    def _spectral_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+        groups: dict[object, list[Problem]] = {}
+        for problem in problems:
+            groups.setdefault(_spectral_key(problem), []).append(problem)
+        executions = []
+        for key, members in groups.items():
+            shapes = tuple((p.pair.d_out, p.pair.d_in) for p in members)
+            kept, run = self._spectral.get(key, (None, None))
+            if run is None or kept != shapes:  # one run per key: its workspaces are as large as the state
+                from psilora.backends.triton.spectral import SpectralRun
+
+                run = SpectralRun(members)
+                self._spectral[key] = (shapes, run)
+            self._note_capture(run)
+            run.start(members, scales)
+            executions.append(Execution(run, 0, members))
+        return executions
+
+    def _note_capture(self, run: Run | SpectralRun) -> None:
+        if capturing(run.device):
+            self._captured.append(run)
+
+    def _gradient_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+        from psilora.backends.triton.gradient.bucket import Workspace
+        from psilora.backends.triton.gradient.run import Run
+
+        layers = [layer_of(p) for p in problems]
+        key = tuple((layer, _captured(p)) for layer, p in zip(layers, problems, strict=True))
+        run = self._runs.get(key)
+        if run is None:
+            step = plan.make_plan(layers)
+            shapes = tuple((*layer.key, layer.d_out, layer.d_in, layer.rank, layer.momentum_rank) for layer in layers)
+            if shapes not in self._workspaces:
+                self._workspaces = {shapes: [Workspace(bucket) for bucket in step.buckets]}
+            run = self._runs[key] = Run(step, self._workspaces[shapes], problems)
+            while len(self._runs) > KEPT_RUNS:
+                self._runs.popitem(last=False)
+        self._runs.move_to_end(key)
+        self._note_capture(run)
+        if self._captured:  # a replay changes factors that keep their version, and has to form their Grams itself
+            run.forget()
+        run.start(problems, scales)
+        return [Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)]
+
+
+def _spectral_key(problem: Problem) -> tuple[object, ...]:
+    """What spectral steps that share their launches have in common."""
+    pair = problem.pair
+    return (pair.rank, pair.lora_A.dtype, pair.lora_B.dtype, problem.options.structure)
+
+
+def _captured(problem: Problem) -> tuple[object, ...]:
+    """What prepared products depend on: layouts of X and S."""
+    if not problem.exact or problem.record is None:
+        return ()
+    return tuple(
+        (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for chunk in problem.record.chunks for t in chunk
+    )

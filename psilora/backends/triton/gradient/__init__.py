@@ -1,0 +1,1 @@
+"""The gradient step on the Triton backend: its plan, workspaces and launches."""

@@ -1,0 +1,288 @@
+"""A bucket of a gradient step: its workspaces, tables and launches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psilora.backends.triton.gradient.plan import NONE, SIDES, TANGENT, BucketPlan
+from psilora.backends.triton.launch import device_rates
+from psilora.lowrank.gradient_operator import TangentGradient
+from psilora.lowrank.momentum import BALANCED_ITERS, IMBALANCE
+from psilora.steps.gradient.metrics import statistics
+from psilora.steps.problem import Problem, Scales
+from psilora.triton_kernels import commit as commit_kernels
+from psilora.triton_kernels import factor as factor_kernels
+from psilora.triton_kernels import gram as gram_kernels
+from psilora.triton_kernels import layout
+from psilora.triton_kernels import solve as solve_kernels
+from psilora.triton_kernels.split import TRITON_DTYPES
+from psilora.triton_kernels.tables import PointerTable, int32_table, partial_buffers
+
+
+class Workspace:
+    """The device memory of a bucket that outlives a step, whatever the captured shapes.
+
+    Attributes:
+        rows, steps: Per side and layer, [F; F_m] and its increments, (r + r_m, d) fp32.
+        averages, weights, squares: Per side and layer, the metric's new D, M and sums, (d,) fp32; empty without one.
+        stored_grams, moved_grams: Partial Grams of the stored factors and of those just moved, (tiles, kinds, RP, RP).
+        coefficients: What a factor launch leaves for a solve.
+        fresh: What `stored_grams` and the stored rows were formed from (see `signature`), or None if unusable.
+    """
+
+    def __init__(self, bucket: BucketPlan) -> None:
+        layers, padded = bucket.layers, bucket.padded
+        self.device = layers[0].device
+        sizes = [[layer.d_out if side else layer.d_in for layer in layers] for side in (0, 1)]
+        ranks = [layer.rank + layer.momentum_rank for layer in layers]
+
+        def buffers(shapes: list[tuple[int, ...]]) -> list[Tensor]:
+            return [t for t in partial_buffers(shapes, self.device) if t is not None]
+
+        def per_side(make: Callable[[int, int], tuple[int, ...]]) -> list[list[Tensor]]:
+            return [buffers([make(k, d) for k, d in zip(ranks, sizes[side], strict=True)]) for side in (0, 1)]
+
+        self.rows, self.steps = (per_side(lambda k, d: (k, d)) for _ in range(2))
+
+        def per_column() -> list[list[Tensor]]:
+            return per_side(lambda _, d: (d,)) if bucket.structure.metric is not None else [[], []]
+
+        self.averages, self.weights, self.squares = per_column(), per_column(), per_column()
+        partials = (len(bucket.tiles), bucket.kinds, padded, padded)
+        self.stored_grams, self.moved_grams = (torch.empty(partials, device=self.device) for _ in range(2))
+        factored = any(turn.factored for turn in bucket.course.turns)
+        slots = (len(layers) if factored else 0, int(factor_kernels.COEFFICIENTS.value), padded, padded)
+        self.coefficients = torch.empty(slots, device=self.device)
+        self.fresh: object = None
+
+
+def signature(problems: Sequence[Problem]) -> object:
+    """Return what changes whenever a factor, a momentum or a scaling does: identities and versions."""
+    found: list[object] = []
+    for p in problems:
+        tensors = [p.pair.lora_A, p.pair.lora_B]
+        if p.options.momentum > 0:
+            tensors += [p.state_A["momentum"], p.state_B["momentum"]]
+        found.append((p.pair.scaling, *((id(t), t.data_ptr(), t._version) for t in tensors)))
+    return found
+
+
+class BucketRun:
+    """A bucket's tables, and the arguments of its launches."""
+
+    def __init__(
+        self, bucket: BucketPlan, workspace: Workspace, table: PointerTable, problems: Sequence[Problem]
+    ) -> None:
+        self.plan, self.workspace, self.table, self.problems = bucket, workspace, table, list(problems)
+        self.structure, self.padded, self.count = bucket.structure, bucket.padded, len(bucket.layers)
+        device = workspace.device
+        self.addresses = table.reserve(self.count, int(layout.ADDRESSES.value))
+        self.scalars = table.reserve(self.count, int(layout.SCALARS.value) // 2)
+        turns = len(bucket.course.turns)
+        self.zeros = table.reserve(1, -(-self.count * (3 + 4 * turns) // 2))
+        self.product_blocks = [table.reserve(self.count, 3) if turn.product else None for turn in bucket.course.turns]
+        layers = bucket.layers
+        self.dims = int32_table(
+            [(layer.rank, layer.momentum_rank, layer.d_in, layer.d_out) for layer in layers],
+            int(layout.DIMS.value),
+            device,
+        )
+        self.tiles = int32_table(bucket.tiles, int(layout.TILE.value), device)
+        self.parts = [int32_table(bucket.parts[side], 2, device) for side in (0, 1)]
+        self.kept: list[Any] = []
+
+    # ---- what the host knows of a step --------------------------------------------------------------------------
+
+    @property
+    def own_statistics(self) -> bool:
+        """Whether the squares kernel forms this bucket's statistics, from X and S."""
+        return self.structure.metric == "kfac" and self.structure.exact
+
+    def asks(self, t: int) -> bool:
+        """Whether turn t needs a product with X and S."""
+        turns = self.plan.course.turns
+        return t < len(turns) and turns[t].product
+
+    def stage(self, problems: Sequence[Problem], scales: Scales) -> None:
+        """Put the addresses and scalars of a step into the table."""
+        self.problems = list(problems)
+        g, work = layout, self.workspace
+        gradients = [[p.dA.contiguous() for p in problems], [p.dB.contiguous() for p in problems]]
+        self.kept = [gradients]
+        for side in (0, 1):
+            states = [p.state_B if side else p.state_A for p in problems]
+            self.addresses.set(g.PARAM.value + side, [p.pair.lora_B if side else p.pair.lora_A for p in problems])
+            self.addresses.set(g.GRAD.value + side, gradients[side])
+            self.addresses.set(g.ROWS.value + side, work.rows[side])
+            self.addresses.set(g.STEPS.value + side, work.steps[side])
+            self.addresses.set(g.COUNT.value + side, [state["step"] for state in states])
+            if self.structure.momentum:
+                self.addresses.set(g.MOMENTUM.value + side, [state["momentum"] for state in states])
+            if self.structure.metric:
+                self.addresses.set(g.METRIC.value + side, [state["metric"] for state in states])
+                self.addresses.set(g.AVERAGE.value + side, work.averages[side])
+                self.addresses.set(g.WEIGHT.value + side, work.weights[side])
+        if self.structure.metric:
+            self._stage_squares(problems, scales)
+        self._stage_scalars(problems)
+
+    def _stage_squares(self, problems: Sequence[Problem], scales: Scales) -> None:
+        if self.own_statistics:
+            squares = self.workspace.squares
+        else:
+            pairs = [_squares(p, scales) for p in problems]
+            squares = [[pair[side].contiguous() for pair in pairs] for side in (0, 1)]
+            self.kept.append(squares)
+        for side in (0, 1):
+            self.addresses.set(layout.SQUARES.value + side, squares[side])
+
+    def _stage_scalars(self, problems: Sequence[Problem]) -> None:
+        g = layout
+        width = int(g.SCALARS.value)
+        values = np.zeros((self.count, width), dtype=np.float32)
+        rates = device_rates([p.options.lr for p in problems], self.workspace.device)
+        for row, p in zip(values, problems, strict=True):
+            o, s = p.options, p.pair.scaling
+            sign = -1.0 if o.maximize else 1.0
+            row[g.PROX.value], row[g.FRESH.value], row[g.MU.value] = o.rho, sign * (1 - o.tau), o.momentum
+            row[g.DECAY.value], row[g.SCALING.value], row[g.ROOT.value] = o.weight_decay, s, math.sqrt(s)
+            row[g.BETA.value], row[g.DAMPING.value], row[g.POWER.value] = o.metric_beta, o.delta, o.gamma
+            row[g.LOG_BETA.value] = math.log(o.metric_beta) if o.metric_beta > 0 else -1e30
+            row[g.STATISTIC.value : g.STATISTIC.value + 2] = self._statistic_factors(p)
+            row[g.RATE.value] = 0.0 if isinstance(o.lr, Tensor) else o.lr
+        staged = self.table.staged(self.scalars.offset, self.scalars.rows, self.scalars.columns)
+        staged[:] = values.view(np.int64)
+        self.kept.append(rates)
+        base = self.scalars.device.data_ptr() + 4 * g.RATE.value
+        addresses = self.table.staged(self.addresses.offset, self.addresses.rows, self.addresses.columns)
+        for i, rate in enumerate(rates):
+            addresses[i, g.LR.value] = base + 4 * width * i if rate is None else rate.data_ptr()
+
+    def _statistic_factors(self, p: Problem) -> tuple[float, float]:
+        """What the sums of squares of (A's, B's) side are multiplied with, apart from clip and external scale."""
+        if p.options.metric is None:
+            return 0.0, 0.0
+        rows = max(1, p.record.rows if p.record is not None else 1)
+        gradient_side = rows if p.options.loss_reduction == "mean" else 1 / rows
+        if p.options.metric == "shampoo":
+            factor = gradient_side / p.pair.scaling**2 if p.exact else gradient_side
+            return factor, factor
+        return 1 / rows, gradient_side / p.pair.scaling**2
+
+    # ---- launches -----------------------------------------------------------------------------------------------
+
+    def _zeroed(self) -> Tensor:
+        return self.zeros.device.view(torch.int32).flatten()
+
+    @property
+    def flags(self) -> Tensor:
+        """(L,) int32: above 0 where a gradient or result of the layer is not finite."""
+        return self._zeroed()[: self.count]
+
+    @property
+    def info(self) -> Tensor:
+        """(turns, 2, L) int32: failed attempts of the weight's and the momentum's solves."""
+        turns = len(self.plan.course.turns)
+        return self._zeroed()[self.count : self.count * (1 + 2 * turns)].view(turns, 2, self.count)
+
+    @property
+    def busy(self) -> Tensor:
+        """(turns, 2, L) int32: whether a solve's right-hand side is not zero."""
+        turns = len(self.plan.course.turns)
+        start = self.count * (1 + 2 * turns)
+        return self._zeroed()[start : start + 2 * turns * self.count].view(turns, 2, self.count)
+
+    @property
+    def sizes(self) -> Tensor:
+        """(2, L) fp32: ‖A_m‖² and ‖B_m‖² of the momentum, as the step's last turns have seen them."""
+        start = self.count * (1 + 4 * len(self.plan.course.turns))
+        return self._zeroed()[start : start + 2 * self.count].view(torch.float32).view(2, self.count)
+
+    def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.addresses.device, self.scalars.device.view(torch.float32), self.dims
+
+    def _types(self) -> tuple[Any, Any, Any, Any]:
+        layer = self.plan.layers[0]
+        dtypes = (layer.A_dtype, layer.B_dtype, layer.dA_dtype, layer.dB_dtype)
+        return tuple(TRITON_DTYPES[dtype] for dtype in dtypes)
+
+    def launch_grams(self, scale: Tensor) -> None:
+        """Form the metric, the stored factors as rows and their Grams, unless the last commit has left them."""
+        course, work = self.plan.course, self.workspace
+        fresh = course.lasting and work.fresh is not None and work.fresh == signature(self.problems)
+        work.fresh = None
+        if fresh:
+            return
+        shampoo = self.structure.metric == "shampoo"
+        a, b, da, db = self._types()
+        gram_kernels.gram(
+            *self._tables(), self.tiles, scale, work.stored_grams,
+            A_TYPE=a, B_TYPE=b, DA_TYPE=da, DB_TYPE=db, HAS_MOMENTUM=self.structure.momentum,
+            HAS_METRIC=self.structure.metric is not None, SCALED_A=shampoo and self.structure.exact,
+            SCALED_B=self.structure.exact or not shampoo, CORRECTED=self.structure.corrected,
+            EMIT_A=course.rows[0], EMIT_B=course.rows[1], MASK_A=course.grams[0], MASK_B=course.grams[1],
+        )  # fmt: skip
+
+    def launch_turn(self, t: int, scale: Tensor) -> None:
+        """One turn: the factor launch where there is one, and the solve."""
+        turn, work, s = self.plan.course.turns[t], self.workspace, self.structure
+        side = SIDES[turn.side]
+        weight_grams = work.moved_grams if turn.moved else work.stored_grams
+        momentum_grams = work.moved_grams if turn.own_moved else work.stored_grams
+        info, busy = self.info[t], self.busy[t]
+        if turn.factored:
+            factor_kernels.factor(
+                *self._tables(), self.parts[1 - side], self.parts[side], work.coefficients,
+                weight_grams, momentum_grams, work.stored_grams, info, self.sizes, own=turn.own_source != NONE,
+                SIDE=side, MOVED=turn.moved, OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum,
+                TANGENT=turn.source == TANGENT, OWN_TANGENT=turn.own_source == TANGENT,
+            )  # fmt: skip
+        block = self.product_blocks[t]
+        types = self._types()
+        solve_kernels.solve(
+            *self._tables(), self.tiles, self.parts[1 - side],
+            self.addresses.device if block is None else block.device, work.coefficients, scale,
+            weight_grams, momentum_grams, work.moved_grams, self.flags, info, busy, self.sizes,
+            first_tile=self.plan.parts[side][0][0], programs=self.plan.programs(side),
+            SIDE=side, PARAM_TYPE=types[side], GRAD_TYPE=types[2 + side], SOURCE=turn.source,
+            OWN_SOURCE=turn.own_source, BESIDE=turn.beside, CHECK=turn.check, MOVED=turn.moved,
+            OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
+            EMIT=turn.emit, FACTORED=turn.factored, MASK=turn.grams,
+        )  # fmt: skip
+
+    def launch_commit(self, scale: Tensor, ok: Tensor) -> None:
+        """Write parameters and state, and leave the Grams for the next step where they can last."""
+        course, work, s = self.plan.course, self.workspace, self.structure
+        a, b, _, _ = self._types()
+        masks = course.grams if course.lasting else (0, 0)
+        rows = course.rows if course.lasting else (False, False)
+        commit_kernels.commit(
+            *self._tables(), self.tiles, scale, ok.view(torch.uint8), work.stored_grams,
+            sizes=self.sizes, imbalance=IMBALANCE if s.momentum and s.num_iters <= BALANCED_ITERS else 0.0,
+            A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
+            EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
+        )  # fmt: skip
+        written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
+        states = [state for p in self.problems for state in (p.state_A, p.state_B)]
+        written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
+        torch.autograd.graph.increment_version(written)
+        if course.lasting:
+            work.fresh = signature(self.problems)
+        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step
+
+
+def _squares(problem: Problem, scales: Scales) -> tuple[Tensor, Tensor]:
+    """The sums behind one layer's statistics where the squares kernel does not form them, in plain PyTorch."""
+    if problem.exact or problem.options.metric != "shampoo":
+        return statistics.layer_squares(problem, torch.float32)
+    root = problem.pair.scaling**0.5
+    clip = 1.0 if scales.clip is None else scales.clip.to(problem.dA.device, torch.float32)
+    B, A, left, right = (t.detach().float()[None] for t in (problem.pair.B, problem.pair.A, problem.dA, problem.dB))
+    columns, rows = TangentGradient(B * root, A * root, left * (clip / root), right * (clip / root)).squares()
+    return columns[0], rows[0]

@@ -1,0 +1,191 @@
+"""One prepared gradient step of the Triton backend: the products with X and S and the turns of all buckets."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from psilora.backends.triton.gradient.bucket import BucketRun, Workspace
+from psilora.backends.triton.gradient.plan import PRODUCT, SIDES, StepPlan, Turn, columns
+from psilora.steps.problem import Problem, Scales
+from psilora.triton_kernels.squares import SquaresPlan
+from psilora.triton_kernels.stz import STZPlan
+from psilora.triton_kernels.tables import PointerTable, partial_buffers
+from psilora.triton_kernels.xv import XVPlan
+
+pass
+
+
+class Run:
+    """The prepared launches of a plan for one set of captured shapes.
+
+    Args:
+        plan: The plan.
+        workspaces: One per bucket.
+        problems: The step's problems, for the layouts of X and S.
+    """
+
+    def __init__(self, plan: StepPlan, workspaces: Sequence[Workspace], problems: Sequence[Problem]) -> None:
+        self.plan = plan
+        self.device = workspaces[0].device
+        self.table = PointerTable(self.device)
+        self.ones = torch.ones(2, device=self.device)
+        self.buckets = [
+            BucketRun(bucket, workspace, self.table, [problems[m] for m in bucket.members])
+            for bucket, workspace in zip(plan.buckets, workspaces, strict=True)
+        ]
+        self.products = [
+            Product([b for b in self.buckets if b.asks(t)], t, self.table) if plan.asking(t) else None
+            for t in range(plan.num_turns)
+        ]
+        self.statistics = Statistics([b for b in self.buckets if b.own_statistics], self.table)
+
+    def forget(self) -> None:
+        """Have the next step form the Grams of the factors anew."""
+        for bucket in self.buckets:
+            bucket.workspace.fresh = None
+
+    def start(self, problems: Sequence[Problem], scales: Scales) -> None:
+        """Launch everything but the commit."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.scale = self._scale(scales)
+            for bucket in self.buckets:
+                bucket.stage([problems[m] for m in bucket.plan.members], scales)
+            for asked in filter(None, self.products):
+                asked.stage()
+            self.statistics.stage()
+            self.table.upload()
+            self.statistics.launch()
+            for bucket in self.buckets:
+                bucket.launch_grams(self.scale)
+            for t, product in enumerate(self.products):
+                if product is not None:
+                    product.launch()
+                for bucket in self.buckets:
+                    if t < len(bucket.plan.course.turns):
+                        bucket.launch_turn(t, self.scale)
+
+    def _scale(self, scales: Scales) -> Tensor:
+        """[clip, external] as fp32 on the device."""
+        if scales.clip is None and scales.external is None:
+            return self.ones
+        one = self.ones[0]
+        factors = (scales.clip, scales.external)
+        return torch.stack([one if f is None else f.to(self.device, torch.float32) for f in factors])
+
+    def flags(self, index: int) -> Tensor:
+        """(L,) int32: above 0 where a gradient or result of the layer is not finite."""
+        return self.buckets[index].flags
+
+    def repaired(self, index: int) -> Tensor:
+        """Number of repaired solves whose right-hand side was not zero, 0-d int64."""
+        bucket = self.buckets[index]
+        return ((bucket.info > 0) & (bucket.busy > 0)).sum()
+
+    def increments(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """√s times the increments of A, and those of B as rows, with the momentum's below."""
+        steps_A, steps_B = self.buckets[index].workspace.steps
+        return steps_A, steps_B
+
+    def commit(self, index: int, ok: Tensor) -> None:
+        """Launch the commit of a bucket."""
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self.buckets[index].launch_commit(self.scale, ok)
+
+
+class Product:
+    """xv and stz of one turn, over all buckets that ask for it."""
+
+    def __init__(self, buckets: Sequence[BucketRun], t: int, table: PointerTable) -> None:
+        self.buckets, self.t = list(buckets), t
+        narrow, rows, wide, layers, shapes = self._operands()
+        device = buckets[0].workspace.device
+        shapes_p = [(x.shape[0], f.shape[0]) for x, f in zip(narrow, rows, strict=True)]
+        self.p = [p for p in partial_buffers(shapes_p, device) if p is not None]
+        self.xv = XVPlan(narrow, rows, self.p, table=table)
+        self.stz = STZPlan(wide, self.p, layers, None, shapes=shapes, table=table, reduce=False)
+        first = 0
+        for bucket in buckets:
+            block = bucket.product_blocks[t]
+            if block is None:
+                raise RuntimeError("a bucket that asks for a product has no block for it")
+            staged = table.staged(block.offset, block.rows, block.columns)
+            for i in range(bucket.count):
+                partials = self.stz.partials(first + i)
+                staged[i] = (partials.data_ptr(), partials.shape[0], partials.shape[2])
+            first += bucket.count
+
+    def _operands(self) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int], list[tuple[int, int]]]:
+        narrow: list[Tensor] = []
+        rows: list[Tensor] = []
+        wide: list[Tensor] = []
+        layers: list[int] = []
+        shapes: list[tuple[int, int]] = []
+        for bucket in self.buckets:
+            turn = bucket.plan.course.turns[self.t]
+            for i, (layer, problem) in enumerate(zip(bucket.plan.layers, bucket.problems, strict=True)):
+                size = layer.d_in if turn.side == "A" else layer.d_out
+                factor = _asked(turn, bucket.workspace.rows[1 - SIDES[turn.side]][i], layer.rank)
+                for x, s in problem.record.chunks if problem.record is not None else ():
+                    narrow.append(s if turn.side == "A" else x)
+                    wide.append(x if turn.side == "A" else s)
+                    rows.append(factor)
+                    layers.append(len(shapes))
+                shapes.append((size, columns(turn, layer)))
+        return narrow, rows, wide, layers, shapes
+
+    def stage(self) -> None:
+        """Put the addresses of this step's X and S into the table."""
+        narrow, rows, wide, _, _ = self._operands()
+        self.xv.bind(narrow, rows)
+        self.stz.bind(wide)
+
+    def launch(self) -> None:
+        """Run both kernels."""
+        self.xv.launch()
+        self.stz.launch()
+
+
+def _asked(turn: Turn, rows: Tensor, rank: int) -> Tensor:
+    """Return the rows of the other factor that a turn multiplies the gradient with."""
+    start = 0 if turn.source == PRODUCT else rank
+    end = rows.shape[0] if turn.own_source == PRODUCT else rank
+    return rows[start:end]
+
+
+class Statistics:
+    """Σx² and Σs² of all buckets whose metric asks for them."""
+
+    def __init__(self, buckets: Sequence[BucketRun], table: PointerTable) -> None:
+        self.buckets = list(buckets)
+        self.plan: SquaresPlan | None = None
+        if self.buckets:
+            x, outputs, out = self._operands()
+            self.plan = SquaresPlan(x, outputs, out, table=table)
+
+    def _operands(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
+        x: list[Tensor] = []
+        outputs: list[int] = []
+        out: list[Tensor] = []
+        for bucket in self.buckets:
+            for i, problem in enumerate(bucket.problems):
+                for side in (0, 1):
+                    for chunk in problem.record.chunks if problem.record is not None else ():
+                        x.append(chunk[side])
+                        outputs.append(len(out))
+                    out.append(bucket.workspace.squares[side][i])
+        return x, outputs, out
+
+    def stage(self) -> None:
+        """Put the addresses of this step's X and S into the table."""
+        if self.plan is not None:
+            x, _, out = self._operands()
+            self.plan.bind(x, out)
+
+    def launch(self) -> None:
+        """Run the kernel, if anything asks for it."""
+        if self.plan is not None:
+            self.plan.launch()

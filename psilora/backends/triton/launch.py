@@ -1,0 +1,59 @@
+"""What every launch shares: how columns are cut into tiles, and learning rates on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+#: Ranks to which a layer's rank (or its momentum's, if larger) is padded; larger ranks are left to the reference.
+PADDED_RANKS = (16, 32, 64, 128)
+#: Programs that a launch should have before a program takes more than one block of columns (four per SM of an H200).
+TARGET_PROGRAMS = 528
+MAX_SPAN = 2048
+#: Columns that a solve works on at a time, and those summed at a time in a Gram.
+BLOCK_COLUMNS = {16: 128, 32: 64, 64: 64, 128: 32}
+
+
+Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...]
+Parts: TypeAlias = tuple[tuple[int, int], ...]
+
+
+def tile_map(sizes: Sequence[Sequence[int]], padded: int) -> tuple[Tiles, tuple[Parts, Parts]]:
+    """Cut the columns of layers with d_in = sizes[0] and d_out = sizes[1] into tiles; see `BucketPlan`."""
+    tiles: list[tuple[int, int, int, int]] = []
+    parts: list[Parts] = []
+    for side in (0, 1):
+        span = _span(sum(sizes[side]), BLOCK_COLUMNS[padded])
+        ranges = []
+        for i, size in enumerate(sizes[side]):
+            cut = list(_cut(size, span))
+            ranges.append((len(tiles), len(cut)))
+            tiles += [(side, i, start, end) for start, end in cut]
+        parts.append(tuple(ranges))
+    return tuple(tiles), (parts[0], parts[1])
+
+
+def _span(total: int, block: int) -> int:
+    """Columns per program: whole blocks, more of them only where there are programs enough."""
+    wanted = -(-total // TARGET_PROGRAMS)
+    return min(MAX_SPAN, -(-wanted // block) * block)
+
+
+def _cut(size: int, span: int) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, span):
+        yield start, min(size, start + span)
+
+
+def device_rates(rates: Sequence[float | Tensor], device: torch.device) -> list[Tensor | None]:
+    """Return learning rates held in tensors as fp32 on the device, where kernels read them; None for numbers.
+
+    A tensor that many layers share is converted once.
+    """
+    found: dict[int, Tensor] = {}
+    for rate in rates:
+        if isinstance(rate, Tensor) and id(rate) not in found:
+            found[id(rate)] = rate.detach().to(device, torch.float32).reshape(())
+    return [found.get(id(rate)) for rate in rates]

@@ -1,0 +1,264 @@
+"""The spectral step on the Triton backend: all layers of a rank in a few launches, whatever their widths.
+
+The kernels form the Grams of the columns [F, M, D] of either side and, at the end, products with them; in between
+`psilora.lowrank.spectral` works on (L, 4r, 4r) matrices of all layers at once, or (L, 3r, 3r) with `joint=False`.
+Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psilora.backends.triton.launch import device_rates, tile_map
+from psilora.lowrank.spectral import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
+from psilora.steps.problem import Problem, Scales
+from psilora.steps.spectral.reference import factor_ridge, rate_factor
+from psilora.triton_kernels import commit as commit_kernels
+from psilora.triton_kernels import layout, spectral_apply, spectral_gram
+from psilora.triton_kernels.split import TRITON_DTYPES
+from psilora.triton_kernels.tables import PointerTable, int32_table, padded, partial_buffers
+
+# Columns of the numbers after those that the kernels read (span.BETA, DAMPING, POWER).
+MU, FRESH, DECAY, RIDGE, FACTOR, ROOT, SIGN, RATE = range(3, 11)
+
+
+class SpectralRun:
+    """Tables and workspaces of layers of one rank and equal settings, of any widths; kept from step to step.
+
+    Args:
+        problems: A first step's problems, for their shapes.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        pairs = [p.pair for p in problems]
+        self.rank, self.count, self.device = pairs[0].rank, len(pairs), pairs[0].lora_A.device
+        options = problems[0].options
+        self.metric, self.joint, self.fade = options.metric is not None, options.joint, options.fade
+        self.own = 0 if options.momentum == 0 else 2 if self.joint else 1  # blocks of r rows of the momentum
+        self.kinds = (spectral_gram.PLAIN, spectral_gram.SINGLE, spectral_gram.FULL)[self.own]
+        self.sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
+        self.padded = padded(self.rank)
+        tiles, parts = tile_map(self.sizes, self.padded)
+        self.tiles = int32_table(tiles, int(layout.TILE.value), self.device)
+        self.parts = torch.stack([int32_table(side, 2, self.device) for side in parts])
+        longest = max(count for side in parts for _, count in side)
+        within = torch.arange(longest, device=self.device)
+        first, count = self.parts.long().unbind(-1)
+        # The tiles of a (side, layer), filled up with one tile past the last, whose sum is 0.
+        self.own_tiles = torch.where(within < count[..., None], first[..., None] + within, len(tiles))
+        dims = [(self.rank, self.own * self.rank, pair.d_in, pair.d_out) for pair in pairs]
+        self.dims = int32_table(dims, int(layout.DIMS.value), self.device)
+        self.widths = torch.tensor(self.sizes, dtype=torch.float64, device=self.device)
+        self.places = {kinds: spectral_gram.places(kinds, self.device) for kinds in {spectral_gram.ALONE, self.kinds}}
+        self.table = PointerTable(self.device)
+        self.addresses = self.table.reserve(self.count, int(layout.ADDRESSES.value))
+        self.numbers = self.table.reserve(self.count, int(spectral_gram.NUMBERS.value))
+        self.scalars = self.table.reserve(self.count, int(layout.SCALARS.value) // 2)
+        self._allocate(len(tiles))
+        self.old_norms: Tensor | None = None
+        self.new_norms: Tensor | None = None
+        self.problems: list[Problem] = []
+        self.kept: list[list[list[Tensor]]] = []
+
+    def _allocate(self, tiles: int) -> None:
+        rank = self.rank
+
+        def buffers(rows: int) -> list[list[Tensor]]:
+            shapes = [[(rows, size) for size in side] for side in self.sizes]
+            return [[t for t in partial_buffers(side, self.device) if t is not None] for side in shapes]
+
+        self.steps, self.rows = buffers(rank), buffers(rank * (1 + self.own))
+        self.averages = buffers(1) if self.metric else [[], []]
+        self.weights = [
+            [torch.empty(2, size, dtype=torch.float64, device=self.device) for size in side if self.metric]
+            for side in self.sizes
+        ]
+        square = (self.padded, self.padded)
+        self.partials = torch.empty(tiles, self.kinds, *square, dtype=torch.float64, device=self.device)
+        self.sums = torch.zeros(tiles + 1, dtype=torch.float64, device=self.device)
+        self.no_grams = torch.empty(1, 1, *square, device=self.device)
+
+    # ---- what the host knows of a step --------------------------------------------------------------------------
+
+    def start(self, problems: Sequence[Problem], scales: Scales) -> None:
+        """Launch everything but the commit."""
+        self.problems = list(problems)
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            self._stage()
+            self.table.upload()
+            numbers = self.numbers.device.view(torch.float64)
+            clip = numbers[:, SIGN]
+            if scales.clip is not None:
+                clip = clip * scales.clip.to(self.device, torch.float64)
+            inverse = self._moments(numbers, clip)
+            grams, scale, spread_by = self._grams(numbers, clip, inverse)
+            step = spectral_step if self.joint else factor_step
+            self.old_norms = torch.stack([p.state_B["norms"] for p in problems]) if self.fade else None
+            found = step(grams[1], grams[0], self._settings(numbers))
+            self.new_norms = found.norms
+            self.coefficients = self._folded(found, scale, spread_by)
+            self.info = found.repaired
+            self.finite = torch.isfinite(grams).flatten(2).all(2).all(0)
+            self.finite = self.finite & torch.isfinite(self.coefficients).flatten(2).all(2).all(0)
+            spectral_apply.spread(
+                self.addresses.device, self.dims, self.tiles, self.coefficients,
+                own=self.own, metric=self.metric,
+            )  # fmt: skip
+
+    def _stage(self) -> None:
+        """Put the addresses and numbers of a step into the table."""
+        g, problems = layout, self.problems
+        parameters = [[p.pair.lora_A for p in problems], [p.pair.lora_B for p in problems]]
+        gradients = [[p.dA for p in problems], [p.dB for p in problems]]
+        self.kept = [[self._fp32(side) for side in both] for both in (parameters, gradients)]
+        for side in (0, 1):
+            states = [p.state_B if side else p.state_A for p in problems]
+            self.addresses.set(g.PARAM.value + side, parameters[side])
+            self.addresses.set(g.FACTOR.value + side, self.kept[0][side])
+            self.addresses.set(g.GRAD.value + side, self.kept[1][side])
+            self.addresses.set(g.STEPS.value + side, self.steps[side])
+            self.addresses.set(g.ROWS.value + side, self.rows[side])
+            self.addresses.set(g.COUNT.value + side, [state["step"] for state in states])
+            if self.own:
+                self.addresses.set(g.MOMENTUM.value + side, [state["momentum"] for state in states])
+            if self.metric:
+                self.addresses.set(g.METRIC.value + side, [state["metric"] for state in states])
+                self.addresses.set(g.AVERAGE.value + side, self.averages[side])
+                self.addresses.set(g.WEIGHT.value + side, self.weights[side])
+        self._stage_numbers()
+
+    @staticmethod
+    def _fp32(tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The tensors, or fp32 copies of 16-bit ones, made together."""
+        dense = [t.detach().contiguous() for t in tensors]
+        if all(t.dtype == torch.float32 for t in dense):
+            return dense
+        copies = [torch.empty_like(t, dtype=torch.float32) for t in dense]
+        torch._foreach_copy_(copies, dense)
+        return copies
+
+    def _stage_numbers(self) -> None:
+        staged = self.table.staged(self.numbers.offset, self.numbers.rows, self.numbers.columns).view(np.float64)
+        scalars = self.table.staged(self.scalars.offset, self.scalars.rows, self.scalars.columns).view(np.float32)
+        for row, scalar, p in zip(staged, scalars, self.problems, strict=True):
+            o = p.options
+            row[spectral_gram.BETA.value], row[spectral_gram.DAMPING.value], row[spectral_gram.POWER.value] = (
+                o.metric_beta,
+                o.delta,
+                o.gamma,
+            )
+            row[MU], row[FRESH], row[DECAY], row[RIDGE] = o.momentum, 1 - o.tau, o.weight_decay, factor_ridge(p)
+            row[FACTOR], row[ROOT] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank), math.sqrt(p.pair.scaling)
+            row[SIGN], row[RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr
+            scalar[layout.ROOT.value] = row[ROOT]
+
+    def _settings(self, numbers: Tensor) -> Numbers:
+        options = self.problems[0].options
+        columns = numbers[:, :, None, None].unbind(1)
+        lr = columns[RATE]
+        rates = device_rates([p.options.lr for p in self.problems], self.device)
+        if any(rate is not None for rate in rates):
+            held = [lr[i].float().reshape(()) if rate is None else rate for i, rate in enumerate(rates)]
+            lr = torch.stack(held).double()[:, None, None]
+        return Numbers(
+            rank=self.rank,
+            mu=columns[MU],
+            fresh=columns[FRESH],
+            nesterov=options.nesterov and self.own > 0,
+            rate=lr * columns[FACTOR],
+            decay=-lr * columns[DECAY] if options.weight_decay > 0 else None,
+            ridge=columns[RIDGE],
+            num_iters=options.num_iters,
+            first=options.first,
+            dtype=torch.float32,
+            norms=self.old_norms,
+        )
+
+    # ---- launches -----------------------------------------------------------------------------------------------
+
+    def _means(self) -> Tensor:
+        """The means over the columns of each (side, layer) of what a launch has summed per tile, (2, L)."""
+        return self.sums[self.own_tiles].sum(-1) / self.widths
+
+    def _moments(self, numbers: Tensor, clip: Tensor) -> Tensor:
+        """Update the metric; return 1/mean(D) per layer and side, (L, 2), negative where the weights are 1."""
+        if not self.metric:
+            return torch.ones(self.count, 2, dtype=torch.float64, device=self.device)
+        alone = self.partials.new_empty(len(self.tiles), spectral_gram.ALONE, self.padded, self.padded)
+        self._launch_span(alone, metric=False)
+        grams = spectral_gram.summed(alone, self.parts, self.places[spectral_gram.ALONE], self.rank)
+        root, ridge = numbers[:, ROOT, None, None], numbers[:, RIDGE, None, None]
+        A, B = (Roots(gram * root.square(), ridge) for gram in grams)
+        roots = torch.stack([B.T.mT, A.T.mT]) * (clip[:, None, None] / root)
+        zero = mean_diagonal(grams[1]).flatten() == 0
+        frozen = torch.stack([zero, torch.zeros_like(zero)], 1)
+        spectral_gram.moments(
+            self.addresses.device, numbers, self.dims, self.tiles, roots.contiguous(), frozen.view(torch.uint8),
+            self.sums,
+        )  # fmt: skip
+        mean = self._means().mT
+        return torch.where(frozen, -1.0, 1 / torch.where(mean == 0, 1.0, mean)).contiguous()
+
+    def _launch_span(self, out: Tensor, *, metric: bool, inverse: Tensor | None = None) -> None:
+        spectral_gram.span(
+            self.addresses.device, self.numbers.device.view(torch.float64), self.dims, self.tiles,
+            self.sums if inverse is None else inverse, self.sums, out, metric=metric,
+        )  # fmt: skip
+
+    def _grams(self, numbers: Tensor, clip: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Γ (2, L, n, n) of the whitened blocks of sides A and B, their scales (2, L, n), and w/√v (2, L)."""
+        self._launch_span(self.partials, metric=self.metric, inverse=inverse)
+        grams = spectral_gram.summed(self.partials, self.parts, self.places[self.kinds], self.rank)
+        root = numbers[:, ROOT]
+        c = self._means().rsqrt() if self.metric else torch.ones_like(self.widths)
+        blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
+        scale = torch.cat([value[..., None].expand(*value.shape, size) for value, size in blocks], -1)
+        return scale[..., :, None] * grams * scale[..., None, :], scale, c
+
+    def _folded(self, found: Coefficients, scale: Tensor, c: Tensor) -> Tensor:
+        """The coefficients of the raw blocks, rows [ΔF; M⁺], of sides A and B in fp32, as `spread` takes them."""
+        steps = torch.stack([found.step_A.mT, found.step_B.mT]) / c[..., None, None]
+        if self.own:
+            own = torch.stack([found.momentum_A.mT, found.momentum_B.mT]) * c[..., None, None]
+            steps = torch.cat([steps, own], -2)
+        return (steps * scale[..., None, :]).float().contiguous()
+
+    # ---- what an Execution asks for -----------------------------------------------------------------------------
+
+    def flags(self, index: int) -> Tensor:
+        """(L,) int32: above 0 where a gradient or result of the layer is not finite."""
+        return (~self.finite).int()
+
+    def repaired(self, index: int) -> Tensor:
+        """Number of factorisations that failed, 0-d int64."""
+        return self.info.sum()
+
+    def increments(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """√s times the increments of A, and those of B as rows (r, d_out)."""
+        return self.steps[0], self.steps[1]
+
+    def commit(self, index: int, ok: Tensor) -> None:
+        """Launch the commit."""
+        pair = self.problems[0].pair
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+            commit_kernels.commit(
+                self.addresses.device, self.scalars.device.view(torch.float32), self.dims, self.tiles,
+                self.no_grams, ok.view(torch.uint8), self.no_grams,
+                A_TYPE=TRITON_DTYPES[pair.lora_A.dtype], B_TYPE=TRITON_DTYPES[pair.lora_B.dtype],
+                HAS_MOMENTUM=self.own > 0, HAS_METRIC=self.metric, OWN=max(self.own, 1),
+                EMIT_A=False, EMIT_B=False, MASK_A=0, MASK_B=0,
+            )  # fmt: skip
+            if self.new_norms is not None and self.old_norms is not None:
+                chosen = torch.where(ok, self.new_norms, self.old_norms, out=self.old_norms)
+                torch._foreach_copy_([p.state_B["norms"] for p in self.problems], list(chosen.unbind(0)))
+        states = [state for p in self.problems for state in (p.state_A, p.state_B)]
+        written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
+        written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
+        torch.autograd.graph.increment_version(written)
+        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step

@@ -1,0 +1,114 @@
+"""Whether `.grad` of a pair is still what backward left, or was reset since by other means than the optimizer's own.
+
+`model.zero_grad()`, `p.grad = None` and `p.grad.zero_()` do not reach the optimizer: what was captured for such a
+gradient belongs to a step that never came.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from psilora.adapters.pair import LoRAPair
+
+
+class Versions:
+    """The gradients of one pair, and their version counters, as backward has left them."""
+
+    def __init__(self) -> None:
+        self._noted: dict[int, tuple[Tensor, int]] = {}  # by parameter
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._noted.clear()
+
+    def note(self, parameter: Tensor) -> None:
+        """Remember `.grad` as it is now."""
+        if parameter.grad is not None:
+            self._noted[id(parameter)] = parameter.grad, parameter.grad._version
+
+    def changes(self, pair: LoRAPair) -> float:
+        """Return how many operations have written to the pair's gradients since; inf for another tensor or none."""
+        known = {id(grad): version for grad, version in self._noted.values()}
+        total = 0.0
+        for grad in (pair.lora_B.grad, pair.lora_A.grad):
+            seen = None if grad is None else known.get(id(grad))
+            total += float("inf") if grad is None or seen is None else grad._version - seen
+        return total
+
+
+class Watched(Protocol):
+    """What was captured for one pair, which a reset of its gradient makes void."""
+
+    pair: LoRAPair
+    versions: Versions
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing was captured."""
+        ...
+
+    def refresh(self, backward: int) -> None:
+        """Drop what was captured if the gradient was reset; a backward pass begins, or (-1) a step."""
+        ...
+
+
+class Passes:
+    """The backward passes since the last step: when one begins, what others left for nothing is dropped everywhere.
+
+    At that moment a gradient that was reset is still zero in the layers which the pass will not reach, and in those
+    that it will; later, accumulation and averaging over processes fill it.
+    """
+
+    def __init__(self) -> None:
+        self.records: list[Watched] = []
+        self._seen: set[int] = set()
+        self._lock = threading.Lock()
+
+    def begin(self, backward: int) -> None:
+        """Note that this pass has reached a record; must not be called with the lock of one."""
+        with self._lock:
+            if backward not in self._seen:
+                self._seen.add(backward)
+                for record in self.records:
+                    record.refresh(backward)
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._seen.clear()
+
+
+def suspects(records: Sequence[Watched]) -> list[Watched]:
+    """Return the records whose gradients may have been reset since backward, without a look at numbers.
+
+    On the CPU all that hold something. Elsewhere, where a look waits for the device, those that were written to more
+    often than others, or replaced: clipping, unscaling and averaging write to all alike.
+    """
+    busy = [record for record in records if not record.idle]
+    changes = [record.versions.changes(record.pair) for record in busy]
+    least = min(changes, default=0.0)
+    return [
+        record
+        for record, change in zip(busy, changes, strict=True)
+        if change > least or record.pair.lora_A.device.type == "cpu"
+    ]
+
+
+def present(pair: LoRAPair) -> list[Tensor]:
+    """Return the gradients of the pair that are there."""
+    return [p.grad for p in (pair.lora_B, pair.lora_A) if p.grad is not None]
+
+
+def all_zero(pairs: Sequence[LoRAPair]) -> list[bool]:
+    """Return per pair whether its gradients are zero throughout; waits once for every device, if there is a pair."""
+    anything = [[grad.detach().any() for grad in present(pair)] for pair in pairs]
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for flags in anything:
+        for flag in flags:
+            by_device.setdefault(flag.device, []).append(flag)
+    found = {device: iter(torch.stack(flags).tolist()) for device, flags in by_device.items()}
+    return [not any([next(found[flag.device]) for flag in flags]) for flags in anything]

@@ -1,0 +1,1 @@
+"""What an optimizer counts, measures and warns about."""

@@ -1,0 +1,55 @@
+"""Events counted on the device and noticed on the host without waiting for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from psilora import runtime
+
+EVENTS = ("skipped_steps", "repaired_pivots")
+_MESSAGES = {
+    "skipped_steps": "a step was skipped because a gradient or an update was not finite; nothing was changed by it",
+    "repaired_pivots": "an r×r system was not positive definite and was repaired with a ridge; a larger prox avoids it",
+}
+
+
+class Counters:
+    """Counts of `EVENTS`, kept on one device; each kind is warned about once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.values = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
+        self._warned: set[str] = set()
+        self._host: Tensor | None = None
+        self._copied: torch.cuda.Event | None = None
+
+    def add(self, events: Tensor) -> None:
+        """Add a step's counts, (2,) int64 on this device, in the order of `EVENTS`."""
+        self.values.add_(events)
+
+    def poll(self) -> None:
+        """Warn about what has newly happened: at once on the CPU; elsewhere when an earlier copy has arrived."""
+        if self.values.device.type != "cuda":
+            self._warn(self.values)
+            return
+        if len(self._warned) == len(EVENTS) or torch.cuda.is_current_stream_capturing():
+            return
+        if self._copied is not None and self._host is not None:
+            if not self._copied.query():
+                return
+            self._warn(self._host)
+        if self._host is None:
+            self._host = torch.zeros(len(EVENTS), dtype=torch.int64, device="cpu", pin_memory=True)
+        self._host.copy_(self.values, non_blocking=True)
+        self._copied = torch.cuda.Event()
+        self._copied.record()
+
+    def _warn(self, values: Tensor) -> None:
+        for name, value in zip(EVENTS, values.tolist(), strict=True):
+            if value and name not in self._warned:
+                self._warned.add(name)
+                runtime.warn(f"{_MESSAGES[name]} (warned once; see optimizer.stats())")
+
+    def read(self) -> dict[str, int]:
+        """Return the counts; waits for the device."""
+        return dict(zip(EVENTS, self.values.tolist(), strict=True))

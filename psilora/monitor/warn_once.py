@@ -1,0 +1,59 @@
+"""Warnings about what an optimizer meets while it runs, each given once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from psilora import runtime
+from psilora.adapters.pair import listed
+
+IDLE_STEPS = 2
+#: The same before the first gradient, where one step is often taken for a schedule or to create state.
+IDLE_START = 3
+
+
+class Notices:
+    """What one optimizer has seen and said."""
+
+    def __init__(self) -> None:
+        self._idle, self._started = 0, False  # steps in a row without a gradient in any pair, and whether one had any
+        self._blind: set[str] = set()
+        self._halved: set[str] = set()
+
+    def trained(self, some: bool) -> None:
+        """Note whether a step found gradients; warn after a few in a row without any."""
+        if some:
+            self._idle, self._started = 0, True
+            return
+        self._idle += 1
+        limit = IDLE_STEPS if self._started else IDLE_START
+        if self._idle == limit:
+            runtime.warn(
+                f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
+                "a change of adapters build a new PSILoRA"
+            )
+
+    def halved(self, names: Sequence[str]) -> None:
+        """Warn about the layers, of these names, with a gradient for one factor only, once for each."""
+        new = _first_time(names, self._halved)
+        if new:
+            runtime.warn(
+                "a pair is not trained while one of its factors has no gradient, as when lora_A or lora_B is frozen: "
+                f"{listed(new)}"
+            )
+
+    def without_activations(self, names: Sequence[str]) -> None:
+        """Warn about the layers, of these names, that have not been named before."""
+        new = _first_time(names, self._blind)
+        if new:
+            runtime.warn(
+                "gradients without captured activations (a fused or compiled kernel bypasses lora_A and lora_B, or "
+                f"the optimizer was detached); using the tangent gradient for {listed(new)}"
+            )
+
+
+def _first_time(names: Sequence[str], said: set[str]) -> list[str]:
+    """The names that have not been said yet; adds them to those that have."""
+    new = [name for name in names if name not in said]
+    said.update(new)
+    return new

@@ -1,0 +1,113 @@
+"""Param groups of LoRA pairs: which layer takes which settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from psilora.adapters.find import find_pairs
+from psilora.adapters.pair import LoRAPair, describe
+from psilora.options.base import OPTION_NAMES, Options, resolved
+from psilora.options.checks import check_rate
+from psilora.options.metrics import DENSE_LIMIT
+
+
+def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
+    """Return the pairs of `model`, or raise by name; `unsupported` is "raise" or "adamw"."""
+    pairs, refused = find_pairs(model)
+    if refused and unsupported == "raise":
+        raise ValueError(
+            f"these adapters cannot be trained as ΔW = s·B·A: {describe(refused)}; freeze them, or train them with "
+            "AdamW by unsupported='adamw'"
+        )
+    if not pairs:
+        raise ValueError(
+            "no trainable LoRA pair (lora_A, lora_B) found in the model; add adapters before building the optimizer"
+        )
+    return pairs
+
+
+def lora_groups(
+    pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Split the pairs into param groups: group 0 for the rest, then one per override."""
+    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
+        raise ValueError(f"Invalid groups={overrides!r}. Must be a sequence of {{'layers': …, **settings}}.")
+    groups = [{**resolved(settings), "kind": "lora", "params": []}]
+    matchers: list[Callable[[LoRAPair], bool]] = []
+    for override in overrides:
+        if not isinstance(override, Mapping):
+            raise ValueError(f"Invalid group {override!r} in groups. Must be a dict {{'layers': …, **settings}}.")
+        unknown = set(override) - set(OPTION_NAMES) - {"layers"}
+        if "layers" not in override or unknown:
+            problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
+            raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
+        group = {**resolved({**settings, **override}), "kind": "lora", "params": []}
+        matchers.append(_matcher(group.pop("layers")))
+        Options.from_group(group)
+        groups.append(group)
+    for group in groups:
+        check_rate(group["lr"])
+    for pair in pairs:
+        index = next((i for i, match in enumerate(matchers, start=1) if match(pair)), 0)
+        check_pair(pair, Options.from_group(groups[index]))
+        groups[index]["params"] += [pair.lora_A, pair.lora_B]
+    for override, group in zip(overrides, groups[1:], strict=True):
+        if not group["params"]:
+            raise ValueError(
+                f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
+            )
+    return [group for group in groups if group["params"]]
+
+
+def pair_options(groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair]) -> list[tuple[LoRAPair, Options]]:
+    """Return every pair of the LoRA groups with the settings of its group; `pairs` by id of their lora_A."""
+    found: list[tuple[LoRAPair, Options]] = []
+    for group in groups:
+        if group["kind"] == "lora":
+            options = Options.from_group(group)
+            own = [pairs[id(p)] for p in group["params"][::2] if id(p) in pairs]
+            if len(group["params"]) != 2 * len(own):
+                raise RuntimeError(
+                    "the LoRA parameters of a group were replaced after construction, as DeepSpeed ZeRO does; "
+                    "use DDP or a single device"
+                )
+            found += [(pair, options) for pair in own]
+    return found
+
+
+def _matcher(layers: object) -> Callable[[LoRAPair], bool]:
+    """Whether a pair is meant, by its name or by the path of its module alone, where the name ends in the adapter's."""
+    if isinstance(layers, str):
+        try:
+            pattern = re.compile(layers)
+        except re.error as error:
+            raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression: {error}.") from error
+        return lambda pair: any(map(pattern.search, (pair.path, pair.name)))
+    if isinstance(layers, Sequence):
+        names = set(layers)
+        return lambda pair: pair.path in names or pair.name in names
+    raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
+
+
+def check_pair(pair: LoRAPair, options: Options) -> None:
+    """Raise ValueError, by name, for settings that a pair of this shape cannot have."""
+    momentum_rank(pair, options)
+    if options.form == "dense" and max(pair.d_out, pair.d_in) > DENSE_LIMIT:
+        raise ValueError(
+            f"{pair.name} is {pair.d_out}×{pair.d_in}: metric={options.metric!r} keeps and decomposes matrices d×d, "
+            f"for d <= {DENSE_LIMIT} only; use metric={options.statistics!r}, or give this layer one by `groups`"
+        )
+
+
+def momentum_rank(pair: LoRAPair, options: Options) -> int:
+    """Return r_m: as set, or the rank of the pair as far as its matrix allows it."""
+    limit = min(pair.d_out, pair.d_in)
+    if options.momentum_rank is None:
+        return min(pair.rank, limit)
+    if options.momentum_rank > limit:
+        raise ValueError(f"{pair.name}: invalid momentum_rank={options.momentum_rank}. Must be in [1, {limit}].")
+    return options.momentum_rank

@@ -1,0 +1,1 @@
+"""The gradient step: LoRSum of the weight, the gradient and the momentum."""

@@ -1,0 +1,41 @@
+"""What an update of a metric starts from and returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from psilora.lowrank.lorsum import Metric
+from psilora.steps.gradient.batch import GradientBatch
+
+
+@dataclass
+class Updated:
+    """The metric of L layers after its update; all None without one.
+
+    Attributes:
+        weights: (M_B, M_A).
+        D_B, D_A: The new state "metric".
+        rest_B, rest_A: The new state "metric_rest", (L, 1), of a low-rank metric.
+    """
+
+    weights: tuple[Metric, Metric] | None = None
+    D_B: Tensor | None = None
+    D_A: Tensor | None = None
+    rest_B: Tensor | None = None
+    rest_A: Tensor | None = None
+
+
+class Numbers:
+    """β₂, δ, γ and 1 − β₂ᵗ (None without bias correction) of each layer, (L, 1)."""
+
+    def __init__(self, batch: GradientBatch) -> None:
+        options = [p.options for p in batch.problems]
+        self.beta = batch.column([o.metric_beta for o in options])[:, 0]
+        self.damping = batch.column([o.delta for o in options])[:, 0]
+        self.power = batch.column([o.gamma for o in options])[:, 0]
+        self.correction: Tensor | None = None
+        if batch.options.metric_bias_correction:
+            t = batch.stack([p.state_A["step"] for p in batch.problems])[:, None] + 1
+            self.correction = 1 - self.beta**t

@@ -1,0 +1,240 @@
+"""What the optimizer remembers of a LoRA pair: where it begins, and whether a loaded state fits, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psilora.adapters.pair import LoRAPair
+from psilora.linalg.precision import compute_dtype
+from psilora.lowrank.momentum import initial_momentum
+from psilora.options.base import Options
+from psilora.param_groups.lora import check_pair, momentum_rank, pair_options
+from psilora.steps.gradient.metrics.diagonal import initial_metric, metric_shape
+
+
+def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
+    """Return the dtype of the state `name` of a LoRA parameter: fp32 or better, whatever the parameter's."""
+    if name in ("controller", "norms"):
+        return torch.float64
+    return torch.float32 if name == "step" else compute_dtype(parameter.dtype)
+
+
+def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
+    """Create the state of a pair that its settings need, where it does not exist yet.
+
+    fp32 (fp64 for fp64 parameters): "step" 0-d; "momentum" (d_out, r_m) and (r_m, d_in), r_m = 2r and zero in a
+    spectral step (r with joint=False); "metric" (d_out,) and (d_in,), dense (d_out, d_out) and (d_in, d_in),
+    or low-rank (d_out, k) and (d_in, k) beside "metric_rest" (1,), k as far as the side allows it. fp64 "norms" (3,) of
+    lora_B in a spectral step that fades.
+
+    Raises:
+        RuntimeError: What is there has other shapes than these settings give, because they were changed since.
+    """
+    dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
+    for state in (state_A, state_B):
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+    spectral = options.step == "spectral"
+    if options.momentum > 0:
+        rank = _momentum_rank(pair, options)
+        if "momentum" in state_A:
+            _check_momentum(pair, options, state_A["momentum"].shape[0], rank)
+        elif spectral:
+            state_B["momentum"] = torch.zeros(pair.d_out, rank, dtype=dtype, device=device)
+            state_A["momentum"] = torch.zeros(rank, pair.d_in, dtype=dtype, device=device)
+        else:
+            state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
+    if spectral and options.fade and "norms" not in state_B:
+        state_B["norms"] = torch.zeros(3, dtype=torch.float64, device=device)
+    if options.metric is not None:
+        _init_metric(pair, options, state_B, state_A)
+
+
+def _momentum_rank(pair: LoRAPair, options: Options) -> int:
+    """The rank of the momentum that these settings give a pair, for either step."""
+    if options.step == "gradient":
+        return momentum_rank(pair, options)
+    return 2 * pair.rank if options.joint else pair.rank
+
+
+def _check_momentum(pair: LoRAPair, options: Options, held: int, wanted: int) -> None:
+    """Raise RuntimeError for a param group whose momentum has been given another rank since it began."""
+    if held == wanted:
+        return
+    setting = f"momentum_rank={options.momentum_rank}" if options.step == "gradient" else f"joint={options.joint}"
+    raise RuntimeError(
+        f"{pair.name}: the state holds a momentum of rank {held}, and {setting} asks for rank {wanted}; it cannot be "
+        "changed in training: set it back, or build a new optimizer"
+    )
+
+
+def _init_metric(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
+    form, rank = options.form, options.metric_rank or pair.rank
+    if "metric" in state_A:
+        if state_A["metric"].shape != metric_shape(pair.d_in, form, rank):
+            raise RuntimeError(
+                f"{pair.name}: the state holds a metric of shape {tuple(state_A['metric'].shape)}, not that of "
+                f"metric={options.metric!r}; a metric cannot be changed in training: build a new optimizer"
+            )
+        return
+    dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
+    from_zero = options.step == "spectral" or options.metric_bias_correction
+    metric_B, metric_A = (
+        initial_metric(size, from_zero, dtype=dtype, device=device, form=form, rank=rank)
+        for size in (pair.d_out, pair.d_in)
+    )
+    state_A.update(metric_A)
+    state_B.update(metric_B)
+
+
+pass
+
+#: What wrappers put into the paths of modules: DDP, torch.compile, FSDP and checkpointing.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def named(
+    groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair], others: Mapping[int, str]
+) -> list[list[str]]:
+    """Return the names of what each param group trains: pairs (two parameters each), or parameters.
+
+    Args:
+        groups: The optimizer's param groups.
+        pairs: By id of their lora_A.
+        others: Names of the parameters outside, by id.
+    """
+    return [
+        [pairs[id(p)].name for p in group["params"][::2]]
+        if group["kind"] == "lora"
+        else [others[id(p)] for p in group["params"]]
+        for group in groups
+    ]
+
+
+def compatible(
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    pairs: Mapping[int, LoRAPair],
+    names: Sequence[Sequence[str]],
+) -> tuple[dict[str, Any], list[tuple[LoRAPair, Options]]]:
+    """Return the state dict with every option, and its settings, pair by pair.
+
+    Args:
+        state_dict: To be loaded.
+        groups: The optimizer's param groups; an option that `state_dict` lacks is taken from here.
+        pairs: By id of their lora_A.
+        names: Of what each group trains, as `named` gives them. A state that holds its own ("names" of its groups) must
+            agree; one without, of an earlier version, is taken by position.
+
+    Raises:
+        ValueError: It is of another optimizer, other layers, parameters or shapes; says which.
+    """
+    saved = state_dict.get("param_groups", ())
+    ours, theirs = ([group.get("kind") for group in found] for found in (groups, saved))
+    if ours != theirs:
+        raise ValueError(
+            f"the state has param groups of the kinds {theirs}, this optimizer {ours}: it is not the state of a "
+            "PSILoRA with the same groups"
+        )
+    for i, (old, new) in enumerate(zip(groups, saved, strict=True)):
+        if len(old["params"]) != len(new["params"]):
+            raise ValueError(
+                f"param group {i} has {len(old['params'])} parameters, but {len(new['params'])} were saved"
+            )
+        _same_names(i, names[i], new.get("names"))
+    complete = [
+        {**old, **{k: v for k, v in new.items() if k != "names"}} for old, new in zip(groups, saved, strict=True)
+    ]
+    settings = pair_options(
+        [{**new, "params": old["params"]} for old, new in zip(groups, complete, strict=True)], pairs
+    )
+    states = _by_parameter({**state_dict, "param_groups": complete}, groups)
+    for pair, options in settings:
+        check_pair(pair, options)
+        _check_pair_state(pair, options, states)
+    for i, group in enumerate(groups):
+        for j, parameter in enumerate(group["params"] if group["kind"] != "lora" else ()):
+            for key, value in states[id(parameter)].items():
+                if isinstance(value, Tensor) and value.dim() > 0:
+                    _same_shape(f"parameter {j} of param group {i}", key, value, parameter.shape)
+    return {**state_dict, "param_groups": complete}, settings
+
+
+def _same_names(i: int, ours: Sequence[str], saved: Sequence[str] | None) -> None:
+    """Raise ValueError where the state of one layer would be loaded into another."""
+    if saved is None:
+        return
+    wrong = [(old, new) for old, new in zip(saved, ours, strict=False) if not _same_name(old, new)]
+    if wrong or len(saved) != len(ours):
+        what = f"of {wrong[0][0]!r} would be loaded into {wrong[0][1]!r}" if wrong else f"has {len(saved)} names"
+        more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"the state of param group {i} {what}{more}: it was saved for other layers, or in another order; build the "
+            "optimizer on the same model, or delete 'names' from the state's param_groups to load it by position"
+        )
+
+
+def _same_name(saved: str, ours: str) -> bool:
+    """Whether two names mean one layer, seen from further inside the model by one of them, or through a wrapper."""
+    short, long = sorted(
+        (".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in (saved, ours)), key=len
+    )
+    return long == short or not short or long.endswith(("" if short[0] == " " else ".") + short)
+
+
+def _check_pair_state(pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]]) -> None:
+    """Raise ValueError if a state has another shape than its settings give a pair of this shape."""
+    lora_A, lora_B = (
+        nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in (pair.lora_A, pair.lora_B)
+    )
+    expected: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+    init_state(replace(pair, lora_A=lora_A, lora_B=lora_B), options, *expected)
+    for name, parameter, wanted in zip(("lora_B", "lora_A"), (pair.lora_B, pair.lora_A), expected, strict=True):
+        for key, value in states[id(parameter)].items():
+            if key in wanted and isinstance(value, Tensor):
+                _same_shape(f"{pair.name}.{name}", key, value, wanted[key].shape)
+            elif key == "change":
+                _same_shape(f"{pair.name}.{name}", key, value, parameter.shape)
+
+
+def _same_shape(name: str, key: str, value: Tensor, shape: torch.Size) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name}: the state {key!r} has shape {tuple(value.shape)}. Must be {tuple(shape)}.")
+
+
+def _by_parameter(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[int, Mapping[str, Any]]:
+    """The saved state of each of the groups' parameters, by its id."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    current = [p for group in groups for p in group["params"]]
+    return {id(p): state_dict["state"].get(i, {}) for i, p in zip(saved, current, strict=True)}
+
+
+def copy_loaded(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], state: MutableMapping[Any, dict[str, Any]]
+) -> None:
+    """Set the state that torch has loaded to what was saved, bit by bit.
+
+    torch rounds it to the parameters' dtype, and where it does not it keeps the tensor itself, which the source would
+    go on changing.
+
+    Args:
+        state_dict: What was loaded.
+        groups: The optimizer's param groups.
+        state: Its state, after torch's `load_state_dict`.
+    """
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    current = [(group["kind"], p) for group in groups for p in group["params"]]
+    for i, (kind, parameter) in zip(saved, current, strict=True):
+        for key, value in state_dict["state"].get(i, {}).items():
+            if not isinstance(value, Tensor):
+                continue
+            if kind == "lora":
+                dtype = state_dtype(key, parameter)
+                state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
+            else:
+                state[parameter][key] = state[parameter][key].clone()

@@ -1,0 +1,142 @@
+"""What a backend returns for a batch of problems, whether it is finite, and how it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from psilora.steps.problem import Problem
+
+
+@dataclass
+class Update:
+    """The result for L stacked problems, to be committed together.
+
+    Attributes:
+        step_B, step_A: Increments of the parameters, (L, d_out, r) and (L, r, d_in), in the compute dtype.
+        momentum_B, momentum_A, metric_B, metric_A: New state, or None where there is none.
+        repaired: Number of r×r solves with a repaired pivot, 0-d int64.
+        rest_B, rest_A: New state of a low-rank metric beside the above, or None.
+        norms: New state of a spectral step's fading (L, 3), or None.
+    """
+
+    step_B: Tensor
+    step_A: Tensor
+    momentum_B: Tensor | None
+    momentum_A: Tensor | None
+    metric_B: Tensor | None
+    metric_A: Tensor | None
+    repaired: Tensor
+    rest_B: Tensor | None = None
+    rest_A: Tensor | None = None
+    norms: Tensor | None = None
+
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
+        return list(zip(self.step_B, self.step_A, strict=True))
+
+    def tensors(self) -> list[Tensor]:
+        """The floating tensors that will be written."""
+        steps, momentum = (self.step_B, self.step_A), (self.momentum_B, self.momentum_A)
+        every = (*steps, *momentum, self.metric_B, self.metric_A, self.rest_B, self.rest_A, self.norms)
+        return [t for t in every if t is not None]
+
+
+class Computed(Protocol):
+    """The update of some problems, wherever it lies; nothing is written yet."""
+
+    @property
+    def repaired(self) -> Tensor:
+        """Number of r×r solves with a repaired pivot, 0-d int64."""
+        ...
+
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
+        ...
+
+    def tensors(self) -> list[Tensor]:
+        """Return tensors (L, …) that are finite where what will be written is."""
+        ...
+
+
+@dataclass
+class Bucket:
+    """Problems computed together, and their update, which may still lie in a backend's workspaces."""
+
+    problems: list[Problem]
+    update: Computed
+
+    def increments(self) -> list[tuple[Tensor, Tensor]]:
+        """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""
+        return self.update.increments()
+
+    def tensors(self) -> list[Tensor]:
+        """Return tensors (L, …) that are finite where what will be written is, in the parameters' own dtypes too.
+
+        A sum in 16 bits is bounded by the largest entries of parameter and increment together.
+        """
+        found = self.update.tensors()
+        sides = [[p.pair.lora_B for p in self.problems], [p.pair.lora_A for p in self.problems]]
+        if all(parameters[0].dtype.itemsize > 2 for parameters in sides):
+            return found
+        for parameters, steps in zip(sides, zip(*self.increments(), strict=True), strict=True):
+            old = torch.stack(torch._foreach_norm([p.detach() for p in parameters], float("inf")))
+            change = torch.stack(torch._foreach_norm(list(steps), float("inf")))
+            found.append((old + change).to(old.dtype)[:, None])
+        return found
+
+
+def all_finite(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return whether every entry of every tensor is finite, as a 0-d bool on `device`, without waiting for it."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor)
+    flags = [_group_finite(group).to(device) for group in by_device.values()]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
+
+
+def _group_finite(tensors: list[Tensor]) -> Tensor:
+    """Whether all entries of tensors on one device are finite.
+
+    On the CPU ‖·‖_∞ is eight times slower than ‖·‖₂, whose overflow of finite entries is looked at again.
+    """
+    if tensors[0].device.type != "cpu":
+        return torch.isfinite(torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])).all()
+    finite = torch.isfinite(torch.stack(list(torch._foreach_norm(tensors)))).all()
+    if not bool(finite):
+        finite = torch.isfinite(torch.stack([bound for tensor in tensors for bound in tensor.aminmax()])).all()
+    return finite
+
+
+def staged(problems: Sequence[Problem], update: Update, ok: Tensor) -> list[Callable[[], object]]:
+    """Return what writes an update of stacked problems where `ok`, a 0-d bool, holds."""
+    here = ok.to(update.step_A.device)
+    writes: list[Callable[[], object]] = []
+    for step, parameters in (
+        (update.step_A, [p.pair.lora_A for p in problems]),
+        (update.step_B, [p.pair.lora_B for p in problems]),
+    ):
+        # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
+        negated = (0.0 - step).view(len(parameters), *parameters[0].shape)
+        if here.device.type != "cpu":  # there `stage` has looked already
+            negated = torch.where(here, negated, 0.0)
+        writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], list(negated.unbind(0))))
+    for name, new_B, new_A in (
+        ("momentum", update.momentum_B, update.momentum_A),
+        ("metric", update.metric_B, update.metric_A),
+        ("metric_rest", update.rest_B, update.rest_A),
+        ("norms", update.norms, None),
+    ):
+        for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
+            if new is not None:
+                targets = [state[name] for state in states]
+                chosen = new if ok.device.type == "cpu" else torch.where(ok, new, torch.stack(targets))
+                writes.append(partial(torch._foreach_copy_, targets, list(chosen.unbind(0))))
+    steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
+    return [*writes, partial(torch._foreach_add_, steps, here.to(steps[0]))]

@@ -1,0 +1,149 @@
+"""The plan: launches of a step for real models, from shapes alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+
+from psilora.backends.triton.gradient.plan import (
+    KNOWN,
+    NONE,
+    PRODUCT,
+    TANGENT,
+    Layer,
+    StepPlan,
+    Structure,
+    columns,
+    course,
+    make_plan,
+)
+from psilora.backends.triton.launch import MAX_SPAN
+
+BF16, FP32 = torch.bfloat16, torch.float32
+META = torch.device("meta")
+
+
+def llama(rank: int, structure: Structure, momentum_rank: int = 0, tokens: int = 4096) -> StepPlan:
+    """Llama-3-8B, every linear layer: 32 blocks of q, k, v, o, gate, up and down."""
+    shapes = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+    return make_plan([layer(shape, rank, structure, momentum_rank, tokens) for shape in shapes * 32])
+
+
+def roberta(rank: int, structure: Structure, momentum_rank: int = 0) -> StepPlan:
+    """RoBERTa-base, q and v: 24 modules."""
+    return make_plan([layer((768, 768), rank, structure, momentum_rank, 32 * 128) for _ in range(24)])
+
+
+def layer(shape: tuple[int, int], rank: int, structure: Structure, momentum_rank: int, tokens: int) -> Layer:
+    return Layer(
+        *shape, rank, momentum_rank, structure, A_dtype=FP32, B_dtype=FP32, X_dtype=BF16, S_dtype=BF16,
+        device=META, rows=(tokens,),
+    )  # fmt: skip
+
+
+PLAIN = Structure()
+MOMENTUM = Structure(momentum=True)
+
+
+@pytest.mark.parametrize(("model", "rank"), [(llama, 16), (roberta, 8)])
+def test_launches_of_one_iteration(model: object, rank: int) -> None:
+    assert model(rank, PLAIN).launches() == ["solve_a", "xv", "stz", "solve_b", "commit"]  # type: ignore[operator]
+    expected = ["xv", "stz", "solve_a", "xv", "stz", "solve_b", "commit"]
+    assert model(rank, MOMENTUM, rank).launches() == expected  # type: ignore[operator]
+    assert model(rank, MOMENTUM, rank).launches(stale=True) == ["gram", *expected]  # type: ignore[operator]
+
+
+def test_launches_of_other_settings() -> None:
+    def count(**settings: object) -> int:
+        structure = Structure(**settings)  # type: ignore[arg-type]
+        return len(llama(16, structure, 16 if structure.momentum else 0).launches())
+
+    assert count(num_iters=2) == 10 + 1
+    assert count(num_iters=0) == 2 + 1
+    assert count(num_iters=2, momentum=True) == 12 + 1
+    assert count(metric="kfac") == 4 + 2 + 1  # squares and the weighted Grams
+    assert count(exact=False) == 2 + 1 + 1 + 1  # Grams, and the tangent's coefficients for the second turn
+    assert count(exact=False, momentum=True) == 2 + 1 + 2 + 1
+    assert count(reuse=False) == 6 + 1
+
+
+@pytest.mark.parametrize(("rank", "extra"), [(32, 0), (64, 2), (128, 2)])
+def test_large_ranks_take_one_launch_more_per_solve(rank: int, extra: int) -> None:
+    names = Counter(llama(rank, MOMENTUM, rank).launches())
+    assert names.total() == 7 + extra
+    assert names["factor"] == extra
+
+
+def test_launches_do_not_depend_on_the_number_of_layers() -> None:
+    one = make_plan([layer((64, 48), 4, MOMENTUM, 4, 10)])
+    thousand = make_plan([layer((64 + 16 * (i % 7), 48), 1 + i % 16, MOMENTUM, 4, i % 50) for i in range(1000)])
+    assert len(thousand.buckets) == 1
+    assert Counter(one.launches())["solve_a"] == Counter(thousand.launches())["solve_a"] == 1
+
+
+def test_buckets_share_products_turn_by_turn() -> None:
+    plan = make_plan(
+        [layer((64, 64), 4, PLAIN, 0, 8), layer((64, 64), 20, PLAIN, 0, 8), layer((64, 64), 4, MOMENTUM, 4, 8)]
+    )
+    assert len(plan.buckets) == 3
+    names = Counter(plan.launches())
+    assert names["solve_a"] == names["solve_b"] == names["commit"] == 3
+    assert names["xv"] == 1 + 2  # padded columns of the first turn: 16; of the second: 16 and 32
+
+
+@pytest.mark.parametrize("first", ["A", "B"])
+def test_turns(first: str) -> None:
+    second = "B" if first == "A" else "A"
+    turns = course(Structure(num_iters=2, first=first, momentum=True), 16).turns
+    assert [t.side for t in turns] == [first, second, first, second]
+    assert [(t.source, t.own_source) for t in turns] == [(KNOWN, PRODUCT)] + [(PRODUCT, PRODUCT)] * 3
+    assert [t.moved for t in turns] == [False, True, True, True]
+    assert [t.emit for t in turns] == [True, True, True, False]
+    assert [bool(t.grams) for t in turns] == [True, True, True, False]
+    assert [t.check for t in turns] == [True, True, False, False]
+    jacobi = course(Structure(num_iters=0, first=first, momentum=True, reuse=False), 16)
+    assert [(t.source, t.moved, t.own_moved) for t in jacobi.turns] == [(PRODUCT, False, False), (PRODUCT, False, True)]
+    assert jacobi.rows == (True, True)
+    tangent = course(Structure(exact=False), 16).turns
+    assert [(t.source, t.own_source, t.factored) for t in tangent] == [(KNOWN, NONE, False), (TANGENT, NONE, True)]
+
+
+def test_only_grams_without_gradient_and_metric_last() -> None:
+    assert course(MOMENTUM, 16).lasting
+    assert not course(Structure(metric="kfac"), 16).lasting
+    assert not course(Structure(exact=False, momentum=True), 16).lasting
+
+
+def test_columns_of_a_product() -> None:
+    turns = course(MOMENTUM, 16).turns
+    example = layer((8, 8), 4, MOMENTUM, 3, 1)
+    assert [columns(turn, example) for turn in turns] == [3, 7]
+
+
+@pytest.mark.parametrize("plan", [llama(16, PLAIN), roberta(8, PLAIN), llama(128, PLAIN)])
+def test_tiles_cover_every_column_once(plan: StepPlan) -> None:
+    for bucket in plan.buckets:
+        assert bucket.programs(0) + bucket.programs(1) == len(bucket.tiles)
+        for side in (0, 1):
+            for i, layer_ in enumerate(bucket.layers):
+                first, count = bucket.parts[side][i]
+                tiles = bucket.tiles[first : first + count]
+                assert all(tile[:2] == (side, i) for tile in tiles)
+                edges = [0, *(tile[3] for tile in tiles)]
+                assert [tile[2] for tile in tiles] == edges[:-1]
+                assert edges[-1] == (layer_.d_out if side else layer_.d_in)
+                assert all(0 < b - a <= MAX_SPAN for a, b in zip(edges[:-1], edges[1:], strict=True))
+
+
+def test_programs_fill_a_gpu_but_do_not_repeat_prologues_needlessly() -> None:
+    (bucket,) = llama(16, PLAIN).buckets
+    assert all(528 <= bucket.programs(side) <= 3000 for side in (0, 1))
+    (bucket,) = roberta(8, PLAIN).buckets
+    assert bucket.programs(0) >= 132
+
+
+def test_too_large_a_rank_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank 200 is above 128"):
+        make_plan([layer((256, 256), 200, PLAIN, 0, 8)])

@@ -1,0 +1,97 @@
+"""Every short example runs, learns, and says what it lacks."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+COVERED = {"plain_loop", "hf_trainer", "trl_sft", "ddp", "fsdp", "qlora"}
+ELSEWHERE = {"finetune", "finetune_report", "docstrings", "offline"}
+
+
+def example(name: str) -> Callable[[list[str]], list[float]]:
+    main: Callable[[list[str]], list[float]] = importlib.import_module(name).main
+    return main
+
+
+def test_every_example_is_tested_and_listed() -> None:
+    files = {path.stem for path in EXAMPLES.glob("*.py")}
+    assert files == COVERED | ELSEWHERE
+    readme = (EXAMPLES / "README.md").read_text()
+    assert {f"{name}.py" for name in files} <= set(re.findall(r"`?(\w+\.py)", readme))
+
+
+def test_plain_loop_learns_and_goes_on_from_its_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main = example("plain_loop")
+    whole = main(["--steps", "12", "--checkpoints", str(tmp_path / "whole")])
+    assert whole[-1] < whole[0] - 0.3
+    assert "projection_residual" in capsys.readouterr().out
+    again = main(["--steps", "12", "--checkpoints", str(tmp_path / "whole")])
+    assert again == whole[10:]
+
+
+def test_hf_trainer_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard", reason="TensorBoard is an extra: psilora[loops]")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path))
+    losses = example("hf_trainer")(["--steps", "16", "--output", str(tmp_path)])
+    assert losses[-1] < losses[0] - 0.1
+    assert list(tmp_path.glob("events.*"))
+
+
+def test_trl_sft_learns(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
+    losses = example("trl_sft")(["--steps", "16", "--output", str(tmp_path)])
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.distributed
+@pytest.mark.scenario(6, "torchrun", gradient="exact", tested="examples/ddp.py: two gloo processes stay bitwise equal")
+def test_ddp_under_torchrun() -> None:
+    printed = torchrun("ddp.py", "--steps", "6")
+    found = re.search(r"loss ([\d.]+) -> ([\d.]+); parameters of 2 processes equal: True", printed)
+    assert found is not None and float(found[2]) < float(found[1])
+
+
+@pytest.mark.distributed
+@pytest.mark.scenario(11, "FSDP2 (gloo)", gradient="spectral", tested="examples/fsdp.py: sharded model, checkpoint")
+def test_fsdp_under_torchrun(tmp_path: Path) -> None:
+    printed = torchrun("fsdp.py", "--steps", "6", "--checkpoint", str(tmp_path / "checkpoint"))
+    found = re.search(r"loss ([\d.]+) -> ([\d.]+); process 0 of 2 holds (\d+) of (\d+) LoRA weights", printed)
+    assert found is not None and float(found[2]) < float(found[1])
+    assert 2 * int(found[3]) == int(found[4])
+    assert len(list((tmp_path / "checkpoint").glob("*.distcp"))) == 2
+
+
+def torchrun(script: str, *arguments: str) -> str:
+    """Run an example on two gloo processes and return what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(EXAMPLES / script), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_qlora_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("qlora")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="pip install bitsandbytes"):
+        module.main([])
+
+
+def test_qlora_learns() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    losses = example("qlora")(["--steps", "20"])
+    assert losses[-1] < losses[0]
