@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from psilora.distributed.sharding import Gathered, is_sharded, local, refuse_sha
 from psilora.linalg.precision import full_precision
 from psilora.monitor.counters import Counters
 from psilora.monitor.observer import Observer
+from psilora.monitor.standstill import why_still
 from psilora.monitor.warn_once import Notices
 from psilora.options.base import OPTION_NAMES, Options, resolved
 from psilora.options.published import PAPER
@@ -217,6 +219,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
         self._notices = Notices()
+        self._model = weakref.ref(model)
         self._backends: Backends = {}
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
@@ -346,9 +349,13 @@ class PSILoRA(torch.optim.Optimizer):
         self._notices.without_activations(found.blind)
         self._notices.halved(found.halved)
         self._notices.trained(bool(found.problems or found.halved))
+        self._notices.partly(found.moving, found.still, self._why_still)
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
         return found.problems
+
+    def _why_still(self, pair: LoRAPair, trained: bool) -> str:
+        return why_still(pair, self._model(), self._capture.record(pair), trained)
 
     def _overflow(self, device: torch.device) -> Tensor:
         """Whether a GradScaler, which tells through `found_inf`, wants this step skipped; a 0-d bool."""

@@ -178,6 +178,7 @@ class _BeforeA(_Hook):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if tracing:
             return (x, *args[1:])
+        self.record.called = True
         self.slot.token = _Token(self.record, paired=True, origin=origin_of(x))
         return (_InputNode.apply(x, module.weight, self.slot.token), *args[1:])  # type: ignore[no-untyped-call]
 

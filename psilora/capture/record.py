@@ -45,6 +45,7 @@ class Record:
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         changed: Whether something other than backward has changed `.grad` between two backward passes.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
+        called: Whether lora_A has been called with gradients enabled, outside a compiled graph; survives `clear`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Record:
         self.holds = holds
         self.sums = sums
         self.verified = False
+        self.called = False
         self._probes = probes
         self._originals = originals
         self._passes = passes

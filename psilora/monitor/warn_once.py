@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from psilora import runtime
-from psilora.adapters.pair import listed
+from psilora.adapters.pair import LoRAPair, listed
 
 IDLE_STEPS = 2
 #: The same before the first gradient, where one step is often taken for a schedule or to create state.
 IDLE_START = 3
+#: Steps in a row without a gradient in some pairs, while others have one, after which they are named: experts and
+#: adapters that take turns may wait for a few.
+STILL_STEPS = 20
 
 
 class Notices:
@@ -19,6 +22,9 @@ class Notices:
         self._idle, self._started = 0, False  # steps in a row without a gradient in any pair, and whether one had any
         self._blind: set[str] = set()
         self._halved: set[str] = set()
+        self._waiting: dict[int, int] = {}  # steps in a row without a gradient, by id of a pair
+        self._moved: set[int] = set()  # the ids of those that have had one
+        self._still: set[str] = set()
 
     def trained(self, some: bool) -> None:
         """Note whether a step found gradients; warn after a few in a row without any."""
@@ -32,6 +38,26 @@ class Notices:
                 f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
                 "a change of adapters build a new PSILoRA"
             )
+
+    def partly(
+        self, moving: Sequence[LoRAPair], still: Sequence[LoRAPair], why: Callable[[LoRAPair, bool], str]
+    ) -> None:
+        """Warn, once for each, about pairs that have had no gradient for a while in which others had.
+
+        Args:
+            moving: Pairs that a step trains.
+            still: Those that it leaves alone.
+            why: Says for a pair, and whether it has been trained before, why it stands still.
+        """
+        if not moving:
+            return
+        self._moved.update(map(id, moving))
+        self._waiting = {id(pair): self._waiting.get(id(pair), 0) + 1 for pair in still}
+        due = [pair for pair in still if self._waiting[id(pair)] == STILL_STEPS and pair.name not in self._halved]
+        new = set(_first_time([pair.name for pair in due], self._still))
+        if new:
+            named = [f"{pair.name} ({why(pair, id(pair) in self._moved)})" for pair in due if pair.name in new]
+            runtime.warn(f"no gradient for {STILL_STEPS} steps, while other LoRA pairs are trained, in {listed(named)}")
 
     def halved(self, names: Sequence[str]) -> None:
         """Warn about the layers, of these names, with a gradient for one factor only, once for each."""

@@ -28,12 +28,14 @@ class Collected:
         blind: Names of those among them whose gradient came without the activations that were to come.
         halved: Names of those that are not, because one factor has no gradient or is frozen.
         still: All that are not.
+        moving: The pairs of the problems, as the optimizer knows them.
     """
 
     problems: list[Problem] = field(default_factory=list)
     blind: list[str] = field(default_factory=list)
     halved: list[str] = field(default_factory=list)
     still: list[LoRAPair] = field(default_factory=list)
+    moving: list[LoRAPair] = field(default_factory=list)
 
 
 def assemble(
@@ -91,6 +93,7 @@ def assemble(
         state_A, state_B = states[pair.lora_A], states[pair.lora_B]
         init_state(work, options, state_B, state_A)
         exact = record is not None and record.holds != "nothing"
+        found.moving.append(pair)
         found.problems.append(
             Problem(
                 work, options, _matrix(dA), _matrix(dB), record, exact, state_A=state_A, state_B=state_B, joint=joint
