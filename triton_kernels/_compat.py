@@ -6,12 +6,13 @@ module with kernels needs no guard of its own and its users ask `available()` be
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 __all__ = ["INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
 
 #: Older releases miscompile products that these kernels use (wgmma on Hopper and Blackwell).
-OLDEST = (3, 6)
+OLDEST = (3, 3)
 
 _REASON: str | None = None
 
@@ -26,7 +27,10 @@ else:
         del triton, tl
     else:
         #: Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1, read when a kernel is defined).
-        INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
+        _KNOBS = getattr(triton, "knobs", None)  # from 3.4 on
+        INTERPRET = tl.constexpr(
+            bool(_KNOBS.runtime.interpret) if _KNOBS else os.environ.get("TRITON_INTERPRET", "0") == "1"
+        )
 
 
 def available() -> bool:

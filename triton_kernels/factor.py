@@ -1,7 +1,8 @@
-"""The factor launch: the r×r coefficients of a turn, one program per system, where a solve should not repeat them.
+"""The factor launch: the r×r coefficients of a turn, one program per system.
 
-Taken for r ≥ 64 and for the tangent gradient, whose product with the other factor's rows O is, with N = (FFᵀ)⁺ at the
-start of the step and L the rows of `.grad` (BᵀG, AGᵀ)::
+A launch of its own because a solve would repeat them in every tile, and a small system is soonest factorised by few
+warps that need not wait for each other. Of the tangent gradient the product with the other factor's rows O is, with
+N = (FFᵀ)⁺ at the start of the step and L the rows of `.grad` (BᵀG, AGᵀ)::
 
     O·G_T = P₁·L_F + P₂·F₁,   P₁ = (O O₁ᵀ) N_O,   P₂ = (O L_Oᵀ − P₁ (L_F F₁ᵀ)) N_F
 """
@@ -54,20 +55,6 @@ OWN_P1 = tl.constexpr(7)
 OWN_P2 = tl.constexpr(8)
 SCRATCH = tl.constexpr(9)  # three squares for the weight's program, three for the momentum's
 COEFFICIENTS = tl.constexpr(15)
-
-
-@triton.jit
-def ridged(gram, ridge, RP: tl.constexpr):
-    """Return gram + ridge·I."""
-    row = tl.arange(0, RP)
-    return gram + tl.where(row[:, None] == row[None, :], ridge, 0.0)
-
-
-@triton.jit
-def trace(gram, RP: tl.constexpr):
-    """Return the trace of gram (RP, RP)."""
-    row = tl.arange(0, RP)
-    return tl.sum(tl.sum(tl.where(row[:, None] == row[None, :], gram, 0.0), axis=1), axis=0)
 
 
 @triton.jit
@@ -188,7 +175,7 @@ def _factor_kernel(
     ridge = lr * tl.load(scalars + PROX)
     r = tl.load(dims_ptr + problem * DIMS + RANK)
     Q: tl.constexpr = RP * RP
-    ROWS: tl.constexpr = min(RP, 32)
+    ROWS: tl.constexpr = RP if RP < 32 else 32
     out = coefficients_ptr + problem * COEFFICIENTS * Q
     if tl.program_id(1) == 0:
         scratch = out + SCRATCH * Q

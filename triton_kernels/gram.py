@@ -64,7 +64,7 @@ def partial_gram(
 
     One square of at most 64 × 64 at a time, to fit the registers.
     """
-    SQUARE: tl.constexpr = min(RP, 64)
+    SQUARE: tl.constexpr = RP if RP < 64 else 64
     for block in tl.static_range((RP // SQUARE) * (RP // SQUARE)):
         row = block // (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
         column = block % (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)

@@ -66,8 +66,8 @@ OWN_SLOPE = tl.constexpr(8)  # F_m Lᵀ
 #: Columns of a block, columns summed at a time, tiles of Grams added at a time, and warps, by padded rank.
 BLOCKS = {16: (32, 16, 4, 4), 32: (32, 16, 1, 8), 64: (32, 16, 1, 8), 128: (16, 16, 1, 8)}
 
-#: The same for a solve whose coefficients come from a factor launch.
-FACTORED_BLOCKS = {**BLOCKS, 16: (32, 16, 4, 8), 32: (32, 16, 1, 4)}
+#: Columns of a block of a solve, columns summed at a time and warps, by padded rank.
+SOLVE_BLOCKS = {16: (32, 16, 4), 32: (32, 16, 4), 64: (32, 16, 8), 128: (16, 16, 8)}
 #: Registers per thread of the gram and commit kernels. Without a bound ptxas spills for the sake of occupancy.
 STREAM_REGISTERS = 168
 

@@ -27,40 +27,30 @@ from psilora.triton_kernels.factor import (
     OWN_P2,
     P1,
     P2,
-    momentum_base,
-    ridged,
-    trace,
-    weight_base,
 )
-from psilora.triton_kernels.gram import moved_grams, summed
+from psilora.triton_kernels.gram import moved_grams
 from psilora.triton_kernels.layout import (
     ADDRESSES,
-    BLOCKS,
-    CROSS,
-    FACTORED_BLOCKS,
     FRESH,
     GRAD,
     LR,
     MOMENTUM,
     MU,
-    OWN,
     PARAM,
-    PROX,
     ROOT,
     ROWS,
     SCALARS,
     SCALING,
+    SOLVE_BLOCKS,
     STEPS,
     UNALIGNED,
     WEIGHT,
-    WEIGHTED,
     address,
     element,
     sizes,
     tile_at,
     variant,
 )
-from psilora.triton_kernels.spd import inverse_factor
 from psilora.triton_kernels.variants import FP32_UP_TO, SLOW_TARGET, Variant
 
 # Where a turn's product with the gradient comes from.
@@ -96,13 +86,6 @@ def _load_product(product_ptr, d, row, count, k, n, end):
 
 
 @triton.jit
-def _apply(inverse, flipped, rhs):
-    """Return L⁻ᵀ(L⁻¹·rhs)."""
-    half = tl.dot(inverse, rhs, input_precision="ieee")
-    return tl.dot(flipped, half, input_precision="ieee")
-
-
-@triton.jit
 def _bad_rows(values):
     """Return 1 for every row with an infinity or a NaN, else 0."""
     return tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), axis=1)
@@ -122,12 +105,10 @@ def _mark(flag_ptr, rows, RP: tl.constexpr):
 
 @triton.jit
 def _times(
-    matrix, coefficient_ptr, x_ptr, leading, count, k, n, end,
-    X_TRANSPOSED: tl.constexpr, RP: tl.constexpr, SLICED: tl.constexpr, FLIP: tl.constexpr,
+    coefficient_ptr, x_ptr, leading, count, k, n, end,
+    X_TRANSPOSED: tl.constexpr, RP: tl.constexpr, FLIP: tl.constexpr,
 ):  # fmt: skip
-    """Return matrix (RP, RP) times rows of x for columns n; SLICED streams both through memory, FLIP takes matrixᵀ."""
-    if not SLICED:
-        return tl.dot(matrix, _load_rows(x_ptr, leading, count, k, n, end, X_TRANSPOSED), input_precision="ieee")
+    """Return a matrix (RP, RP) in memory, FLIP its transpose, times rows of x for columns n."""
     row = tl.arange(0, RP)[:, None]
     total = tl.zeros((RP, n.shape[1]), tl.float32)
     for first in range(0, RP, 16):
@@ -139,21 +120,22 @@ def _times(
 
 
 @triton.jit
-def _solved(
-    rhs, inverse, flipped, coefficient_ptr, scratch, d, count, k, n, end, RP: tl.constexpr, SLICED: tl.constexpr
-):  # fmt: skip
-    """Return L⁻ᵀ(L⁻¹·rhs); SLICED keeps the operands in `scratch` (count, d), where the result will go."""
-    if not SLICED:
-        return _apply(inverse, flipped, rhs)
+def _solved(rhs, coefficient_ptr, scratch, d, count, k, n, end, RP: tl.constexpr):
+    """Return L⁻ᵀ(L⁻¹·rhs); above rank 16 the operands are kept in `scratch` (count, d), where the result will go."""
+    if RP == 16:
+        row = tl.arange(0, RP)[:, None]
+        column = tl.arange(0, RP)[None, :]
+        half = tl.dot(tl.load(coefficient_ptr + row * RP + column), rhs, input_precision="ieee")
+        return tl.dot(tl.load(coefficient_ptr + column * RP + row), half, input_precision="ieee")
     at = scratch + k * d + n
     inside = (k < count) & (n < end)
     tl.store(at, rhs, mask=inside)
     tl.debug_barrier()
-    half = _times(rhs, coefficient_ptr, scratch, d, count, k, n, end, False, RP, True, False)
+    half = _times(coefficient_ptr, scratch, d, count, k, n, end, False, RP, False)
     tl.debug_barrier()
     tl.store(at, half, mask=inside)
     tl.debug_barrier()
-    result = _times(rhs, coefficient_ptr, scratch, d, count, k, n, end, False, RP, True, True)
+    result = _times(coefficient_ptr, scratch, d, count, k, n, end, False, RP, True)
     tl.debug_barrier()
     return result
 
@@ -161,8 +143,8 @@ def _solved(
 @triton.jit
 def _weight_columns(
     addresses_ptr, scalars_ptr, dims_ptr, product_ptr, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr,
-    problem, start, end, inverse, base, old,
-    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, SLICED: tl.constexpr,
+    problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, CHECK: tl.constexpr,
     HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr,
 ):  # fmt: skip
@@ -184,9 +166,6 @@ def _weight_columns(
     Q: tl.constexpr = RP * RP
     coefficient = coefficients_ptr + problem * COEFFICIENTS * Q
     k = tl.arange(0, RP)[:, None]
-    flipped = inverse
-    if not SLICED:
-        flipped = tl.trans(inverse)
     bad = tl.zeros((RP,), tl.int32)
     busy = tl.zeros((RP,), tl.int32)
     for first in range(start, end, BN):
@@ -199,21 +178,21 @@ def _weight_columns(
         if SOURCE == KNOWN:
             target = slope * (clip / root)
         elif SOURCE == TANGENT:
-            target = (clip / root) * _times(inverse, coefficient + P1 * Q, grad, ld, r, k, n, end, T, RP, SLICED, False)
-            target += root * _times(inverse, coefficient + P2 * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
+            target = (clip / root) * _times(coefficient + P1 * Q, grad, ld, r, k, n, end, T, RP, False)
+            target += root * _times(coefficient + P2 * Q, param, ld, r, k, n, end, T, RP, False)
         else:
             scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
             target = scale * _load_product(product_ptr, d, 0, r, k, n, end)
         rhs = (-lr * tl.load(scalars + FRESH)) * target
         if HAS_MOMENTUM:
-            pull = _times(old, coefficient + OLD * Q, own, own_ld, rm, k, n, end, T, RP, SLICED, False)
+            pull = _times(coefficient + OLD * Q, own, own_ld, rm, k, n, end, T, RP, False)
             rhs -= (lr * tl.load(scalars + MU)) * pull
         if HAS_METRIC:
             rhs = rhs / tl.load(metric + n, mask=n < end, other=1.0)
         if HAS_BASE:
-            rhs += root * _times(base, coefficient + BASE * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
+            rhs += root * _times(coefficient + BASE * Q, param, ld, r, k, n, end, T, RP, False)
         busy = tl.maximum(busy, _busy_rows(rhs))
-        step = _solved(rhs, inverse, flipped, coefficient + INVERSE * Q, steps, d, r, k, n, end, RP, SLICED)
+        step = _solved(rhs, coefficient + INVERSE * Q, steps, d, r, k, n, end, RP)
         bad = tl.maximum(bad, _bad_rows(step))
         at = k * d + n
         tl.store(steps + at, step, mask=inside)
@@ -226,8 +205,8 @@ def _weight_columns(
 @triton.jit
 def _momentum_columns(
     addresses_ptr, scalars_ptr, dims_ptr, product_ptr, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr,
-    problem, start, end, inverse, base,
-    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, SLICED: tl.constexpr,
+    problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr,
     PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, BESIDE: tl.constexpr,
 ):  # fmt: skip
     """F_ms and F_m = F_m1 + F_ms for the columns; BESIDE: the first r rows of the product are the weight's."""
@@ -246,26 +225,21 @@ def _momentum_columns(
     Q: tl.constexpr = RP * RP
     coefficient = coefficients_ptr + problem * COEFFICIENTS * Q
     k = tl.arange(0, RP)[:, None]
-    flipped = inverse
-    if not SLICED:
-        flipped = tl.trans(inverse)
     bad = tl.zeros((RP,), tl.int32)
     busy = tl.zeros((RP,), tl.int32)
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)[None, :]
         inside = (k < rm) & (n < end)
         if SOURCE == TANGENT:
-            target = (clip / root) * _times(
-                inverse, coefficient + OWN_P1 * Q, grad, ld, r, k, n, end, T, RP, SLICED, False
-            )
-            target += root * _times(inverse, coefficient + OWN_P2 * Q, param, ld, r, k, n, end, T, RP, SLICED, False)
+            target = (clip / root) * _times(coefficient + OWN_P1 * Q, grad, ld, r, k, n, end, T, RP, False)
+            target += root * _times(coefficient + OWN_P2 * Q, param, ld, r, k, n, end, T, RP, False)
         else:
             scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
             target = scale * _load_product(product_ptr, d, r if BESIDE else 0, rm, k, n, end)
         rhs = tl.load(scalars + FRESH) * target
-        rhs += _times(base, coefficient + OWN_BASE * Q, own, own_ld, rm, k, n, end, T, RP, SLICED, False)
+        rhs += _times(coefficient + OWN_BASE * Q, own, own_ld, rm, k, n, end, T, RP, False)
         busy = tl.maximum(busy, _busy_rows(rhs))
-        step = _solved(rhs, inverse, flipped, coefficient + OWN_INVERSE * Q, steps, d, rm, k, n, end, RP, SLICED)
+        step = _solved(rhs, coefficient + OWN_INVERSE * Q, steps, d, rm, k, n, end, RP)
         value = _load_rows(own, own_ld, rm, k, n, end, T) + step
         bad = tl.maximum(bad, _bad_rows(value))
         at = k * d + n
@@ -277,67 +251,31 @@ def _momentum_columns(
 
 @triton.jit(do_not_specialize=["problems", "first_tile"], do_not_specialize_on_alignment=UNALIGNED)
 def _solve_kernel(
-    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, parts_ptr, product_ptr, coefficients_ptr, scale_ptr,
-    weight_grams_ptr, momentum_grams_ptr, out_ptr, flag_ptr, info_ptr, busy_ptr, sizes_ptr, problems, first_tile,
-    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, AT_ONCE: tl.constexpr,
-    KINDS: tl.constexpr, PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr,
-    OWN_SOURCE: tl.constexpr, BESIDE: tl.constexpr, CHECK: tl.constexpr, MOVED: tl.constexpr, OWN_MOVED: tl.constexpr,
-    HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, HAS_METRIC: tl.constexpr, EMIT: tl.constexpr,
-    FACTORED: tl.constexpr, MASK: tl.constexpr,
+    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, product_ptr, coefficients_ptr, scale_ptr, out_ptr, flag_ptr,
+    busy_ptr, problems, first_tile,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
+    PARAM_TYPE: tl.constexpr, GRAD_TYPE: tl.constexpr, SOURCE: tl.constexpr, OWN_SOURCE: tl.constexpr,
+    BESIDE: tl.constexpr, CHECK: tl.constexpr, HAS_BASE: tl.constexpr, HAS_MOMENTUM: tl.constexpr,
+    HAS_METRIC: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     """One turn on one side (0: A, 1: B), a tile of columns of one layer per program.
 
     Tables: addresses (L, ADDRESSES) int64, scalars (L, SCALARS) fp32, dims (L, DIMS) int32, tiles (…, TILE) int32 from
-    `first_tile` on, parts (L, 2) int32 = the tiles of the other side, product (L, PRODUCT_BLOCK) int64. Grams of the
-    other side: (tiles, KINDS, RP, RP) fp32. info and busy are (2, L) int32: weight, then momentum. sizes (2, L) fp32,
-    by side, takes ‖O_m‖² of the momentum.
+    `first_tile` on, product (L, PRODUCT_BLOCK) int64, coefficients as the factor launch has left them. Partial Grams of
+    the moved rows go to out (tiles, KINDS, RP, RP) fp32. busy is (2, L) int32: weight, then momentum.
     """
     tile = tl.program_id(0).to(tl.int64) + first_tile
     _, problem, start, end = tile_at(tiles_ptr, tile)
-    r, rm, _ = sizes(dims_ptr, problem, SIDE)
-    first = tl.load(parts_ptr + problem * 2)
-    count = tl.load(parts_ptr + problem * 2 + 1)
-    scalars = scalars_ptr + problem * SCALARS
-    lr = tl.load(address(addresses_ptr, problem, LR, tl.float32, ADDRESSES))
-    ridge = lr * tl.load(scalars + PROX)
     product = product_ptr + problem * PRODUCT_BLOCK
-    if not FACTORED:
-        gram = summed(weight_grams_ptr, first, count, 0, WEIGHTED, KINDS, RP, RP, AT_ONCE)
-        inverse, info = inverse_factor(ridged(gram, ridge, RP), r, RP)
-        base = weight_base(
-            gram, weight_grams_ptr, first, count, 0, scalars, lr, RP, RP, KINDS, AT_ONCE, MOVED, HAS_DECAY
-        )
-        old = base
-        if HAS_MOMENTUM:
-            old = summed(weight_grams_ptr, first, count, 0, CROSS, KINDS, RP, RP, AT_ONCE)
-        if start == 0:
-            tl.store(info_ptr + problem, info)
-    else:  # read from memory where they are used
-        inverse = tl.zeros((1, 1), tl.float32)
-        base = inverse
-        old = inverse
     _weight_columns(
         addresses_ptr, scalars_ptr, dims_ptr, product, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr,
-        problem, start, end, inverse, base, old, SIDE, RP, BN, FACTORED, PARAM_TYPE, GRAD_TYPE,
-        SOURCE, CHECK, MOVED or HAS_DECAY, HAS_MOMENTUM, HAS_METRIC, EMIT,
+        problem, start, end, SIDE, RP, BN, PARAM_TYPE, GRAD_TYPE,
+        SOURCE, CHECK, HAS_BASE, HAS_MOMENTUM, HAS_METRIC, EMIT,
     )  # fmt: skip
     if OWN_SOURCE != NONE:
-        if not FACTORED:
-            gram = summed(momentum_grams_ptr, first, count, 0, OWN, KINDS, RP, RP, AT_ONCE)
-            own_inverse, own_info = inverse_factor(ridged(gram, ridge, RP), rm, RP)
-            own_base = momentum_base(
-                gram, momentum_grams_ptr, first, count, 0, scalars, RP, RP, KINDS, AT_ONCE, OWN_MOVED
-            )
-            if start == 0:
-                tl.store(info_ptr + problems + problem, own_info)
-                tl.store(sizes_ptr + (1 - SIDE) * problems + problem, trace(gram, RP))
-        else:
-            own_inverse = tl.zeros((1, 1), tl.float32)
-            own_base = own_inverse
         _momentum_columns(
             addresses_ptr, scalars_ptr, dims_ptr, product, coefficients_ptr, scale_ptr, flag_ptr, busy_ptr + problems,
-            problem, start, end, own_inverse, own_base, SIDE, RP, BN, FACTORED, PARAM_TYPE, GRAD_TYPE,
-            OWN_SOURCE, BESIDE,
+            problem, start, end, SIDE, RP, BN, PARAM_TYPE, GRAD_TYPE, OWN_SOURCE, BESIDE,
         )  # fmt: skip
     if MASK != 0:
         tl.debug_barrier()  # the Grams read rows that other threads of this program have written
@@ -348,37 +286,33 @@ def _solve_kernel(
 
 
 def solve(
-    addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, product: Tensor,
-    coefficients: Tensor, scale: Tensor, weight_grams: Tensor, momentum_grams: Tensor, out: Tensor, flags: Tensor,
-    info: Tensor, busy: Tensor, sizes: Tensor, *, first_tile: int, programs: int, **constexprs: Any,
+    addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, product: Tensor, coefficients: Tensor,
+    scale: Tensor, out: Tensor, flags: Tensor, busy: Tensor, *, first_tile: int, programs: int, **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_solve_kernel` on the `programs` tiles of a side that begin at `first_tile`."""
-    padded = out.shape[-1]
-    BN, KS, at_once, warps = (FACTORED_BLOCKS if constexprs["FACTORED"] else BLOCKS)[padded]
+    BN, KS, warps = SOLVE_BLOCKS[out.shape[-1]]
     _solve_kernel[(programs,)](
-        addresses, scalars, dims, tiles, parts, product, coefficients, scale, weight_grams, momentum_grams, out,
-        flags, info, busy, sizes, dims.shape[0], first_tile, RP=padded, BN=BN, KS=KS, AT_ONCE=at_once,
-        KINDS=out.shape[1], **constexprs, num_warps=warps, num_stages=1, maxnreg=255,
+        addresses, scalars, dims, tiles, product, coefficients, scale, out, flags, busy, dims.shape[0], first_tile,
+        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], **constexprs, num_warps=warps, num_stages=1, maxnreg=255,
     )  # fmt: skip
 
 
 def _variants() -> list[Variant]:
     """Both sides at every rank: the plain first turn, and one with everything that a rank can have at once."""
     found = []
-    for padded in BLOCKS:
+    for padded, (BN, KS, warps) in SOLVE_BLOCKS.items():
         plain = {
-            "KINDS": 5, "SOURCE": 1, "OWN_SOURCE": 0, "BESIDE": False, "MOVED": False, "OWN_MOVED": False,
-            "HAS_DECAY": False, "HAS_MOMENTUM": False, "HAS_METRIC": False, "FACTORED": padded >= 64, "MASK": 0b11,
+            "KINDS": 5, "SOURCE": 1, "OWN_SOURCE": 0, "BESIDE": False, "HAS_BASE": False, "HAS_MOMENTUM": False,
+            "HAS_METRIC": False, "MASK": 0b11,
         }  # fmt: skip
         exact = {
-            "KINDS": 5, "SOURCE": 2, "OWN_SOURCE": 2, "BESIDE": True, "MOVED": True, "OWN_MOVED": True,
-            "HAS_DECAY": True, "HAS_MOMENTUM": True, "HAS_METRIC": True, "FACTORED": padded >= 64, "MASK": 0b11111,
+            "KINDS": 5, "SOURCE": 2, "OWN_SOURCE": 2, "BESIDE": True, "HAS_BASE": True, "HAS_MOMENTUM": True,
+            "HAS_METRIC": True, "MASK": 0b11111,
         }  # fmt: skip
-        tangent = {**exact, "KINDS": 9, "SOURCE": 3, "OWN_SOURCE": 3, "BESIDE": False, "FACTORED": True, "MASK": 511}
+        tangent = {**exact, "KINDS": 9, "SOURCE": 3, "OWN_SOURCE": 3, "BESIDE": False, "MASK": 511}
         for side in (0, 1):
             for name, case in (("plain", plain), ("exact", exact), ("tangent", tangent)):
-                BN, KS, at_once, warps = (FACTORED_BLOCKS if case["FACTORED"] else BLOCKS)[padded]
-                blocks = {"SIDE": side, "BN": BN, "KS": KS, "AT_ONCE": at_once, "CHECK": True, "EMIT": True}
+                blocks = {"SIDE": side, "BN": BN, "KS": KS, "CHECK": True, "EMIT": True}
                 types = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.float32}
                 title, slow = f"solve_{'ab'[side]}_{name}", name != "plain"
                 found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255, slow))

@@ -1,7 +1,7 @@
 """The r×r systems of a turn: Cholesky, its repair on the device, and the explicit inverse factor L⁻¹ (r ≤ 128).
 
-Device functions, called by every program of a solve for r ≤ 32 and by one program per system for larger ranks. All
-fp32. L⁻¹ instead of substitution costs at most a factor 1.8 in error and turns a solve into two products.
+Device functions, called by one program per system, in fp32. L⁻¹ instead of substitution costs at most a factor 1.8 in
+error and turns a solve into two products.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -51,53 +51,6 @@ def _eliminate(work, RP: tl.constexpr):
 
 
 @triton.jit
-def _attempt(gram, scale_down, scale_right, ridge, rank, RP: tl.constexpr):
-    """Return (L⁻¹, good) of gram + ridge·I, scaled by powers of two before and after; identity beyond the rank."""
-    index = tl.arange(0, RP)
-    row = index[:, None]
-    col = index[None, :]
-    gram = tl.where(row == col, gram + ridge, gram) * scale_down[:, None] * scale_right[None, :]
-    gram = tl.where((row < rank) & (col < rank), gram, tl.where(row == col, 1.0, 0.0))
-    return _eliminate(gram, RP)
-
-
-@triton.jit
-def _dropped(result, scale_right, info, rank, RP: tl.constexpr):
-    """Return the lower triangle of L⁻¹ in the original scale, 0 beyond the rank or where every attempt failed."""
-    index = tl.arange(0, RP)
-    row = index[:, None]
-    col = index[None, :]
-    keep = (row >= col) & (row < rank) & (info < ATTEMPTS)
-    return tl.where(keep, result * scale_right[None, :], 0.0)
-
-
-@triton.jit
-def inverse_factor(gram, rank, RP: tl.constexpr):
-    """Return (L⁻¹, info) with LLᵀ = gram + ridge·I for the leading `rank` rows and columns of gram (RP, RP).
-
-    The ridge is 0, then 8·r·eps·1024^(j−1)·max|diag|, j = 1, 2, 3, until every pivot is positive and finite; `info`
-    counts the failed attempts. After the fourth L⁻¹ = 0, so that the solution is exactly 0. Padding is 0.
-    """
-    index = tl.arange(0, RP)
-    diagonal = (index[:, None] == index[None, :]) & (index[:, None] < rank)
-    down = tl.sum(tl.where(diagonal, gram, 0.0), axis=1)
-    right = tl.sum(tl.where(diagonal, gram, 0.0), axis=0)
-    unit = rank.to(tl.float32) * 9.5367431640625e-07 * tl.max(tl.abs(down), axis=0)  # 8·r·2⁻²³·max|diag|
-    scale_down = _root_scale(down)
-    scale_right = _root_scale(right)
-    ridge = unit * 0.0
-    info = tl.full((), 0, tl.int32)
-    result = gram
-    searching = tl.full((), 1, tl.int32)
-    while searching == 1:
-        result, good = _attempt(gram, scale_down, scale_right, ridge, rank, RP)
-        info += 1 - good
-        searching = tl.where((good == 0) & (info < ATTEMPTS), 1, 0)
-        ridge = tl.where(info == 1, unit, ridge * 1024.0)
-    return _dropped(result, scale_right, info, rank, RP), info
-
-
-@triton.jit
 def multiply(
     out_ptr, x_ptr, y_ptr, out_leading, x_leading, y_leading,
     X_FLIP: tl.constexpr, Y_FLIP: tl.constexpr, SIZE: tl.constexpr, MINUS: tl.constexpr,
@@ -108,7 +61,7 @@ def multiply(
     and after.
     """
     tl.debug_barrier()
-    SQUARE: tl.constexpr = min(SIZE, 64)
+    SQUARE: tl.constexpr = SIZE if SIZE < 64 else 64
     for block in tl.static_range((SIZE // SQUARE) * (SIZE // SQUARE)):
         row = block // (SIZE // SQUARE) * SQUARE + tl.arange(0, SQUARE)
         column = block % (SIZE // SQUARE) * SQUARE + tl.arange(0, SQUARE)
@@ -162,13 +115,15 @@ def _blocked_attempt(matrix_ptr, work_ptr, RP: tl.constexpr):
 
 @triton.jit
 def inverse_factor_to(out_ptr, gram_ptr, work_ptr, ridge, rank, RP: tl.constexpr):
-    """Write L⁻¹ of gram + ridge·I, both (RP, RP) in memory, as `inverse_factor`; return the failed attempts.
+    """Write L⁻¹ with LLᵀ = gram + ridge·I for the leading `rank` rows and columns; return the failed attempts.
 
-    `work` holds (RP/2, RP/2) for RP = 128. Barriers stand before and after.
+    Both are (RP, RP) in memory. What is repaired has further ridges of 8·r·eps·1024^(j−1)·max|diag|, j = 1, 2, 3, until
+    every pivot is positive and finite; after the fourth attempt L⁻¹ = 0, so that the solution is exactly 0. Padding is
+    0. `work` holds (RP/2, RP/2) for RP = 128. Barriers stand before and after.
     """
     tl.debug_barrier()
     index = tl.arange(0, RP)
-    ROWS: tl.constexpr = min(RP, 32)
+    ROWS: tl.constexpr = RP if RP < 32 else 32
     diagonal = tl.where(index < rank, tl.load(gram_ptr + index * (RP + 1)) + ridge, 0.0)
     unit = rank.to(tl.float32) * 9.5367431640625e-07 * tl.max(tl.abs(diagonal), axis=0)
     scale = _root_scale(diagonal)
@@ -211,13 +166,7 @@ def _inverse_factor_kernel(gram_ptr, ranks_ptr, out_ptr, work_ptr, info_ptr, RP:
     rank = tl.load(ranks_ptr + problem)
     gram_ptr += problem * RP * RP
     out_ptr += problem * RP * RP
-    if RP <= 32:
-        index = tl.arange(0, RP)
-        square = index[:, None] * RP + index[None, :]
-        result, info = inverse_factor(tl.load(gram_ptr + square), rank, RP)
-        tl.store(out_ptr + square, result)
-    else:
-        info = inverse_factor_to(out_ptr, gram_ptr, work_ptr + problem * (RP // 2) * (RP // 2), 0.0, rank, RP)
+    info = inverse_factor_to(out_ptr, gram_ptr, work_ptr + problem * (RP // 2) * (RP // 2), 0.0, rank, RP)
     tl.store(info_ptr + problem, info)
 
 

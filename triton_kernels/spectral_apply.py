@@ -64,7 +64,7 @@ def _spread_side(
     rows = address(addresses_ptr, problem, ROWS + SIDE, tl.float32, ADDRESSES)
     T: tl.constexpr = SIDE == 1
     OUTPUTS: tl.constexpr = OWN + 1
-    CHUNK: tl.constexpr = min(RP, 32)
+    CHUNK: tl.constexpr = RP if RP < 32 else 32
     n = (OWN + 2) * r
     c = c_ptr + (SIDE * layers + problem) * (OUTPUTS * r * n)
     for first in range(start, end, BN):

@@ -61,7 +61,7 @@ def _partial(
     T: tl.constexpr, WEIGHTED: tl.constexpr, RP: tl.constexpr, KS: tl.constexpr,
 ):  # fmt: skip
     """out[i, j] = Σ_{start ≤ n < end} x[i, n] (u[n]) y[j, n] in float64; one square of at most 32 × 32 at a time."""
-    SQUARE: tl.constexpr = min(RP, 32)
+    SQUARE: tl.constexpr = RP if RP < 32 else 32
     for block in range((RP // SQUARE) * (RP // SQUARE)):
         row = block // (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
         column = block % (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
@@ -192,7 +192,11 @@ def _sum_kernel(
     partials_ptr, parts_ptr, places_ptr, out_ptr, layers, r, n,
     RP: tl.constexpr, ROWS: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
-    """Γ[side, layer] (n, n): ROWS rows of one kind of Gram, summed over its tiles, in its place and transposed."""
+    """Γ[side, layer] (n, n): ROWS rows of one kind of Gram, summed over its tiles, in its place and transposed.
+
+    Of a block with itself only the lower triangle is taken: with weights the two halves of the sum round differently,
+    and every entry must have one writer.
+    """
     job = tl.program_id(0).to(tl.int64)
     top = job % (RP // ROWS) * ROWS
     kind = job // (RP // ROWS) % KINDS
@@ -206,12 +210,14 @@ def _sum_kernel(
     for _ in range(count):
         total += tl.load(at)
         at += KINDS * RP * RP
-    i = tl.load(places_ptr + kind * 2) * r + row[:, None]
-    j = tl.load(places_ptr + kind * 2 + 1) * r + column[None, :]
+    above = tl.load(places_ptr + kind * 2)
+    beside = tl.load(places_ptr + kind * 2 + 1)
+    i = above * r + row[:, None]
+    j = beside * r + column[None, :]
     inside = (row[:, None] < r) & (column[None, :] < r)
     out = out_ptr + which * n * n
-    tl.store(out + i * n + j, total, mask=inside)
-    tl.store(out + j * n + i, total, mask=inside)
+    tl.store(out + i * n + j, total, mask=inside & ((above != beside) | (i >= j)))
+    tl.store(out + j * n + i, total, mask=inside & ((above != beside) | (i > j)))
 
 
 def summed(partials: Tensor, parts: Tensor, places: Tensor, rank: int) -> Tensor:
@@ -251,7 +257,7 @@ def _moments_side(
     average = address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES)
     beta = tl.load(numbers_ptr + problem * NUMBERS + BETA)
     frozen = tl.load(frozen_ptr + problem * 2 + SIDE) != 0
-    ROWS: tl.constexpr = min(RP, 32)
+    ROWS: tl.constexpr = RP if RP < 32 else 32
     KS: tl.constexpr = 16
     total = tl.zeros((BN,), tl.float64)
     for first in range(start, end, BN):

@@ -48,6 +48,7 @@ def _stz_kernel(
     S_UNIT: tl.constexpr,
     P_UNIT: tl.constexpr,
     S_FIRST: tl.constexpr,
+    K_INNER: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -56,6 +57,7 @@ def _stz_kernel(
 
     S_UNIT, P_UNIT: entries per 16 bytes where rows are aligned to that, else 0. S_FIRST: form SᵀP, S feeding the wide
     side of the product (Hopper, Blackwell); else its transpose PᵀS, which keeps S on the asynchronous path elsewhere.
+    K_INNER: rows of every H of the launch are contiguous; not knowing it makes the store scatter.
     """
     tile = tl.program_id(0).to(tl.int64)
     layer = tl.load(tiles_ptr + tile * 6).to(tl.int64)
@@ -159,13 +161,15 @@ def _stz_kernel(
 
     h_ptr = tl.load(layer_pointers_ptr + layer).to(tl.pointer_type(tl.float32))
     stride_h_d = tl.load(layer_dims_ptr + layer * 5 + 2).to(tl.int64)
-    stride_h_k = tl.load(layer_dims_ptr + layer * 5 + 3).to(tl.int64)
+    columns_h = offs_r
+    if not K_INNER:
+        columns_h = offs_r * tl.load(layer_dims_ptr + layer * 5 + 3).to(tl.int64)
     h_ptr += split * tl.load(layer_dims_ptr + layer * 5 + 4)
     if S_FIRST:
-        h_ptrs = h_ptr + offs_d[:, None] * stride_h_d + offs_r[None, :] * stride_h_k
+        h_ptrs = h_ptr + offs_d[:, None] * stride_h_d + columns_h[None, :]
         tl.store(h_ptrs, total * unscale[None, :], mask=columns_d[:, None] & columns_r[None, :])
     else:
-        h_ptrs = h_ptr + offs_d[None, :] * stride_h_d + offs_r[:, None] * stride_h_k
+        h_ptrs = h_ptr + offs_d[None, :] * stride_h_d + columns_h[:, None]
         tl.store(h_ptrs, total * unscale[:, None], mask=columns_r[:, None] & columns_d[None, :])
 
 
@@ -284,7 +288,8 @@ class STZPlan(TokenSum):
             config = stz_config(dtype, fast_s, block_r, capability or capability_of(self.device))
             tiles = self._cut(group, config.block_n, config.block_d, block_r, programs or fill_target(self.device))
             tile_map = int32_table(tiles, len(TILES), self.device)
-            constexprs = _constexprs(dtype, fast_s, fast_p, block_r, config)
+            inner = all(out is None or self.num_splits[o] > 1 or out[o].stride(1) == 1 for o in group)
+            constexprs = _constexprs(dtype, fast_s, fast_p, inner, block_r, config)
             launches.append(Launch(_stz_kernel, tile_map, constexprs, config.num_warps, config.num_stages))
         self._complete(launches, out)
         self.bind(s, p, out)
@@ -339,12 +344,15 @@ def _check(
                 raise ValueError(f"stz: p[{i}] is {b.dtype} with strides {b.stride()}; must be float32, inner stride 1")
 
 
-def _constexprs(dtype: torch.dtype, fast_s: bool, fast_p: bool, block_r: int, config: STZConfig) -> dict[str, object]:
+def _constexprs(
+    dtype: torch.dtype, fast_s: bool, fast_p: bool, k_inner: bool, block_r: int, config: STZConfig
+) -> dict[str, object]:
     return {
         "S_DTYPE": TRITON_DTYPES[dtype],
         "S_UNIT": 16 // dtype.itemsize if fast_s else 0,
         "P_UNIT": 4 if fast_p else 0,
         "S_FIRST": config.s_first,
+        "K_INNER": k_inner,
         "BLOCK_N": config.block_n,
         "BLOCK_D": config.block_d,
         "BLOCK_R": block_r,
@@ -375,7 +383,7 @@ def _variants() -> list[Variant]:
                     name=f"stz_{kind}_r{block_r}_{name}",
                     kernel=_stz_kernel,
                     signature=signature,
-                    constexprs=_constexprs(dtype, fast_s, fast_p, block_r, config),
+                    constexprs=_constexprs(dtype, fast_s, fast_p, fast_s, block_r, config),
                     aligned=names,
                     num_warps=config.num_warps,
                     num_stages=config.num_stages,

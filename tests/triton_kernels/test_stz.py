@@ -70,6 +70,19 @@ def run(plan: STZPlan) -> None:
     plan.launch()
 
 
+def test_the_store_knows_whether_rows_of_the_result_are_contiguous() -> None:
+    """Without that the lanes of a warp run along d, and every sector that they write is mostly empty."""
+    s, p = [random(600, 64), random(600, 48)], [random(600, 16), random(600, 16)]
+    straight, turned = [poisoned(64, 16), poisoned(48, 16)], [poisoned(64, 16), poisoned(16, 48).T]
+    for out, programs, known in ((straight, 1, True), (turned, 1, False), (turned, 60, True)):
+        plan = STZPlan(s, p, [0, 1], out, programs=programs)
+        assert [launch.constexprs["K_INNER"] for launch in plan._launches] == [known]
+        run(plan)
+        assert_products(out, s, p, [0, 1])
+    partial = STZPlan(s, p, [0, 1], None, shapes=[(64, 16), (48, 16)], reduce=False, programs=1)
+    assert [launch.constexprs["K_INNER"] for launch in partial._launches] == [True]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("programs", [1, 60])

@@ -56,8 +56,7 @@ class Workspace:
         self.averages, self.weights, self.squares = per_column(), per_column(), per_column()
         partials = (len(bucket.tiles), bucket.kinds, padded, padded)
         self.stored_grams, self.moved_grams = (torch.empty(partials, device=self.device) for _ in range(2))
-        factored = any(turn.factored for turn in bucket.course.turns)
-        slots = (len(layers) if factored else 0, int(factor_kernels.COEFFICIENTS.value), padded, padded)
+        slots = (len(layers), int(factor_kernels.COEFFICIENTS.value), padded, padded)
         self.coefficients = torch.empty(slots, device=self.device)
         self.fresh: object = None
 
@@ -230,30 +229,27 @@ class BucketRun:
         )  # fmt: skip
 
     def launch_turn(self, t: int, scale: Tensor) -> None:
-        """One turn: the factor launch where there is one, and the solve."""
+        """One turn: the factor launch and the solve."""
         turn, work, s = self.plan.course.turns[t], self.workspace, self.structure
         side = SIDES[turn.side]
         weight_grams = work.moved_grams if turn.moved else work.stored_grams
         momentum_grams = work.moved_grams if turn.own_moved else work.stored_grams
         info, busy = self.info[t], self.busy[t]
-        if turn.factored:
-            factor_kernels.factor(
-                *self._tables(), self.parts[1 - side], self.parts[side], work.coefficients,
-                weight_grams, momentum_grams, work.stored_grams, info, self.sizes, own=turn.own_source != NONE,
-                SIDE=side, MOVED=turn.moved, OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum,
-                TANGENT=turn.source == TANGENT, OWN_TANGENT=turn.own_source == TANGENT,
-            )  # fmt: skip
+        factor_kernels.factor(
+            *self._tables(), self.parts[1 - side], self.parts[side], work.coefficients,
+            weight_grams, momentum_grams, work.stored_grams, info, self.sizes, own=turn.own_source != NONE,
+            SIDE=side, MOVED=turn.moved, OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum,
+            TANGENT=turn.source == TANGENT, OWN_TANGENT=turn.own_source == TANGENT,
+        )  # fmt: skip
         block = self.product_blocks[t]
         types = self._types()
         solve_kernels.solve(
-            *self._tables(), self.tiles, self.parts[1 - side],
-            self.addresses.device if block is None else block.device, work.coefficients, scale,
-            weight_grams, momentum_grams, work.moved_grams, self.flags, info, busy, self.sizes,
+            *self._tables(), self.tiles, self.addresses.device if block is None else block.device, work.coefficients,
+            scale, work.moved_grams, self.flags, busy,
             first_tile=self.plan.parts[side][0][0], programs=self.plan.programs(side),
             SIDE=side, PARAM_TYPE=types[side], GRAD_TYPE=types[2 + side], SOURCE=turn.source,
-            OWN_SOURCE=turn.own_source, BESIDE=turn.beside, CHECK=turn.check, MOVED=turn.moved,
-            OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
-            EMIT=turn.emit, FACTORED=turn.factored, MASK=turn.grams,
+            OWN_SOURCE=turn.own_source, BESIDE=turn.beside, CHECK=turn.check, HAS_BASE=turn.moved or s.decay,
+            HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None, EMIT=turn.emit, MASK=turn.grams,
         )  # fmt: skip
 
     def launch_commit(self, scale: Tensor, ok: Tensor) -> None:

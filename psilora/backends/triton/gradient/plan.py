@@ -13,8 +13,6 @@ from psilora.lowrank.lorsum import turns
 
 #: How kernels number the sides.
 SIDES = {"A": 0, "B": 1}
-#: Ranks from which the r×r systems are factorised by a launch of their own.
-FACTOR_RANK = 64
 
 # Kinds of Grams as bits, in the order of the slots of triton_kernels/gram.py.
 WEIGHTED, WEIGHTED_STEP, CROSS, OWN, OWN_STEP, START, SLOPE, OWN_START, OWN_SLOPE = (1 << i for i in range(9))
@@ -79,7 +77,6 @@ class Turn:
         check: Whether this turn is the first to read the side's `.grad`, and looks for non-finite entries in it.
         emit: Whether the new factor is written as rows for later products.
         grams: The kinds of Grams that the next turn needs from this one.
-        factored: Whether a factor launch precedes it.
     """
 
     side: str
@@ -90,7 +87,6 @@ class Turn:
     check: bool
     emit: bool
     grams: int
-    factored: bool
 
     @property
     def beside(self) -> bool:
@@ -150,7 +146,6 @@ def course(structure: Structure, padded: int) -> Course:
                 check=t < 2,
                 emit=following is not None and s.num_iters > 0,
                 grams=_following_grams(s, following),
-                factored=padded >= FACTOR_RANK or TANGENT in (source, own_source),
             )
         )
     lasting = s.metric is None and not (grams[0] | grams[1]) & ~LASTING
@@ -238,7 +233,7 @@ class StepPlan:
             for bucket in self.buckets:
                 if t < len(bucket.course.turns):
                     turn = bucket.course.turns[t]
-                    names += ["factor"] * turn.factored + [f"solve_{turn.side.lower()}"]
+                    names += ["factor", f"solve_{turn.side.lower()}"]
         return names + ["commit"] * len(self.buckets)
 
     def _product_launches(self, t: int) -> list[str]:

@@ -49,8 +49,11 @@ MOMENTUM = Structure(momentum=True)
 
 @pytest.mark.parametrize(("model", "rank"), [(llama, 16), (roberta, 8)])
 def test_launches_of_one_iteration(model: object, rank: int) -> None:
-    assert model(rank, PLAIN).launches() == ["solve_a", "xv", "stz", "solve_b", "commit"]  # type: ignore[operator]
-    expected = ["xv", "stz", "solve_a", "xv", "stz", "solve_b", "commit"]
+    turns = [["factor", "solve_a"], ["factor", "solve_b"]]
+    products = ["xv", "stz"]
+    expected = [*turns[0], *products, *turns[1], "commit"]
+    assert model(rank, PLAIN).launches() == expected  # type: ignore[operator]
+    expected = [*products, *turns[0], *products, *turns[1], "commit"]
     assert model(rank, MOMENTUM, rank).launches() == expected  # type: ignore[operator]
     assert model(rank, MOMENTUM, rank).launches(stale=True) == ["gram", *expected]  # type: ignore[operator]
 
@@ -60,20 +63,21 @@ def test_launches_of_other_settings() -> None:
         structure = Structure(**settings)  # type: ignore[arg-type]
         return len(llama(16, structure, 16 if structure.momentum else 0).launches())
 
-    assert count(num_iters=2) == 10 + 1
-    assert count(num_iters=0) == 2 + 1
-    assert count(num_iters=2, momentum=True) == 12 + 1
-    assert count(metric="kfac") == 4 + 2 + 1  # squares and the weighted Grams
-    assert count(exact=False) == 2 + 1 + 1 + 1  # Grams, and the tangent's coefficients for the second turn
-    assert count(exact=False, momentum=True) == 2 + 1 + 2 + 1
-    assert count(reuse=False) == 6 + 1
+    products, solves, commit = 2, 2, 1  # xv and stz of a turn, factor and solve of a turn
+    assert count(num_iters=2) == 4 * solves + 3 * products + commit
+    assert count(num_iters=0) == 2 * solves + commit
+    assert count(num_iters=2, momentum=True) == 4 * (solves + products) + commit
+    assert count(metric="kfac") == 2 * solves + products + commit + 2  # squares and the weighted Grams
+    assert count(exact=False) == 2 * solves + commit + 1  # Grams
+    assert count(exact=False, momentum=True) == 2 * solves + commit + 1
+    assert count(reuse=False) == 2 * (solves + products) + commit
 
 
-@pytest.mark.parametrize(("rank", "extra"), [(32, 0), (64, 2), (128, 2)])
-def test_large_ranks_take_one_launch_more_per_solve(rank: int, extra: int) -> None:
+@pytest.mark.parametrize("rank", [16, 32, 64, 128])
+def test_every_solve_has_its_factor_launch(rank: int) -> None:
     names = Counter(llama(rank, MOMENTUM, rank).launches())
-    assert names.total() == 7 + extra
-    assert names["factor"] == extra
+    assert names.total() == 9
+    assert names["factor"] == names["solve_a"] + names["solve_b"] == 2
 
 
 def test_launches_do_not_depend_on_the_number_of_layers() -> None:
@@ -107,7 +111,7 @@ def test_turns(first: str) -> None:
     assert [(t.source, t.moved, t.own_moved) for t in jacobi.turns] == [(PRODUCT, False, False), (PRODUCT, False, True)]
     assert jacobi.rows == (True, True)
     tangent = course(Structure(exact=False), 16).turns
-    assert [(t.source, t.own_source, t.factored) for t in tangent] == [(KNOWN, NONE, False), (TANGENT, NONE, True)]
+    assert [(t.source, t.own_source) for t in tangent] == [(KNOWN, NONE), (TANGENT, NONE)]
 
 
 def test_only_grams_without_gradient_and_metric_last() -> None:
