@@ -131,7 +131,8 @@ def test_a_non_finite_gradient_changes_nothing(device: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("clipped", [False, True])
+def test_a_step_does_not_wait_for_the_device(clipped: bool) -> None:
     model = network("cuda", 8)
     optimizer = bare(model, 0.1)
     x = torch.randn(64, model[0].base.in_features, device="cuda")
@@ -140,6 +141,8 @@ def test_a_step_does_not_wait_for_the_device() -> None:
     assert self_check._verdicts.get(x.device) is True  # the kernels take the step below
     optimizer.zero_grad()
     (model(x) - 1).square().mean().backward()
+    if clipped:
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()

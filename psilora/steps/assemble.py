@@ -63,6 +63,10 @@ def assemble(
         if dA is None or dB is None or not pair.trainable or id(pair) in unreached:
             if dA is not dB and (dA is None or dB is None or pair.lora_A.requires_grad != pair.lora_B.requires_grad):
                 found.halved.append(pair.name)
+            if (
+                id(pair) in unreached and pair.trainable
+            ):  # torch's distributed checkpoints make a step of zeros to have the state created
+                init_state(pair, options, states[pair.lora_B], states[pair.lora_A])
             found.still.append(pair)
             continue
         if is_sparse(dA) or is_sparse(dB):

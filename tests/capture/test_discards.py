@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from psilora import LoRALinear, PSILoRA, baselines
 from psilora.capture import PROBES
@@ -199,3 +201,60 @@ def test_a_loss_of_zero_is_a_step_of_its_rows_as_before() -> None:
     optimizer.step()
     assert moved(model, before) == [True, True]
     assert [float(optimizer.state[layer.lora_A.weight]["step"]) for layer in model] == [2, 2]
+
+
+@pytest.mark.parametrize("kind", CAPTURING)
+def test_a_distributed_checkpoint_finds_the_state_of_an_optimizer_that_has_not_stepped(kind: str) -> None:
+    """torch has it created by a step at lr = 0 with gradients of zero, and loads what is there then."""
+    model = layers(3)
+    other = copy.deepcopy(model)
+    optimizer, fresh = KINDS[kind](model), KINDS[kind](other)
+    loss(model, inputs()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    before = copy.deepcopy(other)
+    created, saved = get_optimizer_state_dict(other, fresh), get_optimizer_state_dict(model, optimizer)
+    assert moved(other, before) == [False] * 3
+    shapes = [
+        {(name, key): value.shape for name, state in found["state"].items() for key, value in state.items()}
+        for found in (created, saved)
+    ]
+    assert shapes[0] == shapes[1] and len(saved["state"]) == 6
+    set_optimizer_state_dict(other, fresh, saved)
+    loaded = fresh.state_dict()["state"]
+    for i, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, loaded[i][key]) for key, value in state.items())
+
+
+def on_cuda(optimizer: PSILoRA) -> None:
+    """Have the records take their pairs for pairs on CUDA, where a look waits for the device."""
+    for record in optimizer._capture.records.values():
+        pair = record.pair
+        there = {"device": torch.device("cuda"), "dtype": pair.lora_A.dtype}
+        grads = [SimpleNamespace(grad=p.grad, **there) for p in (pair.lora_A, pair.lora_B)]
+        record.pair = SimpleNamespace(lora_A=grads[0], lora_B=grads[1], A=pair.A, rank=pair.rank, d_out=pair.d_out)
+
+
+@pytest.mark.parametrize("missed", [set(), {1}])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_cuda_is_waited_for_only_where_one_gradient_was_written_to_more_often_than_others(
+    missed: set[int], clipped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipping writes to all alike; the layer that a later pass missed has also been set to zero."""
+    model = layers(4, torch.float64)
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    capture, x = optimizer._capture, inputs(torch.float64)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    if missed:
+        loss(model, x).backward()
+        model.zero_grad(set_to_none=False)
+        monkeypatch.setattr(capture._passes, "records", [])  # what it drops at once is left for the step to find
+    loss(model, x, missed).backward()
+    if clipped:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    on_cuda(optimizer)
+    looks: list[Tensor] = []
+    monkeypatch.setattr(Tensor, "any", lambda t: looks.append(t) or t.count_nonzero() > 0)
+    capture.refresh()
+    assert len(looks) == 3 * len(missed)  # at dB, dA and what is held
+    assert [record.idle for record in capture.records.values()] == [i in missed for i in range(4)]
