@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from psilora.adapters.pair import LoRAPair
+from psilora.adapters.pair import LoRAPair, is_sparse
 
 
 class Versions:
@@ -101,6 +101,14 @@ def suspects(records: Sequence[Watched]) -> list[Watched]:
 def present(pair: LoRAPair) -> list[Tensor]:
     """Return the gradients of the pair that are there."""
     return [p.grad for p in (pair.lora_B, pair.lora_A) if p.grad is not None]
+
+
+def is_zero(gradient: Tensor) -> bool:
+    """Return whether all entries are 0; waits for the device. Most are told by their first row from one that is.
+
+    A sparse one, which a step refuses, is not.
+    """
+    return not is_sparse(gradient) and not bool(gradient[:1].count_nonzero()) and not bool(gradient.any())
 
 
 def all_zero(pairs: Sequence[LoRAPair]) -> list[bool]:
