@@ -123,10 +123,12 @@ def staged(problems: Sequence[Problem], update: Update, ok: Tensor) -> list[Call
         (update.step_B, [p.pair.lora_B for p in problems]),
     ):
         # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
-        negated = (0.0 - step).view(len(parameters), *parameters[0].shape)
+        negated = 0.0 - step
         if here.device.type != "cpu":  # there `stage` has looked already
             negated = torch.where(here, negated, 0.0)
-        writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], list(negated.unbind(0))))
+        # Layers of one bucket share the matrix's shape, not the parameter's: kernels stand beside weights of linears.
+        shaped = [matrix.view(p.shape) for matrix, p in zip(negated.unbind(0), parameters, strict=True)]
+        writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], shaped))
     for name, new_B, new_A in (
         ("momentum", update.momentum_B, update.momentum_A),
         ("metric", update.metric_B, update.metric_A),
