@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from psilora.adapters.pair import LoRAPair, Unsupported
-from psilora.adapters.peft import no_capture, refusal
+from psilora.adapters.pair import LoRAPair, Unsupported, listed
+from psilora.adapters.peft import no_capture, other_kind, refusal
 from psilora.adapters.tied import tied
 
 
@@ -57,31 +57,59 @@ def _tie(pair: LoRAPair, other: LoRAPair) -> None:
         pair.uncaptured = f"it shares its factors with {other.name}, which reads its input in another way"
 
 
+def none_found(model: nn.Module) -> str:
+    """Return why a model has no trainable pair, and what to do about it."""
+    frozen = [pair.name for path, module in model.named_modules() for pair in _held(path, module)]
+    if frozen:
+        return (
+            f"its pairs are frozen (requires_grad=False): {listed(frozen)}; load adapters to train on with "
+            "PeftModel.from_pretrained(…, is_trainable=True), choose one by set_adapter(name), or set requires_grad"
+        )
+    kinds: dict[str, str] = {}
+    for path, module in model.named_modules():
+        kind = other_kind(module)
+        if kind is not None:
+            kinds.setdefault(kind, path)
+    if kinds:
+        found = listed([f"{kind} ({path})" for kind, path in kinds.items()])
+        return (
+            f"its adapters are {found}, whose parameters are not the two factors of one product; train them with "
+            "torch.optim.AdamW, or adapt the model by a LoraConfig"
+        )
+    return "add adapters before building the optimizer"
+
+
 def _candidates(path: str, module: nn.Module) -> Iterator[LoRAPair | Unsupported]:
+    for pair in _held(path, module):
+        yield from _classify(pair)
+
+
+def _held(path: str, module: nn.Module) -> Iterator[LoRAPair]:
+    """The pairs of a module, whether trainable or not."""
     for prefix in ("lora_", "lora_embedding_"):
         A, B = getattr(module, f"{prefix}A", None), getattr(module, f"{prefix}B", None)
         if isinstance(A, (nn.ModuleDict, nn.ParameterDict)) and isinstance(B, (nn.ModuleDict, nn.ParameterDict)):
             for adapter in A:
                 if adapter in B:
                     name = path if adapter == "default" else f"{path} ({adapter})"
-                    yield from _classify(_pair(name, module, A[adapter], B[adapter], adapter))
+                    yield from _pair(name, module, A[adapter], B[adapter], adapter)
         elif A is not None and B is not None:
-            yield from _classify(_pair(path, module, A, B, None))
+            yield from _pair(path, module, A, B, None)
 
 
-def _pair(name: str, owner: nn.Module, A: object, B: object, adapter: str | None) -> LoRAPair | None:
+def _pair(name: str, owner: nn.Module, A: object, B: object, adapter: str | None) -> Iterator[LoRAPair]:
     weight_A, weight_B = (x if isinstance(x, nn.Parameter) else getattr(x, "weight", None) for x in (A, B))
     if not isinstance(weight_A, nn.Parameter) or not isinstance(weight_B, nn.Parameter):
-        return None
+        return
     pair = LoRAPair(name, weight_A, weight_B, owner, adapter)
     if isinstance(A, nn.Module) and isinstance(B, nn.Module):
         pair.sites.append((A, B))
-    return pair
+    yield pair
 
 
-def _classify(pair: LoRAPair | None) -> Iterator[LoRAPair | Unsupported]:
+def _classify(pair: LoRAPair) -> Iterator[LoRAPair | Unsupported]:
     """Yield the pair with `uncaptured` set, an `Unsupported`, or nothing for a frozen adapter."""
-    if pair is None or not (pair.lora_A.requires_grad or pair.lora_B.requires_grad):
+    if not (pair.lora_A.requires_grad or pair.lora_B.requires_grad):
         return
     reason = refusal(pair)
     if reason is not None:

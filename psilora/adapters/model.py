@@ -12,6 +12,11 @@ def check_model(model: object, *, sharded: bool = False) -> nn.Module:
         model: What the user passed.
         sharded: Whether parameters may be DTensors.
     """
+    if isinstance(model, (list, tuple)) and model and all(isinstance(part, nn.Module) for part in model):
+        raise TypeError(
+            f"model must be one nn.Module, got a {type(model).__name__} of {len(model)}; build one optimizer for each "
+            "of them, or pass nn.ModuleList of them"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters")
     if isinstance(model, nn.DataParallel):

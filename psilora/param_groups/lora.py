@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from psilora.adapters.find import find_pairs
+from psilora.adapters.find import find_pairs, none_found
 from psilora.adapters.pair import LoRAPair, describe
-from psilora.options.base import OPTION_NAMES, Options, resolved
+from psilora.options.base import OPTION_NAMES, Options, as_group, resolved
 from psilora.options.checks import check_rate
 from psilora.options.metrics import DENSE_LIMIT
 
@@ -18,15 +18,13 @@ from psilora.options.metrics import DENSE_LIMIT
 def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
     """Return the pairs of `model`, or raise by name; `unsupported` is "raise" or "adamw"."""
     pairs, refused = find_pairs(model)
-    if refused and unsupported == "raise":
-        raise ValueError(
-            f"these adapters cannot be trained as ΔW = s·B·A: {describe(refused)}; freeze them, or train them with "
-            "AdamW by unsupported='adamw'"
-        )
+    if refused and (unsupported == "raise" or not pairs):
+        advice = "freeze them, or train them with AdamW by unsupported='adamw'"
+        if not pairs:
+            advice = "no other pair is trainable: where that is meant, train this model with torch.optim.AdamW"
+        raise ValueError(f"these adapters cannot be trained as ΔW = s·B·A: {describe(refused)}; {advice}")
     if not pairs:
-        raise ValueError(
-            "no trainable LoRA pair (lora_A, lora_B) found in the model; add adapters before building the optimizer"
-        )
+        raise ValueError(f"no trainable LoRA pair (lora_A, lora_B) found in the model: {none_found(model)}")
     return pairs
 
 
@@ -36,7 +34,7 @@ def lora_groups(
     """Split the pairs into param groups: group 0 for the rest, then one per override."""
     if isinstance(overrides, str) or not isinstance(overrides, Sequence):
         raise ValueError(f"Invalid groups={overrides!r}. Must be a sequence of {{'layers': …, **settings}}.")
-    groups = [{**resolved(settings), "kind": "lora", "params": []}]
+    groups = [{**as_group(resolved(settings)), "kind": "lora", "params": []}]
     matchers: list[Callable[[LoRAPair], bool]] = []
     for override in overrides:
         if not isinstance(override, Mapping):
@@ -45,7 +43,7 @@ def lora_groups(
         if "layers" not in override or unknown:
             problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
             raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
-        group = {**resolved({**settings, **override}), "kind": "lora", "params": []}
+        group = {**as_group(resolved({**settings, **override})), "kind": "lora", "params": []}
         matchers.append(_matcher(group.pop("layers")))
         Options.from_group(group)
         groups.append(group)
