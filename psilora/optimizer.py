@@ -22,7 +22,7 @@ from psilora.monitor.counters import Counters
 from psilora.monitor.observer import Observer
 from psilora.monitor.standstill import why_still
 from psilora.monitor.warn_once import Notices
-from psilora.options.base import OPTION_NAMES, Options, resolved
+from psilora.options.base import OPTION_NAMES, Options, as_group, resolved
 from psilora.options.published import PAPER
 from psilora.param_groups.adamw import AuxAdamW, adamw_group
 from psilora.param_groups.lora import checked_pairs, lora_groups, pair_options
@@ -69,7 +69,7 @@ class PSILoRA(torch.optim.Optimizer):
     Args:
         model: The model with LoRA adapters, not its parameters.
         lr: η ≥ 0, a number or one-element tensor.
-        step: "spectral" or "gradient". None or "auto" below means a default that depends on it.
+        step: "spectral" or "gradient", "step_kind" in param groups. None or "auto" below: a default that depends on it.
         num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
         solver: "als", alternating least squares; "ritz", with as many products the best matrix in the span of all its
             iterates (see `psilora.ritz`; `prox` then holds for the momentum only, the factors are rebalanced, CUDA is
@@ -208,10 +208,10 @@ class PSILoRA(torch.optim.Optimizer):
             adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
             param_groups.append(adamw_group(rest, maximize=maximize, **adamw))  # type: ignore[arg-type]
         self._constructed = False
-        super().__init__(param_groups, resolved(settings))
+        super().__init__(param_groups, as_group(resolved(settings)))
         for group in self.param_groups:
             if group["kind"] != "lora":
-                for name in set(OPTION_NAMES) - {"lr", "weight_decay", "maximize"}:
+                for name in set(as_group(settings)) - {"lr", "weight_decay", "maximize"}:
                     group.pop(name, None)
         self._constructed = True
         self._controller = SlopeController(pairs) if controller == "slope" else None

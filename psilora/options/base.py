@@ -112,8 +112,16 @@ class Options:
 
     @classmethod
     def from_group(cls, group: Mapping[str, Any]) -> Options:
-        """Return the options held by a param group, ignoring its other keys."""
-        return cls(**{name: group[name] for name in OPTION_NAMES})
+        """Return the options held by a param group, ignoring its other keys.
+
+        Raises:
+            ValueError: The kind of step was set under the name of the argument.
+        """
+        if isinstance(group.get("step"), str):
+            raise ValueError(
+                f"Invalid 'step': {group['step']!r} in a param group. The kind of step is 'step_kind' there."
+            )
+        return cls(**{name: group[GROUP_KEYS.get(name, name)] for name in OPTION_NAMES})
 
     @property
     def tau(self) -> float:
@@ -204,3 +212,10 @@ def resolved(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 OPTION_NAMES = tuple(field.name for field in fields(Options))
+#: Settings under another name in param groups, where wrappers of optimizers keep an integer "step" of their own.
+GROUP_KEYS = {"step": "step_kind"}
+
+
+def as_group(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings under the names that param groups have for them."""
+    return {GROUP_KEYS.get(name, name): value for name, value in settings.items()}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from psilora.adapters.pair import LoRAPair
 from psilora.linalg.precision import compute_dtype
 from psilora.lowrank.momentum import initial_momentum
-from psilora.options.base import Options
+from psilora.options.base import GROUP_KEYS, Options
 from psilora.param_groups.lora import check_pair, momentum_rank, pair_options
 from psilora.steps.gradient.metrics.diagonal import initial_metric, metric_shape
 
@@ -147,9 +147,7 @@ def compatible(
                 f"param group {i} has {len(old['params'])} parameters, but {len(new['params'])} were saved"
             )
         _same_names(i, names[i], new.get("names"))
-    complete = [
-        {**old, **{k: v for k, v in new.items() if k != "names"}} for old, new in zip(groups, saved, strict=True)
-    ]
+    complete = [{**old, **_of_this_version(new)} for old, new in zip(groups, saved, strict=True)]
     settings = pair_options(
         [{**new, "params": old["params"]} for old, new in zip(groups, complete, strict=True)], pairs
     )
@@ -163,6 +161,15 @@ def compatible(
                 if isinstance(value, Tensor) and value.dim() > 0:
                     _same_shape(f"parameter {j} of param group {i}", key, value, parameter.shape)
     return {**state_dict, "param_groups": complete}, settings
+
+
+def _of_this_version(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved group without its names, and with the kind of step where earlier versions have it under "step"."""
+    found = {key: value for key, value in group.items() if key != "names"}
+    if isinstance(found.get("step"), str):
+        found.setdefault(GROUP_KEYS["step"], found["step"])
+        del found["step"]
+    return found
 
 
 def _same_names(i: int, ours: Sequence[str], saved: Sequence[str] | None) -> None:

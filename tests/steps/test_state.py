@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from psilora import LoRALinear, PSILoRA
 from psilora.checkpoint import save_checkpoint
 from psilora.options import OPTION_NAMES
+from psilora.options.base import as_group
 
 State = dict[str, Any]
 
@@ -90,7 +91,7 @@ def test_settings_that_need_other_hooks_are_refused(saved: State, loading: State
 def test_groups_changed_by_hand_to_need_other_hooks_are_refused(built: State, change: State) -> None:
     model = headed()
     optimizer = stepped(model, **built)
-    optimizer.param_groups[0].update(change)
+    optimizer.param_groups[0].update(as_group(change))
     before = factors(model)
     with pytest.raises(ValueError, match="needs other captures"):
         train(model, optimizer, [data()])
@@ -127,6 +128,43 @@ def test_options_that_a_state_lacks_stay_as_they_are(kind: State) -> None:
             assert_equal(state, everything(optimizer))
             train(twin, optimizer, [batch])
         assert all(torch.equal(a, b) for a, b in zip(twins[0].parameters(), twins[1].parameters(), strict=True))
+
+
+def test_a_state_of_the_version_that_kept_the_kind_of_step_under_step() -> None:
+    model = headed()
+    state = everything(stepped(model, step="gradient", groups=[{"layers": "l1", "step": "spectral"}]))
+    older = copy.deepcopy(state)
+    for group in older["param_groups"][:-1]:
+        group["step"] = group.pop("step_kind")
+    optimizer = PSILoRA(model, 0.05, step="gradient", groups=[{"layers": "l1", "step": "spectral"}])
+    optimizer.load_state_dict(older)
+    assert_equal(state, everything(optimizer))
+    assert [group["step_kind"] for group in optimizer.param_groups[:-1]] == ["gradient", "spectral"]
+    for group in optimizer.param_groups[:-1]:
+        group["step"] = "gradient"
+        with pytest.raises(ValueError, match="'step': 'gradient' in a param group. The kind of step is 'step_kind'"):
+            optimizer.step()
+        del group["step"]
+
+
+@pytest.mark.parametrize("kind", ["spectral", "gradient"])
+def test_a_wrapper_counts_its_own_steps_in_the_groups(kind: str) -> None:
+    """Apex and wrappers of other libraries keep an integer "step" there."""
+    models = [headed(), headed()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        optimizer = PSILoRA(model, 0.05, step=kind)
+        assert all("step" not in group for group in optimizer.param_groups) and "step" not in optimizer.defaults
+        torch.manual_seed(1)
+        for _ in range(3):
+            if model is models[1]:
+                for group in optimizer.param_groups:
+                    group["step"] = group.get("step", 0) + 1
+            train(model, optimizer, [data()])
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    resumed = PSILoRA(models[1], 0.05, step=kind)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert [group["step"] for group in resumed.param_groups] == [3] * len(resumed.param_groups)
 
 
 def adamw() -> State:
