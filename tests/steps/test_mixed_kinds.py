@@ -115,6 +115,7 @@ def test_any_two_kinds_in_either_order(kinds: tuple[str, str]) -> None:
     assert_each_as_alone(kinds, STEPS["tangent"], torch.float64, 1e-6)
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("step", STEPS)
 def test_every_kind_in_one_launch(step: str) -> None:
