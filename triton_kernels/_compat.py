@@ -17,10 +17,11 @@ OLDEST = (3, 3)
 _REASON: str | None = None
 
 try:
+    import numpy  # noqa: F401  (the tables of addresses are built with it)
     import triton
     import triton.language as tl
 except ImportError as error:
-    _REASON = f"Triton cannot be imported: {error}"
+    _REASON = f"{'numpy' if error.name == 'numpy' else 'Triton'} cannot be imported: {error}"
 else:
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
         _REASON = f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"

@@ -42,6 +42,13 @@ def lorsum(
     evaluated as increments on (B₁, A₁), so that a zero target change is an exact no-op. Only the terms i ≥ 2 are
     preconditioned by the metric. λ = 0 without a metric is subspace iteration: the error falls as (σ_{r+1}/σ_r)^{2K}.
 
+    Listing 1 of OPLoRA (arXiv 2509.19977) has its pairs in the order (in, out), that is (A_i, B_i). Given as they
+    are they raise where d_in ≠ d_out, and are another sum where d_in = d_out, which no shape can tell: turn them. Its
+    `lorsum(factors, coefficients, num_iters, lmbd, start_turn)`, which returns (A, B), is::
+
+        B, A = lorsum([(B, A) for A, B in factors], coefficients, num_iters=num_iters, prox=lmbd,
+                      first={"in": "A", "out": "B"}[start_turn])
+
     Args:
         terms: (B_i, A_i) of shapes (…, d_out, k_i) and (…, k_i, d_in), k_i ≥ 1; the first is the pair being updated
             and sets r = k_1. Leading dimensions are batch dimensions. Any real floating dtype and device.

@@ -207,3 +207,32 @@ def test_bad_input_names_the_value(change, error, message) -> None:
     arguments = {"terms": [(B34, A35)], "coefficients": [1.0], **change}
     with pytest.raises(error, match=message):
         lorsum(arguments.pop("terms"), arguments.pop("coefficients"), **arguments)
+
+
+@pytest.mark.parametrize("start_turn", ["in", "out"])
+def test_the_published_listing_is_called_as_the_docstring_says(start_turn: str) -> None:
+    """OPLoRA's Listing 1, line for line, whose pairs are (in, out)."""
+    factors = [(A, B) for B, A in (pair(7, 7, k) for k in (3, 2, 4))]
+    coefficients, num_iters, lmbd = [0.9, -0.3, 1.4], 2, 0.05
+    weight_in, weight_out = factors[0]
+    weight_in_t, weight_out_t = weight_in.clone(), weight_out.clone()
+    eye_r = torch.eye(3, dtype=F64)
+    for i in range(2 * num_iters):
+        if (start_turn == "in") == (i % 2 == 0):
+            sum_in = weight_in.mul(lmbd)
+            for coeff, (factor_in, factor_out) in zip(coefficients, factors, strict=True):
+                sum_in.add_((weight_out_t.T @ factor_out) @ factor_in, alpha=coeff)
+            weight_in_t = torch.linalg.solve(weight_out_t.T @ weight_out_t + eye_r.mul(lmbd), sum_in)
+        else:
+            sum_out = weight_out.mul(lmbd)
+            for coeff, (factor_in, factor_out) in zip(coefficients, factors, strict=True):
+                sum_out.add_(factor_out @ (factor_in @ weight_in_t.T), alpha=coeff)
+            weight_out_t = torch.linalg.solve(weight_in_t @ weight_in_t.T + eye_r.mul(lmbd), sum_out.T).T
+    B, A = lorsum(
+        [(B, A) for A, B in factors],
+        coefficients,
+        num_iters=num_iters,
+        prox=lmbd,
+        first={"in": "A", "out": "B"}[start_turn],
+    )
+    torch.testing.assert_close((B, A), (weight_out_t, weight_in_t), rtol=1e-9, atol=1e-9)
