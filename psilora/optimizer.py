@@ -125,6 +125,8 @@ class PSILoRA(torch.optim.Optimizer):
         process_group: The processes over which `.grad` is averaged, e.g. by DDP; None for all of them. What is captured
             is summed over them by small all-reduces in `step`, which they must therefore call together.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: For the other trainable parameters.
+        also: A module outside the model, such as a loss with weights of its own, whose trainable parameters are trained
+            with the other ones.
 
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
     (d_out,) of a `lora_B` weight, "step" of both; a dense metric is (d_in, d_in) and (d_out, d_out), a low-rank one
@@ -182,6 +184,7 @@ class PSILoRA(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.999),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
+        also: nn.Module | None = None,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in OPTION_NAMES}
         Options(**resolved(settings))
@@ -202,6 +205,10 @@ class PSILoRA(torch.optim.Optimizer):
         param_groups = lora_groups(pairs, settings, groups)
         taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
         outside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
+        if also is not None:
+            held = {id(p) for p in model.parameters()}
+            more = check_model(also, sharded=True).named_parameters()
+            outside |= {f"also.{name}": p for name, p in more if p.requires_grad and id(p) not in held}
         rest = list(outside.values())
         self._outside = {id(p): name for name, p in outside.items()}
         if rest:

@@ -13,6 +13,7 @@ Three ways in, by who owns the model when:
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -33,8 +34,25 @@ class PSILoRAFactory:
             )
 
     def __call__(self, model: nn.Module, **settings: Any) -> PSILoRA:
-        """Return `PSILoRA(model, **settings)`."""
-        return PSILoRA(model, **settings)
+        """Return `PSILoRA(model, **settings)`, with what a trainer that calls this holds as its loss as `also`."""
+        return PSILoRA(model, **{"also": _loss_of_trainer(), **settings})
+
+
+def _loss_of_trainer() -> nn.Module | None:
+    """The loss of the sentence-transformers trainer that calls, whose own optimizer trains the loss's weights too.
+
+    The Trainer hands a factory its model alone, so it is looked up in the calling frames.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
+        frame = frame.f_back
+    trainer = None if frame is None else frame.f_locals["self"]
+    if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(trainer).__mro__):
+        return None
+    loss = getattr(trainer, "loss", None)
+    losses = list(loss.values()) if isinstance(loss, dict) else [loss]
+    modules = [part for part in losses if isinstance(part, nn.Module)]
+    return nn.ModuleList(modules) if modules else None
 
 
 def optimizer_cls_and_kwargs(lr: float, **settings: Any) -> tuple[type[PSILoRAFactory], dict[str, Any]]:
@@ -42,7 +60,8 @@ def optimizer_cls_and_kwargs(lr: float, **settings: Any) -> tuple[type[PSILoRAFa
 
     Args:
         lr: η, as for `PSILoRA`; `TrainingArguments.learning_rate` is not used.
-        settings: Other arguments of `PSILoRA`.
+        settings: Other arguments of `PSILoRA`. The weights of a sentence-transformers trainer's losses are trained with
+            the head; another module outside the model is named by `also`.
     """
     return PSILoRAFactory, {"lr": lr, **settings}
 
