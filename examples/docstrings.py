@@ -35,6 +35,9 @@ MAX_OVERLAP = 0.7
 VALIDATION_SHARE = 0.25
 TEXT_COLUMNS = ("text", "sentence", "content", "review", "question", "body")
 LABEL_COLUMNS = ("label", "labels", "class", "category", "target", "coarse_label")
+FILES = (".csv", ".tsv", ".json", ".jsonl")
+#: Largest field of a CSV file, in characters; Python's own limit is 131,072.
+FIELD_LIMIT = 2**30
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
@@ -192,10 +195,14 @@ def load_texts(source: str, text_column: str | None = None, label_column: str | 
     data.
     """
     path = Path(source)
-    if path.suffix.lower() not in {".csv", ".tsv", ".json", ".jsonl"}:
+    if path.is_file() and path.suffix.lower() not in FILES:
+        raise DataError(f"{source} is a file of the kind {path.suffix!r}; convert it to one of {', '.join(FILES)}")
+    if path.suffix.lower() not in FILES:
         return _hub_texts(source, text_column, label_column)
     if not path.is_file():
         raise DataError(f"there is no file {source}")
+    if path.stat().st_size == 0:
+        raise DataError(f"{source} is empty; it must hold texts and their labels")
     pairs = _pairs(_rows(path), text_column, label_column, source)
     return split(_grouped(dict(pairs).items(), source), path.name)
 
@@ -204,16 +211,23 @@ def _rows(path: Path) -> list[dict[str, object]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             if path.suffix.lower() in {".csv", ".tsv"}:
+                csv.field_size_limit(FIELD_LIMIT)
                 return list(csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ","))
-            rows = (
-                json.load(file)
-                if path.suffix.lower() == ".json"
-                else [json.loads(line) for line in file if line.strip()]
-            )
+            rows = json.load(file) if path.suffix.lower() == ".json" else _json_lines(file, path)
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} must hold a list of objects, one per example")
+    return rows
+
+
+def _json_lines(lines: Iterable[str], path: Path) -> list[dict[str, object]]:
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}, line {number} is not JSON: {error.msg} at column {error.colno}") from error
     return rows
 
 
@@ -231,11 +245,22 @@ def _pairs(
 ) -> list[tuple[str, str]]:
     """(text, label) of each row, both as strings; rows without one of them are left out."""
     rows = list(rows)
-    columns = list(rows[0]) if rows else []
+    if not rows:
+        raise DataError(f"{source} has no rows; at least two labels with two different texts each are needed")
+    columns = list(rows[0])
     text = _column(columns, text_column, TEXT_COLUMNS, "--text-column", source)
     label = _column(columns, label_column, LABEL_COLUMNS, "--label-column", source)
-    values = [(row.get(text), row.get(label)) for row in rows]
-    return [(str(t).strip(), str(name).strip()) for t, name in values if t and name is not None and str(t).strip()]
+    pairs = []
+    for number, row in enumerate(rows, start=1):
+        value, name = row.get(text), row.get(label)
+        if isinstance(value, (list, dict)) or isinstance(name, (list, dict)):
+            column, found = (text, value) if isinstance(value, (list, dict)) else (label, name)
+            raise DataError(
+                f"{source}, row {number}: {column!r} is a {type(found).__name__}; each text and label must be one value"
+            )
+        if value is not None and name is not None and str(value).strip() and str(name).strip():
+            pairs.append((str(value).strip(), str(name).strip()))
+    return pairs
 
 
 def _grouped(pairs: Iterable[tuple[str, str]], source: str) -> dict[str, list[str]]:

@@ -274,3 +274,39 @@ def test_datasets_is_only_needed_for_hub_names(demo: ModuleType, monkeypatch: py
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SystemExit, match="pip install datasets"):
         demo.main(["--dataset", "some/reviews"])
+
+
+GOOD = [(f"word{i} text {c}", c) for i in range(12) for c in "ab"]
+BAD_FILES = {
+    "lists.jsonl": (
+        "\n".join(json.dumps({"text": [t], "label": c}) for t, c in GOOD),
+        r"lists.jsonl, row 1: 'text' is a list; each text and label must be one value",
+    ),
+    "broken.jsonl": (
+        "\n".join([json.dumps({"text": t, "label": c}) for t, c in GOOD] + ["", "{bad"]),
+        r"broken.jsonl, line 26 is not JSON: .* at column 2",
+    ),
+    "empty.csv": ("", r"empty.csv is empty; it must hold texts and their labels"),
+    "header.csv": ("text,label\n", r"header.csv has no rows; at least two labels"),
+    "table.parquet": ("PAR1", r"table.parquet is a file of the kind '.parquet'; convert it to one of .csv"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_cannot_be_used_is_told_what_is_wrong_with_it(docstrings: Any, name: str, tmp_path: Path) -> None:
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(docstrings.DataError, match=message):
+        docstrings.load_texts(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_rows_without_a_label_are_left_out_and_long_texts_are_not(docstrings: Any, suffix: str, tmp_path: Path) -> None:
+    rows = [*GOOD, ("x" * 200_000, "a"), ("no label", None), ("blank label", "  ")]
+    path = tmp_path / f"texts.{suffix}"
+    lines = [json.dumps({"text": t, "label": c}) for t, c in rows]
+    table = ["text,label", *(f"{t},{c or ''}" for t, c in rows)]
+    path.write_text("\n".join(lines if suffix == "jsonl" else table), encoding="utf-8")
+    data = docstrings.load_texts(str(path))
+    texts = data.train_texts + data.validation_texts
+    assert data.label_names == ["a", "b"] and sorted(texts) == sorted(t for t, c in rows if c and c.strip())
