@@ -18,8 +18,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from experiments.schedule import schedule
 from experiments.tasks import Scores, Task
-from experiments.training import adapt, schedule
+from experiments.tasks.adapt import adapt
 
 VOCABULARY = 256
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "encodings"})

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.tasks import Task
+from experiments.tasks.adapt import adapt
 from experiments.tasks.images import BATCH, Images, ImageSession
-from experiments.training import adapt
 
 STEPS = 200
 PRETRAINING_STEPS = 400

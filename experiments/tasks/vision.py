@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from experiments.tasks import Task
+from experiments.tasks.adapt import adapt
 from experiments.tasks.images import BATCH, Images, ImageSession
-from experiments.training import adapt
 
 EPOCHS = {"mnist": 5, "cifar100": 20}
 HEAD_LR = 1e-3

@@ -1,0 +1,41 @@
+"""How far one spectral step moves ΔW: what docs/choosing.md says of lr·c in spectral norm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from psilora import LoRALinear, PSILoRA
+
+D_IN, D_OUT, RANK, LR = 64, 48, 8, 0.05
+
+
+def largest_step(metric: str | None, outlier: float) -> float:
+    """The largest ‖ΔW_t − ΔW_(t−1)‖₂ / (lr·c) of 40 steps, one input channel `outlier` times larger than the others."""
+    layer = LoRALinear(nn.Linear(D_IN, D_OUT), RANK)
+    optimizer = PSILoRA(layer, LR, metric=metric, fade=False)
+    target, c, largest = torch.randn(D_OUT, D_IN) / 8, math.sqrt(8 / RANK * D_IN / D_OUT), 0.0
+    W = (layer.lora_B.weight @ layer.lora_A.weight).detach()
+    for _ in range(40):
+        x = torch.randn(32, D_IN)
+        x[:, 3] *= outlier
+        y = layer.base(x) + x @ target.T + torch.randn(32, D_OUT)
+        optimizer.zero_grad()
+        (layer(x) - y.detach()).square().mean().backward()
+        optimizer.step()
+        before, W = W, (layer.lora_B.weight @ layer.lora_A.weight).detach()
+        largest = max(largest, float(torch.linalg.matrix_norm(W - before, 2)) / (LR * c))
+    return largest
+
+
+@pytest.mark.parametrize("outlier", [1.0, 1000.0])
+def test_without_the_metric_a_step_is_as_large_as_the_rate_says(outlier: float) -> None:
+    assert 1.0 < largest_step(None, outlier) < 1.25
+
+
+def test_with_the_metric_an_outlier_channel_makes_it_many_times_larger() -> None:
+    assert 1.5 < largest_step("lora", 1.0) < 3
+    assert 50 < largest_step("lora", 100.0) < 120
