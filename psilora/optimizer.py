@@ -22,7 +22,7 @@ from psilora.monitor.counters import Counters
 from psilora.monitor.observer import Observer
 from psilora.monitor.standstill import why_still
 from psilora.monitor.warn_once import Notices
-from psilora.options.base import OPTION_NAMES, Options, as_group, resolved
+from psilora.options import OPTION_NAMES, Options, as_group, refuse_foreign, resolved
 from psilora.options.published import PAPER
 from psilora.param_groups.adamw import AuxAdamW, adamw_group
 from psilora.param_groups.lora import checked_pairs, lora_groups, pair_options
@@ -187,7 +187,8 @@ class PSILoRA(torch.optim.Optimizer):
         also: nn.Module | None = None,
     ) -> None:
         settings = {name: value for name, value in locals().items() if name in OPTION_NAMES}
-        Options(**resolved(settings))
+        Options.of_settings(resolved(settings))
+        refuse_foreign(settings, step)
         dispatch.check_backend(backend)
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from psilora.backends import self_check
 from psilora.backends.triton import backend as triton_backend
-from psilora.distributed.communicator import Communicator, lockstep
+from psilora.distributed.communicator import Communicator
 from psilora.options.base import BACKENDS
-from psilora.steps.gradient.reference import reference_steps
+from psilora.steps import STEPS
 from psilora.steps.problem import Problem, Scales, grouped
-from psilora.steps.spectral.reference import spectral_updates
-from psilora.steps.update import Bucket, Update, staged
+from psilora.steps.update import Bucket
 
 
 def check_backend(backend: str) -> None:
@@ -42,7 +40,7 @@ def compute(
 ) -> list[Bucket]:
     """Compute the updates of all problems without changing any parameter or state.
 
-    "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `trust`), and the
+    "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `self_check`), and the
     reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
     (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do those with captured activations where a
     communicator of several processes is given: there the products are summed between the turns. `backends` is what the
@@ -56,7 +54,7 @@ def compute(
         takes = _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None
         takes = takes and not (shared and problem.record is not None)
         (by_device.setdefault(device, []) if takes else rest).append(problem)
-    buckets = []
+    buckets: list[Bucket] = []
     for group in by_device.values():
         taken = self_check if backend == "auto" else triton_backend
         executions = taken.compute(*_at_rate(group, scales), backends)
@@ -64,11 +62,10 @@ def compute(
             rest += group
         else:
             buckets += [Bucket(execution.problems, execution) for execution in executions]
-    gradient = grouped([p for p in rest if p.options.step == "gradient"])
-    updates = lockstep([reference_steps(group, scales) for group in gradient], communicator)
-    spectral = grouped([p for p in rest if p.options.step == "spectral"])
-    updates += spectral_updates(spectral, scales)
-    return buckets + [Bucket(*pair) for pair in zip(gradient + spectral, updates, strict=True)]
+    for step, kind in STEPS.items():
+        updates = kind.updates(grouped([p for p in rest if p.options.step == step]), scales, communicator)
+        buckets += [Bucket(update.problems, update) for update in updates]
+    return buckets
 
 
 def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem], Scales]:
@@ -112,8 +109,5 @@ def stage(buckets: Sequence[Bucket], ok: Tensor) -> list[Callable[[], object]]:
         return []
     writes: list[Callable[[], object]] = []
     for bucket in buckets:
-        if isinstance(bucket.update, triton_backend.Execution):
-            writes.append(partial(bucket.update.commit, ok.to(bucket.problems[0].pair.lora_A.device)))
-        elif isinstance(bucket.update, Update):
-            writes += staged(bucket.problems, bucket.update, ok)
+        writes += bucket.update.stage(ok)
     return writes

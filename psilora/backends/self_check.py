@@ -14,9 +14,8 @@ from torch import Tensor
 from psilora import runtime
 from psilora.backends.triton import backend as triton_backend
 from psilora.lowrank.lorsum import Pair
-from psilora.steps.gradient.reference import reference_update
+from psilora.steps import STEPS
 from psilora.steps.problem import Problem, Scales, grouped
-from psilora.steps.spectral.reference import spectral_updates
 
 #: ‖Δ − Δ_ref‖ / ‖Δ_ref‖ over all layers of a step, for A and for B. Two fp32 computations of an ill-conditioned
 #: increment may differ by 1e-3; a wrong index or a lost term is off by far more.
@@ -65,9 +64,10 @@ def disagreement(executions: Sequence[triton_backend.Computed], scales: Scales) 
     sums = torch.zeros(2, 2, dtype=torch.float64, device="cpu")
     steps = {id(p): step for e in executions for p, step in zip(e.problems, e.increments(), strict=True)}
     for problems in grouped([p for e in executions for p in e.problems]):
-        spectral = problems[0].options.step == "spectral"
-        update = spectral_updates([problems], scales)[0] if spectral else reference_update(problems, scales)
-        compared = _weights if problems[0].options.solver == "ritz" else _factors
+        options = problems[0].options
+        kind = STEPS[options.step]
+        (update,) = kind.updates([problems], scales, None)
+        compared = _weights if kind.balances(options) else _factors
         for problem, wanted in zip(problems, update.increments(), strict=True):
             sums += compared(problem, steps[id(problem)], wanted).cpu()
     errors, sizes = sums

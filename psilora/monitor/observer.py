@@ -15,6 +15,7 @@ from torch import Tensor
 
 from psilora.capture.storage import Dense, Rows
 from psilora.lowrank.gradient_operator import ActivationGradient, DenseGradient, Gradient, TangentGradient
+from psilora.steps import STEPS
 from psilora.steps.gradient_norm import captured_square
 from psilora.steps.problem import Problem, Scales
 
@@ -116,7 +117,7 @@ def _squared_target(problem: Problem, gradient: Gradient, squared_gradient: Tens
 
 def _memory(problem: Problem) -> tuple[Tensor, Tensor] | None:
     B_m, A_m = problem.state_B.get("momentum"), problem.state_A.get("momentum")
-    if problem.options.step != "gradient" or B_m is None or A_m is None:
+    if not STEPS[problem.options.step].remembers_gradient or B_m is None or A_m is None:
         return None
     return B_m, A_m
 

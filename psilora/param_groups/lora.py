@@ -10,7 +10,7 @@ from torch import nn
 
 from psilora.adapters.find import find_pairs, none_found
 from psilora.adapters.pair import LoRAPair, describe
-from psilora.options.base import OPTION_NAMES, Options, as_group, resolved
+from psilora.options import OPTION_NAMES, Options, as_group, inherited, refuse_foreign, resolved
 from psilora.options.checks import check_rate
 from psilora.options.metrics import DENSE_LIMIT
 
@@ -43,7 +43,9 @@ def lora_groups(
         if "layers" not in override or unknown:
             problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
             raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
-        group = {**as_group(resolved({**settings, **override})), "kind": "lora", "params": []}
+        chosen = inherited(settings, override)
+        group = {**as_group(resolved(chosen)), "kind": "lora", "params": []}
+        refuse_foreign(override, chosen["step"])
         matchers.append(_matcher(group.pop("layers")))
         Options.from_group(group)
         groups.append(group)
@@ -102,10 +104,8 @@ def check_pair(pair: LoRAPair, options: Options) -> None:
 
 
 def momentum_rank(pair: LoRAPair, options: Options) -> int:
-    """Return r_m: as set, or the rank of the pair as far as its matrix allows it."""
-    limit = min(pair.d_out, pair.d_in)
-    if options.momentum_rank is None:
-        return min(pair.rank, limit)
-    if options.momentum_rank > limit:
-        raise ValueError(f"{pair.name}: invalid momentum_rank={options.momentum_rank}. Must be in [1, {limit}].")
-    return options.momentum_rank
+    """Return the rank of a pair's momentum, or raise ValueError by the pair's name for one that it cannot have."""
+    try:
+        return options.rank_of_momentum(pair.rank, pair.d_out, pair.d_in)
+    except ValueError as error:
+        raise ValueError(f"{pair.name}: {error}") from error

@@ -100,9 +100,13 @@ def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:
     return torch.stack([(now.detach().double() * left).sum(), left.square().sum()])
 
 
+def _shared(options: Options) -> bool:
+    return options.metric_row is None or options.metric_row.shared
+
+
 def refuse_unshared(settings: Sequence[tuple[LoRAPair, Options]], world: int) -> None:
     """Raise ValueError, by layer, for settings that cannot be computed from thin sums over `world` processes."""
-    shampoo = [pair.name for pair, o in settings if world > 1 and o.statistics == "shampoo" and o.gradient != "tangent"]
+    shampoo = [pair.name for pair, o in settings if world > 1 and o.captures == "activations" and not _shared(o)]
     if shampoo:
         raise ValueError(
             f"a Shampoo metric needs GᵀG of the gradient averaged over the {world} processes, which no thin sum gives, "

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from psilora.adapters.pair import LoRAPair
 from psilora.linalg.precision import compute_dtype
-from psilora.lowrank.momentum import initial_momentum
 from psilora.options.base import GROUP_KEYS, Options
 from psilora.param_groups.lora import check_pair, momentum_rank, pair_options
-from psilora.steps.gradient.metrics.diagonal import initial_metric, metric_shape
+from psilora.steps import STEPS
 
 
 def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
@@ -27,72 +26,29 @@ def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
 def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
     """Create the state of a pair that its settings need, where it does not exist yet.
 
-    fp32 (fp64 for fp64 parameters): "step" 0-d; "momentum" (d_out, r_m) and (r_m, d_in), r_m = 2r and zero in a
-    spectral step (r with joint=False); "metric" (d_out,) and (d_in,), dense (d_out, d_out) and (d_in, d_in),
-    or low-rank (d_out, k) and (d_in, k) beside "metric_rest" (1,), k as far as the side allows it. fp64 "norms" (3,) of
-    lora_B in a spectral step that fades.
+    "step" 0-d in fp32, and what the kind of step adds: see `psilora.steps.gradient.state` and
+    `psilora.steps.spectral.state`. fp32, or fp64 for fp64 parameters.
 
     Raises:
         RuntimeError: What is there has other shapes than these settings give, because they were changed since.
     """
-    dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
     for state in (state_A, state_B):
         if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-    spectral = options.step == "spectral"
-    if options.momentum > 0:
-        rank = _momentum_rank(pair, options)
-        if "momentum" in state_A:
-            _check_momentum(pair, options, state_A["momentum"].shape[0], rank)
-        elif spectral:
-            state_B["momentum"] = torch.zeros(pair.d_out, rank, dtype=dtype, device=device)
-            state_A["momentum"] = torch.zeros(rank, pair.d_in, dtype=dtype, device=device)
-        else:
-            state_B["momentum"], state_A["momentum"] = initial_momentum(pair.B, pair.A, rank, dtype)
-    if spectral and options.fade and "norms" not in state_B:
-        state_B["norms"] = torch.zeros(3, dtype=torch.float64, device=device)
-    if options.metric is not None:
-        _init_metric(pair, options, state_B, state_A)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=pair.lora_A.device)
+    if options.momentum > 0 and "momentum" in state_A:
+        _check_momentum(pair, options, state_A["momentum"].shape[0])
+    STEPS[options.step].init_state(pair, options, state_B, state_A)
 
 
-def _momentum_rank(pair: LoRAPair, options: Options) -> int:
-    """The rank of the momentum that these settings give a pair, for either step."""
-    if options.step == "gradient":
-        return momentum_rank(pair, options)
-    return 2 * pair.rank if options.joint else pair.rank
-
-
-def _check_momentum(pair: LoRAPair, options: Options, held: int, wanted: int) -> None:
+def _check_momentum(pair: LoRAPair, options: Options, held: int) -> None:
     """Raise RuntimeError for a param group whose momentum has been given another rank since it began."""
-    if held == wanted:
-        return
-    setting = f"momentum_rank={options.momentum_rank}" if options.step == "gradient" else f"joint={options.joint}"
-    raise RuntimeError(
-        f"{pair.name}: the state holds a momentum of rank {held}, and {setting} asks for rank {wanted}; it cannot be "
-        "changed in training: set it back, or build a new optimizer"
-    )
+    wanted = momentum_rank(pair, options)
+    if held != wanted:
+        raise RuntimeError(
+            f"{pair.name}: the state holds a momentum of rank {held}, and {options.momentum_setting} asks for rank "
+            f"{wanted}; it cannot be changed in training: set it back, or build a new optimizer"
+        )
 
-
-def _init_metric(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
-    form, rank = options.form, options.metric_rank or pair.rank
-    if "metric" in state_A:
-        if state_A["metric"].shape != metric_shape(pair.d_in, form, rank):
-            raise RuntimeError(
-                f"{pair.name}: the state holds a metric of shape {tuple(state_A['metric'].shape)}, not that of "
-                f"metric={options.metric!r}; a metric cannot be changed in training: build a new optimizer"
-            )
-        return
-    dtype, device = compute_dtype(pair.lora_A.dtype), pair.lora_A.device
-    from_zero = options.step == "spectral" or options.metric_bias_correction
-    metric_B, metric_A = (
-        initial_metric(size, from_zero, dtype=dtype, device=device, form=form, rank=rank)
-        for size in (pair.d_out, pair.d_in)
-    )
-    state_A.update(metric_A)
-    state_B.update(metric_B)
-
-
-pass
 
 #: What wrappers put into the paths of modules: DDP, torch.compile, FSDP and checkpointing.
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")

@@ -18,6 +18,7 @@ class Update:
     """The result for L stacked problems, to be committed together.
 
     Attributes:
+        problems: The problems, in order.
         step_B, step_A: Increments of the parameters, (L, d_out, r) and (L, r, d_in), in the compute dtype.
         momentum_B, momentum_A, metric_B, metric_A: New state, or None where there is none.
         repaired: Number of r×r solves with a repaired pivot, 0-d int64.
@@ -25,6 +26,7 @@ class Update:
         norms: New state of a spectral step's fading (L, 3), or None.
     """
 
+    problems: list[Problem]
     step_B: Tensor
     step_A: Tensor
     momentum_B: Tensor | None
@@ -46,9 +48,45 @@ class Update:
         every = (*steps, *momentum, self.metric_B, self.metric_A, self.rest_B, self.rest_A, self.norms)
         return [t for t in every if t is not None]
 
+    def stage(self, ok: Tensor) -> list[Callable[[], object]]:
+        """See `Computed`. Memory is asked for here and not by the writing, so that a lack of it leaves none written."""
+        problems = self.problems
+        here = ok.to(self.step_A.device)
+        writes: list[Callable[[], object]] = []
+        for step, parameters in (
+            (self.step_A, [p.pair.lora_A for p in problems]),
+            (self.step_B, [p.pair.lora_B for p in problems]),
+        ):
+            # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
+            negated = 0.0 - step
+            if here.device.type != "cpu":  # there `stage` has looked already
+                negated = torch.where(here, negated, 0.0)
+            # Layers of one bucket share the matrix's shape, not the parameter's: kernels stand beside linears' weights.
+            shaped = [matrix.view(p.shape) for matrix, p in zip(negated.unbind(0), parameters, strict=True)]
+            writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], shaped))
+        for name, new_B, new_A in (
+            ("momentum", self.momentum_B, self.momentum_A),
+            ("metric", self.metric_B, self.metric_A),
+            ("metric_rest", self.rest_B, self.rest_A),
+            ("norms", self.norms, None),
+        ):
+            for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
+                if new is not None:
+                    targets = [state[name] for state in states]
+                    chosen = new if ok.device.type == "cpu" else torch.where(ok, new, torch.stack(targets))
+                    writes.append(partial(torch._foreach_copy_, targets, list(chosen.unbind(0))))
+        steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
+        return [*writes, partial(torch._foreach_add_, steps, here.to(steps[0]))]
+
 
 class Computed(Protocol):
-    """The update of some problems, wherever it lies; nothing is written yet."""
+    """The update of some problems, wherever it lies; nothing is written yet.
+
+    Attributes:
+        problems: The problems, in order.
+    """
+
+    problems: list[Problem]
 
     @property
     def repaired(self) -> Tensor:
@@ -61,6 +99,13 @@ class Computed(Protocol):
 
     def tensors(self) -> list[Tensor]:
         """Return tensors (L, …) that are finite where what will be written is."""
+        ...
+
+    def stage(self, ok: Tensor) -> list[Callable[[], object]]:
+        """Return what writes parameters and state where `ok`, a 0-d bool, holds, and changes no bit where it does not.
+
+        On the CPU it is only asked for where `ok` holds.
+        """
         ...
 
 
@@ -112,33 +157,3 @@ def _group_finite(tensors: list[Tensor]) -> Tensor:
     if not bool(finite):
         finite = torch.isfinite(torch.stack([bound for tensor in tensors for bound in tensor.aminmax()])).all()
     return finite
-
-
-def staged(problems: Sequence[Problem], update: Update, ok: Tensor) -> list[Callable[[], object]]:
-    """Return what writes an update of stacked problems where `ok`, a 0-d bool, holds."""
-    here = ok.to(update.step_A.device)
-    writes: list[Callable[[], object]] = []
-    for step, parameters in (
-        (update.step_A, [p.pair.lora_A for p in problems]),
-        (update.step_B, [p.pair.lora_B for p in problems]),
-    ):
-        # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
-        negated = 0.0 - step
-        if here.device.type != "cpu":  # there `stage` has looked already
-            negated = torch.where(here, negated, 0.0)
-        # Layers of one bucket share the matrix's shape, not the parameter's: kernels stand beside weights of linears.
-        shaped = [matrix.view(p.shape) for matrix, p in zip(negated.unbind(0), parameters, strict=True)]
-        writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], shaped))
-    for name, new_B, new_A in (
-        ("momentum", update.momentum_B, update.momentum_A),
-        ("metric", update.metric_B, update.metric_A),
-        ("metric_rest", update.rest_B, update.rest_A),
-        ("norms", update.norms, None),
-    ):
-        for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
-            if new is not None:
-                targets = [state[name] for state in states]
-                chosen = new if ok.device.type == "cpu" else torch.where(ok, new, torch.stack(targets))
-                writes.append(partial(torch._foreach_copy_, targets, list(chosen.unbind(0))))
-    steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
-    return [*writes, partial(torch._foreach_add_, steps, here.to(steps[0]))]

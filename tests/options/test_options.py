@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from models import bare, peft_mlp, plain_mlp
+from models import bare, data, peft_mlp, plain_mlp, train
+
+from psilora.options import GradientOptions, Options, SpectralOptions
 
 BAD_SETTINGS = [
     ({"lr": -0.1}, r"Invalid lr=-0.1. Must be finite and >= 0."),
@@ -39,9 +41,9 @@ BAD_SETTINGS = [
     ({"gradient": "backward", "momentum": 0, "metric": "kfac"}, r"Invalid metric='kfac' with gradient='backward'"),
     ({"gradient": "backward", "momentum": 0, "first": "B"}, r"Invalid first='B' with gradient='backward'"),
     ({"maximize": "yes"}, r"Invalid maximize='yes'. Must be True or False."),
-    ({"nesterov": None}, r"Invalid nesterov=None. Must be True or False."),
-    ({"joint": 1}, r"Invalid joint=1. Must be True or False."),
-    ({"fade": "no"}, r"Invalid fade='no'. Must be True or False."),
+    ({"step": "spectral", "nesterov": None}, r"Invalid nesterov=None. Must be True or False."),
+    ({"step": "spectral", "joint": 1}, r"Invalid joint=1. Must be True or False."),
+    ({"step": "spectral", "fade": "no"}, r"Invalid fade='no'. Must be True or False."),
     ({"metric_bias_correction": 0}, r"Invalid metric_bias_correction=0. Must be True or False."),
     ({"process_group": "x"}, r"Invalid process_group='x'. Must be a torch.distributed.ProcessGroup or None."),
     ({"first": "C"}, r"Invalid first='C'. Must be one of 'A', 'B'."),
@@ -76,3 +78,62 @@ def test_a_bad_rate_of_the_other_parameters_is_named() -> None:
     model.l1.base.bias.requires_grad_()
     with pytest.raises(ValueError, match=r"Invalid learning rate: -1"):
         bare(model, 0.1, adamw_lr=-1.0)
+
+
+FOREIGN = [
+    (
+        "gradient",
+        {"fade": False},
+        "Invalid fade=False with step='gradient'. Must be True: it is a setting of step='spectral'.",
+    ),
+    ("gradient", {"nesterov": False}, "Invalid nesterov=False with step='gradient'. Must be True"),
+    ("gradient", {"joint": False}, "Invalid joint=False with step='gradient'. Must be True"),
+    ("spectral", {"gradient": "exact"}, "Invalid gradient='exact' with step='spectral'. Must be 'tangent'"),
+    (
+        "spectral",
+        {"solver": "ritz"},
+        "Invalid solver='ritz' with step='spectral'. Must be 'als': it is a setting of step='gr",
+    ),
+    ("spectral", {"loss_reduction": "sum"}, "Invalid loss_reduction='sum' with step='spectral'. Must be 'mean'"),
+    ("spectral", {"metric_bias_correction": False}, "Invalid metric_bias_correction=False with step='spectral'"),
+    ("spectral", {"metric_rank": 2}, "Invalid metric_rank=2 with step='spectral'. Must be None"),
+]
+
+
+@pytest.mark.parametrize(("step", "setting", "message"), FOREIGN, ids=[str(setting) for _, setting, _ in FOREIGN])
+def test_a_setting_of_the_other_kind_of_step_is_an_error_that_names_it(
+    step: str, setting: dict[str, Any], message: str
+) -> None:
+    other = "gradient" if step == "spectral" else "spectral"
+    for arguments in (
+        {"step": step, **setting},
+        {"step": other, "groups": [{"layers": "l1", "step": step, **setting}]},
+    ):
+        model = peft_mlp()
+        with pytest.raises(ValueError) as caught:
+            bare(model, 0.1, **arguments)
+        assert str(caught.value).startswith(message)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_group_of_another_kind_of_step_has_its_defaults_and_not_what_the_rest_was_given() -> None:
+    given = {"step": "gradient", "gradient": "tangent", "solver": "ritz", "momentum_rank": 2, "loss_reduction": "sum"}
+    optimizer = bare(peft_mlp(), 0.1, groups=[{"layers": "l1", "step": "spectral"}], **given)
+    rest, group = optimizer.param_groups
+    assert [rest[name] for name in given] == list(given.values())
+    assert [group[name] for name in given] == ["spectral", "tangent", "als", None, "mean"]
+    assert isinstance(Options.from_group(rest), GradientOptions) and isinstance(
+        Options.from_group(group), SpectralOptions
+    )
+
+
+def test_a_param_group_of_an_older_version_loads_whatever_its_settings_of_the_other_kind() -> None:
+    """They were accepted without effect."""
+    model = peft_mlp()
+    optimizer = bare(model, 0.1, step="spectral")
+    saved = optimizer.state_dict()
+    for group in saved["param_groups"]:
+        group.update(loss_reduction="sum", metric_bias_correction=False, metric_rank=3)
+    optimizer.load_state_dict(saved)
+    train(model, optimizer, [data()])
+    assert optimizer.stats()["skipped_steps"] == 0 and optimizer.param_groups[0]["metric_rank"] == 3

@@ -31,8 +31,8 @@ def make_problem(
 ) -> Problem:
     """A pair with random factors, captured rows and state; `.grad` is what autograd would leave, times `scale`."""
     d_out, d_in, rank = shape
-    options = Options(
-        **{"lr": 0.05, "step": "gradient", "gradient": "exact", "momentum": 0.9 if momentum_rank else 0.0, **settings}
+    options = Options.of_settings(
+        {"lr": 0.05, "step": "gradient", "gradient": "exact", "momentum": 0.9 if momentum_rank else 0.0, **settings}
     )
     A = torch.randn(rank, d_in, dtype=torch.float64) / d_in**0.5
     B = torch.randn(d_out, rank, dtype=torch.float64) * (0.0 if zero_B else 0.3 / rank**0.5)

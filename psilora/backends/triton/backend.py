@@ -7,8 +7,9 @@ into workspaces; parameters and state are written by the commit launch alone, wh
 from __future__ import annotations
 
 import collections
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from psilora.backends.triton.gradient import plan
 from psilora.backends.triton.gradient.plan import Layer, Structure
 from psilora.backends.triton.launch import PADDED_RANKS
+from psilora.options import GradientOptions, SpectralOptions
 from psilora.runtime import capturing
 from psilora.steps.problem import Problem, Scales
 
@@ -58,9 +60,10 @@ def unsupported(problem: Problem) -> str | None:
     tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
     if problem.exact and problem.record is not None:
         tensors += [t for chunk in problem.record.chunks for t in chunk]
-    if problem.options.form not in (None, "diagonal"):
+    row = problem.options.metric_row
+    if row is not None and not row.kernels:
         return f"metric={problem.options.metric!r}"
-    if problem.options.solver == "ritz" and not problem.exact:
+    if _ritz(problem) and not problem.exact:
         return "solver='ritz' without X and S"
     if any(t.dtype not in _FLOATS for t in tensors):
         return "a dtype other than fp32, bf16 and fp16"
@@ -85,14 +88,17 @@ def _interpreted() -> bool:
 
 def _momentum_rank(problem: Problem) -> int:
     """The rank of a gradient step's momentum; a spectral step's follows from the pair's."""
-    if problem.options.step == "spectral":
-        return 0
-    return problem.state_A["momentum"].shape[0] if problem.options.momentum > 0 else 0
+    remembers = isinstance(problem.options, GradientOptions) and problem.options.momentum > 0
+    return problem.state_A["momentum"].shape[0] if remembers else 0
+
+
+def _ritz(problem: Problem) -> bool:
+    return isinstance(problem.options, GradientOptions) and problem.options.solver == "ritz"
 
 
 def layer_of(problem: Problem) -> Layer:
     """Return what the plan knows of a problem."""
-    o, pair = problem.options, problem.pair
+    o, pair = GradientOptions.of(problem.options), problem.pair
     low = min(problem.dA.element_size(), problem.dB.element_size()) < 4
     chunks = problem.record.chunks if problem.record is not None else []
     return Layer(
@@ -150,6 +156,10 @@ class Execution:
         """Number of r×r solves with a repaired pivot and a right-hand side that is not zero, 0-d int64."""
         return self._run.repaired(self._index)
 
+    def stage(self, ok: Tensor) -> list[Callable[[], object]]:
+        """See `psilora.steps.update.Computed`."""
+        return [functools.partial(self.commit, ok.to(self.problems[0].pair.lora_A.device))]
+
     def commit(self, ok: Tensor) -> None:
         """Write parameters and state where `ok`, a 0-d bool on the same device, holds."""
         self._run.commit(self._index, ok)
@@ -180,13 +190,17 @@ class Backend:
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
         """See the function `compute`."""
-        gradient = [p for p in problems if p.options.step == "gradient" and p.options.solver == "als"]
-        ritz = [p for p in problems if p.options.solver == "ritz"]
-        spectral = [p for p in problems if p.options.step == "spectral"]
-        found: list[Computed] = [*self._spectral_steps(spectral, scales)]
-        found += self._gradient_steps(gradient, scales) if gradient else []
-        found += self._ritz_steps(ritz, scales) if ritz else []
+        found: list[Computed] = []
+        for step, kernels in _KERNELS.items():
+            own = [p for p in problems if p.options.step == step]
+            if own:
+                found += kernels(self, own, scales)
         return found
+
+    def _gradient_kind(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
+        alternating, ritz = [p for p in problems if not _ritz(p)], [p for p in problems if _ritz(p)]
+        found: list[Computed] = [*self._gradient_steps(alternating, scales)] if alternating else []
+        return [*found, *self._ritz_steps(ritz, scales)] if ritz else found
 
     def _ritz_steps(self, problems: Sequence[Problem], scales: Scales) -> list[RitzUpdate]:
         from psilora.backends.triton.gradient.ritz import Products, ritz_updates
@@ -195,11 +209,11 @@ class Backend:
             self._products = Products()
         return ritz_updates(problems, scales, self._products)
 
-    def _spectral_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+    def _spectral_kind(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
         groups: dict[object, list[Problem]] = {}
         for problem in problems:
             groups.setdefault(_spectral_key(problem), []).append(problem)
-        executions = []
+        executions: list[Computed] = []
         for key, members in groups.items():
             shapes = tuple((p.pair.d_out, p.pair.d_in) for p in members)
             kept, run = self._spectral.get(key, (None, None))
@@ -238,6 +252,10 @@ class Backend:
             run.forget()
         run.start(problems, scales)
         return [Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)]
+
+
+#: Who launches the kernels of each kind of step.
+_KERNELS = {SpectralOptions.step: Backend._spectral_kind, GradientOptions.step: Backend._gradient_kind}
 
 
 def _spectral_key(problem: Problem) -> tuple[object, ...]:

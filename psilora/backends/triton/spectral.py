@@ -17,6 +17,7 @@ from torch import Tensor
 
 from psilora.backends.triton.launch import device_rates, tile_map
 from psilora.lowrank.spectral import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
+from psilora.options import SpectralOptions
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.spectral.reference import factor_ridge, rate_factor
 from psilora.triton_kernels import commit as commit_kernels
@@ -38,7 +39,7 @@ class SpectralRun:
     def __init__(self, problems: Sequence[Problem]) -> None:
         pairs = [p.pair for p in problems]
         self.rank, self.count, self.device = pairs[0].rank, len(pairs), pairs[0].lora_A.device
-        options = problems[0].options
+        options = SpectralOptions.of(problems[0].options)
         self.metric, self.joint, self.fade = options.metric is not None, options.joint, options.fade
         self.own = 0 if options.momentum == 0 else 2 if self.joint else 1  # blocks of r rows of the momentum
         self.kinds = (spectral_gram.PLAIN, spectral_gram.SINGLE, spectral_gram.FULL)[self.own]
@@ -159,7 +160,7 @@ class SpectralRun:
             scalar[layout.ROOT.value] = row[ROOT]
 
     def _settings(self, numbers: Tensor) -> Numbers:
-        options = self.problems[0].options
+        options = SpectralOptions.of(self.problems[0].options)
         columns = numbers[:, :, None, None].unbind(1)
         lr = columns[RATE]
         rates = device_rates([p.options.lr for p in self.problems], self.device)

@@ -10,6 +10,7 @@ from torch import Tensor
 from psilora.capture.record import Record
 from psilora.capture.storage import Cross
 from psilora.lowrank.gradient_operator import Chunks, CrossGradient, DenseGradient, Gradient, TangentGradient
+from psilora.options import GradientOptions
 from psilora.steps.batch import Batch
 from psilora.steps.problem import Problem, Scales
 
@@ -26,8 +27,11 @@ class GradientBatch(Batch):
         gradient: G of the true weights, as thin products.
     """
 
+    options: GradientOptions
+
     def __init__(self, problems: Sequence[Problem], scales: Scales, activation_gradient: FromActivations) -> None:
         super().__init__(problems, scales)
+        self.options = GradientOptions.of(problems[0].options)
         self.mu = self.column([p.options.momentum for p in problems])
         self.fresh = self.column([1 - p.options.tau for p in problems])
         self.ridge = self.lr * self.column([p.options.rho for p in problems])

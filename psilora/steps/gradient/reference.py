@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from psilora.distributed.communicator import Steps, lockstep
+from psilora.distributed.communicator import Communicator, Steps, lockstep
 from psilora.linalg.spd import fastest_spd_solve
 from psilora.lowrank.gradient_operator import ActivationGradient
 from psilora.lowrank.lorsum import Projection, turns
 from psilora.lowrank.momentum import BALANCED_ITERS, balance
 from psilora.lowrank.ritz import RitzProjection
 from psilora.steps.gradient.batch import FromActivations, GradientBatch
-from psilora.steps.gradient.metrics.update import updated_metric
+from psilora.steps.gradient.metrics import updated_metric
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.update import Update
 
@@ -26,6 +26,13 @@ Summed = Generator[list[Tensor], list[Tensor], Tensor]
 def reference_update(problems: Sequence[Problem], scales: Scales) -> Update:
     """Return the update of problems with equal keys in one process; see `reference_steps`."""
     return lockstep([reference_steps(problems, scales)])[0]
+
+
+def gradient_updates(
+    groups: Sequence[Sequence[Problem]], scales: Scales, communicator: Communicator | None
+) -> list[Update]:
+    """Return the updates of groups of problems with equal keys, side by side; see `reference_steps`."""
+    return lockstep([reference_steps(group, scales) for group in groups], communicator)
 
 
 def reference_steps(
@@ -47,7 +54,7 @@ def reference_steps(
     over the processes; `.grad` already is the joint one. `activation_gradient` makes the gradient of captured X and S.
     """
     batch = GradientBatch(problems, scales, activation_gradient)
-    options = problems[0].options
+    options = batch.options
     metric = yield from updated_metric(batch)
     weight = Projection(
         batch.B, batch.A, decay=batch.decay, prox=batch.ridge, metric=metric.weights, solve=fastest_spd_solve
@@ -68,6 +75,7 @@ def reference_steps(
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     momentum_B, momentum_A = (None, None) if memory is None else _remembered(memory, options.num_iters)
     return Update(
+        problems=list(problems),
         step_B=weight.step_B.div_(batch.root),
         step_A=weight.step_A.div_(batch.root),
         momentum_B=momentum_B,

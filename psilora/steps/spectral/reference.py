@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from psilora.lowrank.spectral import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
+from psilora.options import SpectralOptions
 from psilora.steps.batch import Batch
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.update import Update
@@ -32,11 +33,11 @@ def spectral_updates(groups: Sequence[Sequence[Problem]], scales: Scales) -> lis
     spans = [Span(group, scales) for group in groups]
     joint: dict[tuple[object, ...], list[int]] = {}
     for i, span in enumerate(spans):
-        key = (span.numbers.key, span.size, span.batch.device, span.batch.options.joint)
+        key = (span.numbers.key, span.size, span.batch.device, span.options.joint)
         joint.setdefault(key, []).append(i)
     found: dict[int, Coefficients] = {}
     for members in joint.values():
-        step = spectral_step if spans[members[0]].batch.options.joint else factor_step
+        step = spectral_step if spans[members[0]].options.joint else factor_step
         together = step(
             torch.cat([spans[i].gram_B for i in members]),
             torch.cat([spans[i].gram_A for i in members]),
@@ -52,6 +53,7 @@ class Span:
 
     def __init__(self, problems: Sequence[Problem], scales: Scales) -> None:
         self.batch = batch = Batch(problems, scales)
+        self.options = SpectralOptions.of(batch.options)
         self.numbers = _numbers(batch)
         self.metric_B: Tensor | None = None
         self.metric_A: Tensor | None = None
@@ -118,6 +120,7 @@ class Span:
             step_A, momentum_A = step_A / self.w_A, momentum_A * self.w_A
         remembers = batch.options.momentum > 0
         return Update(
+            problems=list(batch.problems),
             step_B=step_B / batch.root,
             step_A=step_A / batch.root,
             momentum_B=momentum_B if remembers else None,
@@ -148,7 +151,7 @@ def factor_ridge(problem: Problem) -> float:
 
 def _numbers(batch: Batch) -> Numbers:
     """The settings of a batch; the rate includes c."""
-    problems, options = batch.problems, batch.options
+    problems, options = batch.problems, SpectralOptions.of(batch.options)
     (d_out, rank), d_in = batch.B.shape[1:], batch.A.shape[2]
     return Numbers(
         rank=rank,

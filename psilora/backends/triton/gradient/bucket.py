@@ -14,6 +14,7 @@ from psilora.backends.triton.gradient.plan import NONE, SIDES, TANGENT, BucketPl
 from psilora.backends.triton.launch import device_rates
 from psilora.lowrank.gradient_operator import TangentGradient
 from psilora.lowrank.momentum import BALANCED_ITERS, IMBALANCE
+from psilora.options import GradientOptions
 from psilora.steps.gradient.metrics import statistics
 from psilora.steps.problem import Problem, Scales
 from psilora.triton_kernels import commit as commit_kernels
@@ -165,14 +166,15 @@ class BucketRun:
 
     def _statistic_factors(self, p: Problem) -> tuple[float, float]:
         """What the sums of squares of (A's, B's) side are multiplied with, apart from clip and external scale."""
-        if p.options.metric is None:
+        options = GradientOptions.of(p.options)
+        if options.statistics is None:
             return 0.0, 0.0
         rows = max(1, p.record.rows if p.record is not None else 1)
-        gradient_side = rows if p.options.loss_reduction == "mean" else 1 / rows
-        if p.options.metric == "shampoo":
-            factor = gradient_side / p.pair.scaling**2 if p.exact else gradient_side
-            return factor, factor
-        return 1 / rows, gradient_side / p.pair.scaling**2
+        factor_A, factor_B = statistics.normalisation(options.statistics, float(rows), options.loss_reduction)
+        s2 = p.pair.scaling**2
+        if options.statistics == "shampoo":
+            return (factor_A / s2, factor_B / s2) if p.exact else (factor_A, factor_B)
+        return factor_A, factor_B / s2
 
     # ---- launches -----------------------------------------------------------------------------------------------
 

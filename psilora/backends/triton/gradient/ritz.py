@@ -27,15 +27,9 @@ from psilora.triton_kernels.xv import XVPlan
 KEPT_PRODUCTS = 32
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RitzUpdate(Update):
-    """The update of layers of one shape.
-
-    Attributes:
-        problems: The layers' problems, in order.
-    """
-
-    problems: list[Problem]
+    """The update of layers of one shape, whose products with X and S were launches of the kernels."""
 
 
 def ritz_updates(problems: Sequence[Problem], scales: Scales, products: Products) -> list[RitzUpdate]:
@@ -43,7 +37,7 @@ def ritz_updates(problems: Sequence[Problem], scales: Scales, products: Products
     groups = grouped(problems)
     gradient = functools.partial(KernelGradient, products=products)
     updates = lockstep([reference_steps(group, scales, gradient) for group in groups])
-    return [RitzUpdate(**vars(update), problems=group) for group, update in zip(groups, updates, strict=True)]
+    return [RitzUpdate(**vars(update)) for update in updates]
 
 
 class KernelGradient:

@@ -1,9 +1,12 @@
-"""What an update of a metric starts from and returns."""
+"""What every form of metric answers, and what an update of one starts from and returns."""
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from psilora.lowrank.lorsum import Metric
@@ -39,3 +42,23 @@ class Numbers:
         if batch.options.metric_bias_correction:
             t = batch.stack([p.state_A["step"] for p in batch.problems])[:, None] + 1
             self.correction = 1 - self.beta**t
+
+
+class Form(Protocol):
+    """How much of a metric's two matrices is kept: the form of a row of `psilora.options.METRIC_ROWS`."""
+
+    def shape(self, size: int, rank: int) -> tuple[int, ...]:
+        """Return the shape of the state "metric" of a side `size` wide; `rank` is metric_rank, or r."""
+        ...
+
+    def initial(
+        self, size: int, rank: int, start: float, *, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Return the state of a running average that starts at `start` times the identity."""
+        ...
+
+    def update(
+        self, batch: GradientBatch, statistics: str, numbers: Numbers
+    ) -> Generator[list[Tensor], list[Tensor], Updated]:
+        """Update the running averages and raise them; yield what has to be summed over the processes."""
+        ...

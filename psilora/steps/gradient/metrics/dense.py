@@ -1,4 +1,4 @@
-"""Dense metrics: whole matrices, raised to a power by their eigenvectors."""
+"""Dense metrics: running averages of whole matrices, raised to a power by their eigenvectors."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from psilora.linalg.eigen import EigenMetric, eigh
 from psilora.lowrank.gradient_operator import TangentGradient
 from psilora.steps.gradient.batch import GradientBatch
-from psilora.steps.gradient.metrics import statistics
-from psilora.steps.gradient.metrics.diagonal import raised
-from psilora.steps.gradient.metrics.statistics import row_counts, square_scale
+from psilora.steps.gradient.metrics.base import Numbers, Updated
+from psilora.steps.gradient.metrics.diagonal import averaged, raised
+from psilora.steps.gradient.metrics.statistics import gathered, layer_products
 
 
 def raised_dense(average: Tensor, correction: Tensor | None, damping: Tensor, power: Tensor) -> EigenMetric:
@@ -24,17 +24,27 @@ def raised_dense(average: Tensor, correction: Tensor | None, damping: Tensor, po
     return EigenMetric(vectors, raised(values.clamp_min(0), correction, damping, power))
 
 
-def dense_statistics(batch: GradientBatch, kind: str) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
-    """The new D_A (L, d_in, d_in) and D_B (L, d_out, d_out), symmetric bit for bit."""
-    rows = row_counts(batch)
-    if isinstance(batch.gradient, TangentGradient) and kind == "shampoo":
-        products_A, products_B = batch.gradient.products()
-        (rows,) = yield [rows]
-    else:
-        products = [statistics.layer_products(p, batch.dtype) for p in batch.problems]
-        scale = square_scale(batch)
-        products_A = torch.stack([a for a, _ in products]).mul_(scale if kind == "shampoo" else 1)
-        products_B = torch.stack([b for _, b in products]).mul_(scale)
-        products_A, products_B, rows = yield [products_A, products_B, rows]
-    new_A, new_B = statistics.normalised(kind, products_A, products_B, rows.clamp_min(1), batch.options.loss_reduction)
-    return (new_A + new_A.mT) / 2, (new_B + new_B.mT) / 2
+class Dense:
+    """D_A (d_in, d_in) and D_B (d_out, d_out), symmetric bit for bit; see `Form` in base.py."""
+
+    def shape(self, size: int, rank: int) -> tuple[int, ...]:
+        """See `Form`."""
+        return (size, size)
+
+    def initial(
+        self, size: int, rank: int, start: float, *, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """See `Form`."""
+        return {"metric": torch.diag(torch.full((size,), start, dtype=dtype, device=device))}
+
+    def update(
+        self, batch: GradientBatch, statistics: str, numbers: Numbers
+    ) -> Generator[list[Tensor], list[Tensor], Updated]:
+        """See `Form`."""
+        new_A, new_B = yield from gathered(batch, statistics, layer_products, TangentGradient.products)
+        new_A, new_B = (new_A + new_A.mT) / 2, (new_B + new_B.mT) / 2
+        old_B, old_A = batch.states("metric")
+        beta = numbers.beta[:, :, None]
+        D_B, D_A = averaged(old_B, new_B, beta), averaged(old_A, new_A, beta)
+        M_B, M_A = (raised_dense(D, numbers.correction, numbers.damping, numbers.power) for D in (D_B, D_A))
+        return Updated((M_B, M_A), D_B, D_A)

@@ -1,4 +1,4 @@
-"""Diagonal metrics: running averages, damped and raised to a power."""
+"""Diagonal metrics: running averages of squares, damped and raised to a power."""
 
 from __future__ import annotations
 
@@ -9,30 +9,8 @@ from torch import Tensor
 
 from psilora.lowrank.gradient_operator import TangentGradient
 from psilora.steps.gradient.batch import GradientBatch
-from psilora.steps.gradient.metrics import statistics
-from psilora.steps.gradient.metrics.statistics import row_counts, square_scale
-
-
-def metric_shape(size: int, form: str | None, rank: int) -> tuple[int, ...]:
-    """Return the shape of the state "metric": D (d,), dense (d, d), or of a low-rank D = F·Fᵀ + μI F (d, k)."""
-    if form == "diagonal":
-        return (size,)
-    return (size, size if form == "dense" else min(rank, size))
-
-
-def initial_metric(
-    size: int, bias_correction: bool, *, dtype: torch.dtype, device: torch.device, form: str | None, rank: int
-) -> dict[str, Tensor]:
-    """Return the state of a running average that starts at 0 with bias correction, else at 1 (I), as published.
-
-    "metric", of `metric_shape`, and for a low-rank one "metric_rest", μ (1,).
-    """
-    start, shape = 0.0 if bias_correction else 1.0, metric_shape(size, form, rank)
-    if form == "low-rank":
-        rest = torch.full((1,), start, dtype=dtype, device=device)
-        return {"metric": torch.zeros(shape, dtype=dtype, device=device), "metric_rest": rest}
-    D = torch.full((size,), start, dtype=dtype, device=device)
-    return {"metric": torch.diag(D) if form == "dense" else D}
+from psilora.steps.gradient.metrics.base import Numbers, Updated
+from psilora.steps.gradient.metrics.statistics import gathered, layer_squares
 
 
 def averaged(old: Tensor, new: Tensor, beta: Tensor) -> Tensor:
@@ -45,18 +23,25 @@ def raised(average: Tensor, correction: Tensor | None, damping: Tensor, power: T
     return ((average if correction is None else average / correction) + damping) ** power
 
 
-def diagonal_statistics(
-    batch: GradientBatch, kind: str
-) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
-    """The new D_A (L, d_in) and D_B (L, d_out)."""
-    rows = row_counts(batch)[:, 0]
-    if isinstance(batch.gradient, TangentGradient) and kind == "shampoo":
-        squares_A, squares_B = batch.gradient.squares()
-        (rows,) = yield [rows]
-    else:
-        squares = [statistics.layer_squares(p, batch.dtype) for p in batch.problems]
-        scale = square_scale(batch)[:, 0]
-        squares_A = torch.stack([a for a, _ in squares]) * (scale if kind == "shampoo" else 1)
-        squares_B = torch.stack([b for _, b in squares]) * scale
-        squares_A, squares_B, rows = yield [squares_A, squares_B, rows]
-    return statistics.normalised(kind, squares_A, squares_B, rows.clamp_min(1), batch.options.loss_reduction)
+class Diagonal:
+    """D_A (d_in,) and D_B (d_out,); see `Form` in base.py."""
+
+    def shape(self, size: int, rank: int) -> tuple[int, ...]:
+        """See `Form`."""
+        return (size,)
+
+    def initial(
+        self, size: int, rank: int, start: float, *, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """See `Form`."""
+        return {"metric": torch.full((size,), start, dtype=dtype, device=device)}
+
+    def update(
+        self, batch: GradientBatch, statistics: str, numbers: Numbers
+    ) -> Generator[list[Tensor], list[Tensor], Updated]:
+        """See `Form`."""
+        new_A, new_B = yield from gathered(batch, statistics, layer_squares, TangentGradient.squares)
+        old_B, old_A = batch.states("metric")
+        D_B, D_A = averaged(old_B, new_B, numbers.beta), averaged(old_A, new_A, numbers.beta)
+        M_B, M_A = (raised(D, numbers.correction, numbers.damping, numbers.power) for D in (D_B, D_A))
+        return Updated((M_B, M_A), D_B, D_A)

@@ -20,10 +20,9 @@ from torch import Tensor
 
 from psilora.linalg.eigen import EigenMetric, eigh
 from psilora.steps.gradient.batch import GradientBatch
-from psilora.steps.gradient.metrics import statistics
 from psilora.steps.gradient.metrics.base import Numbers, Updated
 from psilora.steps.gradient.metrics.diagonal import raised
-from psilora.steps.gradient.metrics.statistics import row_counts, square_scale
+from psilora.steps.gradient.metrics.statistics import normalised, row_counts, square_scale
 
 
 def directions(F: Tensor) -> Tensor:
@@ -89,26 +88,40 @@ def raised_low_rank(F: Tensor, rest: Tensor, correction: Tensor | None, damping:
     )
 
 
-def low_rank_update(
-    batch: GradientBatch, kind: str, numbers: Numbers
-) -> Generator[list[Tensor], list[Tensor], Updated]:
-    """The low-rank metric, from products of X and S with a few directions of each layer."""
-    (F_B, F_A), (rest_B, rest_A) = batch.states("metric"), batch.states("metric_rest")
-    Q_B, Q_A = directions(F_B), directions(F_A)
-    chunks = [p.record.chunks if p.record is not None else [] for p in batch.problems]
-    sums_A = [second_moments(Q, [x for x, _ in calls]) for Q, calls in zip(Q_A, chunks, strict=True)]
-    sums_B = [second_moments(Q, [s for _, s in calls]) for Q, calls in zip(Q_B, chunks, strict=True)]
-    (moved_A, trace_A), (moved_B, trace_B) = (
-        (torch.stack([product for product, _ in sums]), torch.stack([trace for _, trace in sums]))
-        for sums in (sums_A, sums_B)
-    )
-    moved_A, trace_A, moved_B, trace_B, rows = yield [moved_A, trace_A, moved_B, trace_B, row_counts(batch)]
-    rows, scale, reduction = rows.clamp_min(1), square_scale(batch), batch.options.loss_reduction
-    moved_A, moved_B = statistics.normalised(kind, moved_A, moved_B * scale, rows, reduction)
-    trace_A, trace_B = statistics.normalised(kind, trace_A, trace_B * scale, rows, reduction)
-    beta = numbers.beta[:, :, None]
-    F_B, rest_B = truncated(F_B, rest_B, Q_B, moved_B, trace_B, beta)
-    F_A, rest_A = truncated(F_A, rest_A, Q_A, moved_A, trace_A, beta)
-    M_B = raised_low_rank(F_B, rest_B, numbers.correction, numbers.damping, numbers.power)
-    M_A = raised_low_rank(F_A, rest_A, numbers.correction, numbers.damping, numbers.power)
-    return Updated((M_B, M_A), F_B, F_A, rest_B, rest_A)
+class LowRank:
+    """D = F·Fᵀ + μ·I: F (d, k) as "metric" and μ (1,) as "metric_rest"; see `Form` in base.py."""
+
+    def shape(self, size: int, rank: int) -> tuple[int, ...]:
+        """See `Form`."""
+        return (size, min(rank, size))
+
+    def initial(
+        self, size: int, rank: int, start: float, *, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """See `Form`."""
+        rest = torch.full((1,), start, dtype=dtype, device=device)
+        return {"metric": torch.zeros(self.shape(size, rank), dtype=dtype, device=device), "metric_rest": rest}
+
+    def update(
+        self, batch: GradientBatch, statistics: str, numbers: Numbers
+    ) -> Generator[list[Tensor], list[Tensor], Updated]:
+        """See `Form`; from products of X and S with a few directions of each layer."""
+        (F_B, F_A), (rest_B, rest_A) = batch.states("metric"), batch.states("metric_rest")
+        Q_B, Q_A = directions(F_B), directions(F_A)
+        chunks = [p.record.chunks if p.record is not None else [] for p in batch.problems]
+        sums_A = [second_moments(Q, [x for x, _ in calls]) for Q, calls in zip(Q_A, chunks, strict=True)]
+        sums_B = [second_moments(Q, [s for _, s in calls]) for Q, calls in zip(Q_B, chunks, strict=True)]
+        (moved_A, trace_A), (moved_B, trace_B) = (
+            (torch.stack([product for product, _ in sums]), torch.stack([trace for _, trace in sums]))
+            for sums in (sums_A, sums_B)
+        )
+        moved_A, trace_A, moved_B, trace_B, rows = yield [moved_A, trace_A, moved_B, trace_B, row_counts(batch)]
+        rows, scale, reduction = rows.clamp_min(1), square_scale(batch), batch.options.loss_reduction
+        moved_A, moved_B = normalised(statistics, moved_A, moved_B * scale, rows, reduction)
+        trace_A, trace_B = normalised(statistics, trace_A, trace_B * scale, rows, reduction)
+        beta = numbers.beta[:, :, None]
+        F_B, rest_B = truncated(F_B, rest_B, Q_B, moved_B, trace_B, beta)
+        F_A, rest_A = truncated(F_A, rest_A, Q_A, moved_A, trace_A, beta)
+        M_B = raised_low_rank(F_B, rest_B, numbers.correction, numbers.damping, numbers.power)
+        M_A = raised_low_rank(F_A, rest_A, numbers.correction, numbers.damping, numbers.power)
+        return Updated((M_B, M_A), F_B, F_A, rest_B, rest_A)

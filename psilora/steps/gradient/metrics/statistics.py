@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Generator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from psilora.capture.record import Record
 from psilora.capture.storage import Dense
-from psilora.lowrank.gradient_operator import activation_squares
+from psilora.lowrank.gradient_operator import TangentGradient, activation_squares
 from psilora.steps.gradient.batch import GradientBatch
 from psilora.steps.problem import Problem
 
@@ -66,14 +68,54 @@ def _total(parts: list[Tensor]) -> Tensor:
     return functools.reduce(Tensor.add_, parts)
 
 
-def normalised(kind: str, squares_A: Tensor, squares_B: Tensor, rows: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Return (new D_A, new D_B) from the sums of the true X, S and G; `rows` = N broadcasts against them.
+N = TypeVar("N", float, Tensor)
+
+
+def normalisation(kind: str, rows: N, reduction: str) -> tuple[N, N]:
+    """Return the factors of (D_A, D_B) on the sums of the true X, S and G over N = `rows`.
 
     For a mean-reduced loss S carries 1/N: K-FAC (1/N)Σx² and NΣs²; Shampoo N·diag(GᵀG) and N·diag(GGᵀ).
     For a sum the factor N on the gradient's side becomes 1/N.
     """
     gradient_side = rows if reduction == "mean" else 1 / rows
-    return squares_A * (1 / rows if kind == "kfac" else gradient_side), squares_B * gradient_side
+    return (1 / rows if kind == "kfac" else gradient_side), gradient_side
+
+
+def normalised(kind: str, sums_A: Tensor, sums_B: Tensor, rows: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Return (new D_A, new D_B); `rows` broadcasts against the sums."""
+    factor_A, factor_B = normalisation(kind, rows, reduction)
+    return sums_A * factor_A, sums_B * factor_B
+
+
+def gathered(
+    batch: GradientBatch,
+    kind: str,
+    sums: Callable[[Problem, torch.dtype], tuple[Tensor, Tensor]],
+    of_tangent: Callable[[TangentGradient], tuple[Tensor, Tensor]],
+) -> Generator[list[Tensor], list[Tensor], tuple[Tensor, Tensor]]:
+    """Return the new (D_A, D_B) of a batch, (L, …), summed over the processes.
+
+    Args:
+        batch: The layers.
+        kind: "kfac" or "shampoo".
+        sums: Those of one layer, as `layer_squares`.
+        of_tangent: Those of G_T, for Shampoo's where G is known by `.grad` alone, which all processes have in common.
+    """
+    rows = row_counts(batch)
+    if isinstance(batch.gradient, TangentGradient) and kind == "shampoo":
+        sums_A, sums_B = of_tangent(batch.gradient)
+        (rows,) = yield [rows]
+    else:
+        found = [sums(problem, batch.dtype) for problem in batch.problems]
+        sums_A, sums_B = (torch.stack([sides[i] for sides in found]) for i in (0, 1))
+        scale = _beside(square_scale(batch), sums_B)
+        sums_A, sums_B, rows = yield [sums_A * scale if kind == "shampoo" else sums_A, sums_B * scale, rows]
+    return normalised(kind, sums_A, sums_B, _beside(rows.clamp_min(1), sums_B), batch.options.loss_reduction)
+
+
+def _beside(column: Tensor, sums: Tensor) -> Tensor:
+    """One number per layer, (L, 1, 1), in as many dimensions as what it is multiplied with."""
+    return column.view(-1, *(1,) * (sums.dim() - 1))
 
 
 def row_counts(batch: GradientBatch) -> Tensor:

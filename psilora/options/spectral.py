@@ -1,0 +1,44 @@
+"""The settings of a spectral step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from psilora.options.base import Options
+from psilora.options.checks import flag
+
+
+@dataclass(frozen=True)
+class SpectralOptions(Options, step="spectral"):
+    """What a step along a polar factor has beside the common settings; see `psilora.PSILoRA`."""
+
+    automatic_metric: ClassVar[str | None] = "lora"
+    default_prox: ClassVar[float] = 1e-6
+    default_power: ClassVar[float] = 1.0
+    default_damping: ClassVar[float] = 1e-2
+
+    nesterov: bool = True
+    joint: bool = True
+    fade: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("nesterov", "joint", "fade"):
+            flag(name, getattr(self, name))
+        if not self.joint and self.metric is not None:
+            raise ValueError(f"Invalid metric={self.metric!r}. Must be None with joint=False.")
+        super().__post_init__()
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """See `Options`."""
+        return (*super().structure, self.nesterov, self.joint, self.fade)
+
+    def rank_of_momentum(self, rank: int, d_out: int, d_in: int) -> int:
+        """Return 2r, in which the momentum of both factors' gradients is exact; r with joint=False."""
+        return 2 * rank if self.joint else rank
+
+    @property
+    def momentum_setting(self) -> str:
+        """See `Options`."""
+        return f"joint={self.joint}"
