@@ -8,6 +8,7 @@ from torch import nn
 
 from psilora.adapters.pair import LoRAPair, Unsupported, listed
 from psilora.adapters.peft import no_capture, other_kind, refusal
+from psilora.adapters.registry import registered
 from psilora.adapters.tied import tied
 
 
@@ -15,8 +16,9 @@ def find_pairs(model: nn.Module) -> tuple[list[LoRAPair], list[Unsupported]]:
     """Return the trainable LoRA pairs of `model` in module order, and what looks like LoRA but cannot be one pair.
 
     Recognised are PEFT's LoRA layers (the trainable adapters of each), `psilora.LoRALinear` and any module whose
-    `lora_A` and `lora_B` are linear or convolutions with a numeric `scaling`, and modules with bare parameters. Modules
-    that share both parameters are one pair; pairs whose parameters are others on shared memory are none.
+    `lora_A` and `lora_B` are linear or convolutions with a numeric `scaling`, modules with bare parameters, and what
+    `psilora.adapters.register` was told of, torchtune's layers and the home-made x @ lora_A @ lora_B among them.
+    Modules that share both parameters are one pair; pairs whose parameters are others on shared memory are none.
     """
     pairs: list[LoRAPair] = []
     unsupported: list[Unsupported] = []
@@ -86,6 +88,14 @@ def _candidates(path: str, module: nn.Module) -> Iterator[LoRAPair | Unsupported
 
 def _held(path: str, module: nn.Module) -> Iterator[LoRAPair]:
     """The pairs of a module, whether trainable or not."""
+    known = registered(module)
+    for entry in known:
+        name = path if entry.name is None else f"{path} ({entry.name})"
+        for pair in _pair(name, module, entry.lora_A, entry.lora_B, entry.name):
+            pair.scale, pair.uncaptured, pair.refused = entry.scaling, entry.uncaptured, entry.refused
+            yield pair
+    if known:
+        return
     for prefix in ("lora_", "lora_embedding_"):
         A, B = getattr(module, f"{prefix}A", None), getattr(module, f"{prefix}B", None)
         if isinstance(A, (nn.ModuleDict, nn.ParameterDict)) and isinstance(B, (nn.ModuleDict, nn.ParameterDict)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +20,8 @@ class LoRAPair:
         lora_A, lora_B: The parameters; `A` and `B` view them as matrices (r, d_in) and (d_out, r).
         sites: The (lora_A, lora_B) modules to capture at; more than one where modules share the parameters.
         uncaptured: Why activations cannot be captured, or None when they can.
+        scale: s, where a registered layout says it; None where the owner's `scaling` does.
+        refused: Why a registered layout says that this is not one product, or None.
         convolution: How lora_A reads its input where it is a convolution, or None; see `psilora.adapters.convolution`.
     """
 
@@ -30,12 +33,21 @@ class LoRAPair:
     sites: list[tuple[nn.Module, nn.Module]] = field(default_factory=list)
     uncaptured: str | None = None
     convolution: Convolution | None = None
+    scale: float | Tensor | Callable[[], float | Tensor] | None = None
+    refused: str | None = None
+
+    @property
+    def stated_scaling(self) -> object:
+        """What the module, or its layout, has for s: of any type."""
+        if self.scale is not None:
+            return self.scale() if callable(self.scale) and not isinstance(self.scale, Tensor) else self.scale
+        scaling = getattr(self.owner, "scaling", None)
+        return scaling.get(self.adapter) if isinstance(scaling, dict) else scaling
 
     @property
     def scaling(self) -> float:
         """The current s, read from the module because adapters can be rescaled while training."""
-        scaling = self.owner.scaling
-        value = float(scaling[self.adapter] if self.adapter is not None else scaling)  # type: ignore[index, arg-type]
+        value = float(self.stated_scaling)  # type: ignore[arg-type]
         if not value > 0:
             raise ValueError(f"{self.name}: invalid LoRA scaling={value}. Must be > 0.")
         return value

@@ -64,9 +64,9 @@ def refusal(pair: LoRAPair) -> str | None:
         return f"{kind}'s parameters are not the two factors of one product"
     if isinstance(getattr(owner, "lora_A", None), nn.ParameterDict):
         return f"{type(owner).__name__} keeps lora_A as a parameter, not as a layer"
-    scaling = getattr(owner, "scaling", None)
-    if isinstance(scaling, dict):
-        scaling = scaling.get(pair.adapter)
+    if pair.refused is not None:
+        return pair.refused
+    scaling = pair.stated_scaling
     if not isinstance(scaling, (numbers.Real, Tensor)):
         return "it has no LoRA scaling"
     if not (isinstance(scaling, Tensor) and scaling.is_meta) and not float(scaling) > 0:
@@ -129,6 +129,8 @@ def no_capture(pair: LoRAPair) -> str | None:
     variant = _variant(pair)
     if variant in _GRAD_ONLY:
         return _GRAD_ONLY[variant]
+    if pair.uncaptured is not None:
+        return pair.uncaptured
     if not pair.sites:
         return "its factors are bare parameters, so their inputs cannot be seen"
     for cls in type(pair.owner).__mro__:
@@ -141,7 +143,7 @@ def no_capture(pair: LoRAPair) -> str | None:
         if isinstance(how, str):
             return how
         pair.convolution = how
-    if pair.adapter is None:
+    if pair.adapter is None or pair.scale is not None:
         return None
     names = {cls.__name__ for cls in type(pair.owner).__mro__ if cls.__module__.startswith("peft.")}
     if names & (_PEFT_LINEAR if linear else _PEFT_CONVOLUTION) and variant in {None, *_EXACT_VARIANTS}:
