@@ -21,6 +21,7 @@ from psilora.linalg.precision import full_precision
 from psilora.monitor.counters import Counters
 from psilora.monitor.observer import Observer
 from psilora.monitor.standstill import why_still
+from psilora.monitor.summary import PairInfo, pair_infos, summary
 from psilora.monitor.warn_once import Notices
 from psilora.options import OPTION_NAMES, Options, as_group, refuse_foreign, resolved
 from psilora.options.published import PAPER
@@ -430,6 +431,17 @@ class PSILoRA(torch.optim.Optimizer):
     def gradients(self) -> dict[str, str]:
         """Return how each captured pair's gradient is kept now: "exact", "dense", "backward" or "tangent"."""
         return self._planner.gradients()
+
+    def pairs(self) -> list[PairInfo]:
+        """Return the LoRA pairs in order: names, shapes, scaling, parameters, and how the gradient of each is known."""
+        return pair_infos(self._options(), self.gradients())
+
+    def summary(self) -> str:
+        """Return in words what trains with what, how many numbers, and their bytes."""
+        return summary(self.pairs(), self.param_groups, self.backend)
+
+    def __repr__(self) -> str:
+        return self.summary()
 
     def observe_next_step(self) -> None:
         """Have the next step compute the figures of `psilora.monitor.observer.Observer`; costs about a step."""
