@@ -19,7 +19,7 @@ ORDER = (
     ("steps", "baselines"),
     ("backends", "monitor"),
     ("optimizer",),
-    ("presets", "integrations", "doctor"),
+    ("presets", "integrations", "doctor", "functional"),
 )
 #: `native` hands on names of `linalg`; `checkpoint` serves any optimizer and imports nothing of the package.
 ALLOWED_APART: dict[str, tuple[str, ...]] = {"native": ("linalg",), "checkpoint": ()}

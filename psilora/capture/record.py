@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -235,3 +236,11 @@ class Record:
     def captured(self) -> bool:
         """Whether every call since the last step has brought its X and S."""
         return self.calls > 0 and self.missed == 0
+
+
+def stand_alone(pair: LoRAPair, chunks: Sequence[tuple[Tensor, Tensor]]) -> Record:
+    """Return a record of these (X (N_j, d_in), S_B (N_j, d_out)) for a pair that no hooks watch."""
+    record = Record(pair, "rows", None, set(), Originals(), Passes())
+    for x, s in chunks:
+        record._hold(Matrix(x), s)
+    return record
