@@ -96,13 +96,13 @@ def right_multiplied(module: Any) -> Iterator[Adapter]:
     """The home-made `x @ lora_A @ lora_B` with parameters (d_in, r) and (r, d_out), s = scaling or alpha/rank.
 
     The pair is that of the transposed weight, ΔWᵀ = s·lora_A·lora_B: its B is `lora_A`, its A is `lora_B`, and
-    `first="A"` updates `lora_B` first. Only square factors (d_in = r = d_out) cannot be told from the usual layout.
+    `first="A"` updates `lora_B` first. In a square layer it cannot be told from the usual order, and is not taken.
     """
     A, B = getattr(module, "lora_A", None), getattr(module, "lora_B", None)
     if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter) and A.dim() == B.dim() == 2):
         return
-    if A.shape[1] != B.shape[0] or (B.shape[1] == A.shape[0] and A.shape[1] >= A.shape[0]):
-        return  # read as usual: or, in a square layer, a rank above that of any matrix of its size
+    if A.shape[1] != B.shape[0] or B.shape[1] == A.shape[0]:
+        return
     scaling, alpha = getattr(module, "scaling", None), getattr(module, "alpha", None)
     if isinstance(scaling, (numbers.Real, Tensor)):
         yield Adapter(B, A, scaling=lambda: module.scaling)
