@@ -69,7 +69,15 @@ def linear(rank: int, d_in: int, d_out: int) -> nn.Module:
         (linear(16, 4, 4), (16, 4, 4)),
         (linear(8, 8, 8), (8, 8, 8)),
     ],
-    ids=["square", "wide", "scalar", "x @ A @ B, not square", "beyond the rank", "linear, beyond the rank", "linear, full rank"],
+    ids=[
+        "square",
+        "wide",
+        "scalar",
+        "x @ A @ B, not square",
+        "beyond the rank",
+        "linear, beyond the rank",
+        "linear, full rank",
+    ],
 )
 def test_factors_that_can_be_told_are_taken(module: nn.Module, shape: tuple[int, int, int]) -> None:
     (pair,), refused = find_pairs(nn.Sequential(module))
