@@ -12,7 +12,7 @@ from psilora.distributed.communicator import Communicator, Steps, lockstep
 from psilora.linalg.spd import fastest_spd_solve
 from psilora.lowrank.gradient_operator import ActivationGradient
 from psilora.lowrank.lorsum import Projection, turns
-from psilora.lowrank.momentum import BALANCED_ITERS, balance
+from psilora.lowrank.momentum import BALANCED_ITERS, balance, conditioned
 from psilora.lowrank.ritz import RitzProjection
 from psilora.steps.gradient.batch import FromActivations, GradientBatch
 from psilora.steps.gradient.metrics import updated_metric
@@ -47,7 +47,8 @@ def reference_steps(
         (B̃, Ã)     ← LoRSum of (1 − η·wd)·(B̃, Ã) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m)   in the metric M
         (B_m, A_m) ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)                           Frobenius, old momentum
 
-    and, for K ≤ 1, B_m/t, t·A_m where the two have drifted apart (see `psilora.lowrank.momentum.balance`).
+    and, for K ≤ 1, B_m/t, t·A_m where the two have drifted apart (see `psilora.lowrank.momentum.balance`); for
+    every K other factors of the same B_m·A_m where A_m has become ill-conditioned (see `conditioned` there).
 
     Both projections take their turns in step, so that their products with X and S share one read; the first turn takes
     BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`. What comes from X and S, products and statistics, is yielded to be summed
@@ -90,12 +91,13 @@ def reference_steps(
 
 def _remembered(memory: Projection, num_iters: int) -> tuple[Tensor, Tensor]:
     """The new momentum, with its factors in balance where that is due."""
-    if num_iters > BALANCED_ITERS:
-        return memory.B, memory.A
-    if memory.gram_B is None or memory.gram_A is None:
-        raise RuntimeError("a LoRSum ended before both factors had a turn")
-    size_B, size_A = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (memory.gram_B, memory.gram_A))
-    return balance(memory.B, memory.A, size_B, size_A)
+    B, A = memory.B, memory.A
+    if num_iters <= BALANCED_ITERS:
+        if memory.gram_B is None or memory.gram_A is None:
+            raise RuntimeError("a LoRSum ended before both factors had a turn")
+        size_B, size_A = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (memory.gram_B, memory.gram_A))
+        B, A = balance(B, A, size_B, size_A)
+    return conditioned(B, A)
 
 
 @dataclass
