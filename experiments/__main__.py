@@ -15,13 +15,17 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from experiments import grid, pace, store
 from experiments.methods import METHODS
 from experiments.tasks import MODULES, Task, get_task
-from experiments.training import Key, run
+from experiments.training import Key, Where, run
 
+DTYPES = ("float32", "bfloat16")
 COMMANDS = ("linear", "table1", *MODULES, "report", "merge", "quality")
 
 
@@ -57,8 +61,9 @@ def make_parser(command: str) -> argparse.ArgumentParser:
         parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files of MNIST")
         return parser
     task = get_task(command)
+    conditions = list(task.default_conditions or task.conditions)
     parser.add_argument("--optimizers", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--conditions", nargs="+", choices=task.conditions, default=list(task.conditions))
+    parser.add_argument("--conditions", nargs="+", choices=task.conditions, default=conditions, metavar="NAME")
     parser.add_argument("--rank", type=int, default=task.rank, help="of the adapters (%(default)s)")
     parser.add_argument("--points", type=int, default=5, help="rates per method, ×2 apart (%(default)s: 4 octaves)")
     parser.add_argument("--extend", type=int, default=2, help="rates added beyond an edge (%(default)s)")
@@ -67,10 +72,12 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--wall-time", action="store_true", help="also give all methods AdamW's time instead of steps")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start no run after so long")
     parser.add_argument("--data", type=Path, default=None, help="folder with the task's files, where it needs any")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"), help="cpu, cuda, … (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the forward pass; adapters stay float32")
     return parser
 
 
-def keys(task: Task, args: argparse.Namespace, folder: Path, command: str) -> Iterator[Key]:
+def keys(task: Task, args: argparse.Namespace, folder: Path, command: str, where: Where) -> Iterator[Key]:
     """Every run of the protocol, in an order that makes a stopped job useful."""
     if args.lrs:
         for seed in args.seeds:
@@ -90,7 +97,7 @@ def keys(task: Task, args: argparse.Namespace, folder: Path, command: str) -> It
     if args.wall_time:
 
         def times(condition: str, lrs: Mapping[str, float]) -> Mapping[str, float]:
-            return pace.kept(args.out, task, condition, args.rank, lrs, folder, command)
+            return pace.kept(args.out, task, condition, args.rank, lrs, folder, command, where)
 
         yield from grid.equal_time(task, plan, done, times)
 
@@ -101,17 +108,20 @@ def run_task(task: Task, args: argparse.Namespace) -> None:
 
     if task.local_data and args.data is None:
         raise SystemExit(f"error: {task.name} needs --data, a folder with its files (see experiments/README.md)")
+    where = Where(args.device, args.dtype == "bfloat16")
+    if where.bf16:  # a task of its own in every table
+        task = replace(task, name=f"{task.name}-bf16")
     folder = args.data or args.out / "bases"
     command = shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
     deadline = time.monotonic() + 60 * args.minutes
-    with tqdm(keys(task, args, folder, command), desc=task.name, unit="run", disable=args.quiet) as progress:
+    with tqdm(keys(task, args, folder, command, where), desc=task.name, unit="run", disable=args.quiet) as progress:
         for key in progress:
             if (args.out / key.path).exists():
                 continue
             if time.monotonic() > deadline:
                 print(f"{task.name}: stopped after {args.minutes:g} minutes; the same command goes on", file=sys.stderr)
                 return
-            result = run(task, key, folder)
+            result = run(task, key, folder, where)
             store.write(args.out, key, result, command)
             loss = "not finite" if result.validation is None else f"{result.validation.loss:.4f}"
             progress.set_postfix_str(f"{key.condition} {key.method} lr {key.lr:g} seed {key.seed}: {loss}")

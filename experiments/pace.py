@@ -14,12 +14,14 @@ import torch
 from experiments.methods import METHODS
 from experiments.store import rounded
 from experiments.tasks import Session, Task
-from experiments.training import train_step, versions
+from experiments.training import Where, train_step, versions
 
 ROUNDS, WARM_UP = 40, 5
 
 
-def measure(task: Task, condition: str, rank: int, lrs: Mapping[str, float], folder: Path) -> dict[str, float]:
+def measure(
+    task: Task, condition: str, rank: int, lrs: Mapping[str, float], folder: Path, where: Where
+) -> dict[str, float]:
     """The median time of a training step in ms, by method; `lrs` are the methods and their rates.
 
     The methods take their steps in turn, so that what else the machine does falls on all alike.
@@ -27,6 +29,7 @@ def measure(task: Task, condition: str, rank: int, lrs: Mapping[str, float], fol
     runs: dict[str, tuple[Session, list[torch.optim.Optimizer], Any]] = {}
     for method, lr in lrs.items():
         session = task.make(condition, rank, 0, folder)
+        session.model.to(where.device)
         session.steps = ROUNDS + WARM_UP
         session.model.train()
         optimizers = METHODS[method].build(session.model, lr, session.head_lr)
@@ -34,7 +37,7 @@ def measure(task: Task, condition: str, rank: int, lrs: Mapping[str, float], fol
     seconds: dict[str, list[float]] = {method: [] for method in runs}
     for _ in range(ROUNDS + WARM_UP):
         for method, (session, optimizers, batches) in runs.items():
-            seconds[method].append(train_step(session, optimizers, next(batches)).seconds)
+            seconds[method].append(train_step(session, optimizers, next(batches), where).seconds)
     for _, optimizers, _ in runs.values():
         for optimizer in optimizers:
             getattr(optimizer, "detach", lambda: None)()
@@ -42,7 +45,14 @@ def measure(task: Task, condition: str, rank: int, lrs: Mapping[str, float], fol
 
 
 def kept(
-    out: Path, task: Task, condition: str, rank: int, lrs: Mapping[str, float], folder: Path, command: str
+    out: Path,
+    task: Task,
+    condition: str,
+    rank: int,
+    lrs: Mapping[str, float],
+    folder: Path,
+    command: str,
+    where: Where,
 ) -> dict[str, float]:
     """As `measure`, from the file of an earlier call if it has all the methods."""
     path = out / task.name / f"{condition}-r{rank}" / "pace.json"
@@ -50,7 +60,7 @@ def kept(
         step_ms: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["step_ms"]
         if set(lrs) <= set(step_ms):
             return step_ms
-    step_ms = rounded(measure(task, condition, rank, lrs, folder))
+    step_ms = rounded(measure(task, condition, rank, lrs, folder, where))
     label = {"task": task.name, "condition": condition, "rank": rank}
     content = {"pace": label, "step_ms": step_ms, "command": command, "versions": versions()}
     path.parent.mkdir(parents=True, exist_ok=True)

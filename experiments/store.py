@@ -18,6 +18,7 @@ Record = tuple[Key, Result]
 SHARED = {"command": "commands", "versions": "versions"}
 #: What tells runs apart: of a training task, of its times, of a curve and of a projection of the linear task, of a
 #: line of Table 1.
+SCORES = ("validation", "test", "general_before", "general_after")
 LABELS = ("key", "pace", "linear", "one_step", "table1")
 
 
@@ -56,8 +57,8 @@ def load(folder: Path) -> list[Record]:
     for content in contents(folder):
         if "key" in content:
             result = dict(content["result"])
-            for split in ("validation", "test"):
-                result[split] = None if result[split] is None else Scores(**result[split])
+            for split in SCORES:
+                result[split] = None if result.get(split) is None else Scores(**result[split])
             result["curve"] = [tuple(point) for point in result["curve"]]
             found[Key(**content["key"])] = Result(**result)
     return list(found.items())

@@ -15,7 +15,7 @@ import torch
 
 from experiments.methods import METHODS
 from experiments.schedule import schedule
-from experiments.tasks import Scores, Session, Task
+from experiments.tasks import Scores, Session, Task, moved
 
 TRAIN_POINTS = 20
 
@@ -53,11 +53,16 @@ class Result:
     step_ms: float = 0.0
     state_bytes: int = 0
     digest: str = ""
+    device: str = "cpu"
+    general_before: Scores | None = None
+    general_after: Scores | None = None
 
 
-def run(task: Task, key: Key, folder: Path) -> Result:
+def run(task: Task, key: Key, folder: Path, where: Where | None = None) -> Result:
     """Train and score; a run that stops being finite ends early with no scores."""
+    where = where or Where()
     session = task.make(key.condition, key.rank, key.seed, folder)
+    session.model.to(where.device)
     session.steps = max(1, round(session.steps * key.stretch))
     torch.manual_seed(key.seed)
     session.model.train()
@@ -66,7 +71,9 @@ def run(task: Task, key: Key, folder: Path) -> Result:
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule(step, session.steps))
         for optimizer in optimizers
     ]
-    result = Result(steps=session.steps, digest=session.digest)
+    result = Result(steps=session.steps, digest=session.digest, device=where.name)
+    if task.general:
+        result.general_before = evaluate(session, "general", where)
     marks = {round(session.steps * k / task.evaluations) for k in range(1, task.evaluations)}
     losses: list[float] = []
     step_seconds: list[float] = []
@@ -74,7 +81,7 @@ def run(task: Task, key: Key, folder: Path) -> Result:
     started = time.perf_counter()
     for step, batch in enumerate(session.batches(), 1):
         try:
-            taken = train_step(session, optimizers, batch)
+            taken = train_step(session, optimizers, batch, where)
         except torch.linalg.LinAlgError:  # an SVD of infinities: the run has diverged
             break
         for scheduler in schedulers:
@@ -85,12 +92,14 @@ def run(task: Task, key: Key, folder: Path) -> Result:
         if not math.isfinite(losses[-1]):
             break
         if step in marks:
-            scores = evaluate(session, "validation")
+            scores = evaluate(session, "validation", where)
             if scores is None:
                 break
             result.curve.append((step, scores.loss, scores.score))
     else:
-        result.validation, result.test = evaluate(session, "validation"), evaluate(session, "test")
+        result.validation, result.test = evaluate(session, "validation", where), evaluate(session, "test", where)
+        if task.general:
+            result.general_after = evaluate(session, "general", where)
     if result.validation is not None:
         result.curve.append((session.steps, result.validation.loss, result.validation.score))
     result.train_loss = binned(losses, TRAIN_POINTS)
@@ -103,6 +112,28 @@ def run(task: Task, key: Key, folder: Path) -> Result:
     return result
 
 
+@dataclass(frozen=True)
+class Where:
+    """The device of a run, and whether its forward passes are autocast to bfloat16; adapters stay float32."""
+
+    device: torch.device = torch.device("cpu")
+    bf16: bool = False
+
+    @property
+    def name(self) -> str:
+        """The accelerator's name, or "cpu"."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def wait(self) -> None:
+        """Until the device has done its work, so that a clock can be read."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
 class Taken(NamedTuple):
     """A training step's loss, and how long all of it and its optimizers took."""
 
@@ -111,25 +142,32 @@ class Taken(NamedTuple):
     optimizer_seconds: float
 
 
-def train_step(session: Session, optimizers: Sequence[torch.optim.Optimizer], batch: Any) -> Taken:
+def train_step(
+    session: Session, optimizers: Sequence[torch.optim.Optimizer], batch: Any, where: Where | None = None
+) -> Taken:
     """Forward, backward and the optimizers' steps."""
+    where = where or Where()
     begin = time.perf_counter()
-    loss = session.loss(batch)
+    with where.autocast():
+        loss = session.loss(moved(batch, where.device))
     for optimizer in optimizers:
         optimizer.zero_grad()
     loss.backward()
+    where.wait()
     before = time.perf_counter()
     for optimizer in optimizers:
         optimizer.step()
+    where.wait()
     end = time.perf_counter()
     return Taken(float(loss.detach()), end - begin, end - before)
 
 
 @torch.no_grad()
-def evaluate(session: Session, split: str) -> Scores | None:
+def evaluate(session: Session, split: str, where: Where) -> Scores | None:
     """The session's scores in evaluation mode, or None where the loss is not finite."""
     session.model.eval()
-    scores = session.evaluate(split)
+    with where.autocast():
+        scores = session.evaluate(split)
     session.model.train()
     return scores if math.isfinite(scores.loss) else None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 
@@ -17,6 +18,20 @@ class Scores:
 
     loss: float
     score: float | None = None
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """`batch`, a tensor or nested dictionaries, lists and tuples of them, on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, dict):
+        return {name: moved(part, device) for name, part in batch.items()}
+    return type(batch)(moved(part, device) for part in batch) if isinstance(batch, (list, tuple)) else batch
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's parameters are."""
+    return next(model.parameters()).device
 
 
 class Session(Protocol):
@@ -43,7 +58,7 @@ class Session(Protocol):
         ...
 
     def evaluate(self, split: str) -> Scores:
-        """The scores on "validation" or "test"."""
+        """The scores on "validation" or "test", with the data moved to where the model is."""
         ...
 
 
@@ -58,6 +73,8 @@ class Task:
         centres: Centre of each method's grid of rates, where it differs from the method's own.
         evaluations: Points of a validation curve.
         local_data: Whether the data has to be given (`--data`); such tasks were not run here.
+        default_conditions: Those of a command that names none; all where empty.
+        general: Whether sessions score a split "general" of another kind of text, before and after training.
     """
 
     name: str
@@ -67,6 +84,8 @@ class Task:
     centres: dict[str, float] = field(default_factory=dict)
     evaluations: int = 6
     local_data: bool = False
+    default_conditions: tuple[str, ...] = ()
+    general: bool = False
 
 
 MODULES = {
@@ -78,6 +97,7 @@ MODULES = {
     "glue": "language",
     "squad": "language",
     "wikitext": "language",
+    "smollm": "smollm",
 }
 
 

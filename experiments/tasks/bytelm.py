@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from experiments.schedule import schedule
-from experiments.tasks import Scores, Task
+from experiments.tasks import Scores, Task, device_of
 from experiments.tasks.adapt import adapt
 
 VOCABULARY = 256
@@ -216,7 +216,7 @@ class ByteSession:
 
     def evaluate(self, split: str) -> Scores:
         """Nats per byte on the held-out windows."""
-        return Scores(float(next_byte_loss(self.model, self.data[split])))
+        return Scores(float(next_byte_loss(self.model, self.data[split].to(device_of(self.model)))))
 
 
 CONDITIONS = tuple(f"{text}-{size}" for size in ("small", "medium") for text in ("licences", "topics"))

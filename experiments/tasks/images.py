@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks import Scores
+from experiments.tasks import Scores, device_of
 
 BATCH = 64
 EVALUATION_BATCH = 1024
@@ -51,7 +51,8 @@ class ImageSession:
     def evaluate(self, split: str) -> Scores:
         """Cross-entropy and accuracy."""
         loss, correct, count = 0.0, 0, 0
-        for x, y in zip(*(part.split(EVALUATION_BATCH) for part in self.data[split]), strict=True):
+        device = device_of(self.model)
+        for x, y in zip(*(part.to(device).split(EVALUATION_BATCH) for part in self.data[split]), strict=True):
             logits = self.model(x)
             loss += float(nn.functional.cross_entropy(logits, y, reduction="sum"))
             correct += int((logits.argmax(1) == y).sum())

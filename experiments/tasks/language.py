@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks import Scores, Task
+from experiments.tasks import Scores, Task, device_of, moved
 
 Example = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -146,7 +146,7 @@ class LanguageSession:
         data: Mapping[str, list[Example]],
         settings: Settings,
         seed: int,
-        score: Callable[[LanguageSession, list[Example]], float] | None = None,
+        score: Callable[[LanguageSession, list[Example]], float | None] | None = None,
         causal: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.data, self.settings, self.seed = model, tokenizer, data, settings, seed
@@ -182,7 +182,7 @@ class LanguageSession:
         """The mean loss per label (token or example) and the task's score."""
         total, count = 0.0, 0
         for first in range(0, len(self.data[split]), self.settings.batch):
-            batch = self.collate(self.data[split][first : first + self.settings.batch])
+            batch = moved(self.collate(self.data[split][first : first + self.settings.batch]), device_of(self.model))
             labels = batch["labels"][:, 1:] if self.causal else batch["labels"]
             weight = int((labels != IGNORED).sum()) if labels.dim() > 1 else len(labels)
             total += weight * float(self.model(**batch).loss)
@@ -248,7 +248,7 @@ def make_glue(condition: str, rank: int, seed: int, folder: Path) -> LanguageSes
     def score(session: LanguageSession, examples: list[Example]) -> float:
         predictions: list[float] = []
         for first in range(0, len(examples), settings.batch):
-            batch = session.collate(examples[first : first + settings.batch])
+            batch = moved(session.collate(examples[first : first + settings.batch]), device_of(session.model))
             logits = session.model(**batch).logits
             predictions += (logits[:, 0] if task.labels is None else logits.argmax(1)).tolist()
         return glue_score(task.score, predictions, [e["labels"] for e in examples])
@@ -280,7 +280,7 @@ def make_squad(condition: str, rank: int, seed: int, folder: Path) -> LanguageSe
         total = 0.0
         for first in range(0, len(examples), settings.batch):
             part = examples[first : first + settings.batch]
-            batch = session.collate(part)
+            batch = moved(session.collate(part), device_of(session.model))
             batch.pop("labels")
             produced = session.model.generate(**batch, max_new_tokens=32)
             texts = tokenizer.batch_decode(produced, skip_special_tokens=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.tasks import Scores, Task
+from experiments.tasks import Scores, Task, device_of, moved
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 BATCH, MAX_LENGTH, EPOCHS = 32, 64, 2
@@ -96,7 +96,8 @@ class MiniLMSession:
         """Cross-entropy and accuracy."""
         examples, loss, correct = self.texts.held_out[split], 0.0, 0
         for first in range(0, len(examples), 2 * BATCH):
-            inputs, labels = self.texts.batches._tensors(examples[first : first + 2 * BATCH])
+            batch = self.texts.batches._tensors(examples[first : first + 2 * BATCH])
+            inputs, labels = moved(batch, device_of(self.model))
             logits = self.model(**inputs).float()
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             correct += int((logits.argmax(-1) == labels).sum())
