@@ -191,6 +191,7 @@ def test_paces_are_measured_in_turn_once_and_kept_beside_the_runs(
     pace, store, tasks, training = module("pace"), module("store"), module("tasks"), module("training")
     order: list[str] = []
     clock = {"sgd": 3.0, "adamw": 1.0}
+    place = training.Where()
 
     class Session:
         head_lr, steps, digest = 0.0, 1, ""
@@ -201,14 +202,17 @@ def test_paces_are_measured_in_turn_once_and_kept_beside_the_runs(
         def batches(self) -> Iterator[torch.Tensor]:
             yield torch.ones(1, 4)
 
-    def step(session: Session, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor) -> object:
+    def step(
+        session: Session, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor, where: object
+    ) -> object:
+        assert where is place
         order.append(type(optimizers[0]).__name__.lower())
         return training.Taken(0.0, clock[order[-1]], 0.0)
 
     monkeypatch.setattr(pace, "train_step", step)
     task = tasks.Task("t", ("c",), lambda *_: Session())
     for _ in range(2):
-        found = pace.kept(tmp_path, task, "c", 2, {"adamw": 0.1, "sgd": 0.1}, tmp_path, "command")
+        found = pace.kept(tmp_path, task, "c", 2, {"adamw": 0.1, "sgd": 0.1}, tmp_path, "command", place)
         assert found == {"adamw": 1e3, "sgd": 3e3}
     assert order == ["adamw", "sgd"] * (pace.ROUNDS + pace.WARM_UP)
     assert store.load(tmp_path) == [] and store.merge(tmp_path, tmp_path / "merged.json") == 1
