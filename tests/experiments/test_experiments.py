@@ -197,14 +197,12 @@ def test_paces_are_measured_in_turn_once_and_kept_beside_the_runs(
         head_lr, steps, digest = 0.0, 1, ""
 
         def __init__(self) -> None:
-            self.model = module("training").adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2)
+            self.model = module("tasks.adapt").adapt(torch.nn.Sequential(torch.nn.Linear(4, 4)), 2)
 
         def batches(self) -> Iterator[torch.Tensor]:
             yield torch.ones(1, 4)
 
-    def step(
-        session: Session, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor, where: object
-    ) -> object:
+    def step(session: Session, optimizers: list[torch.optim.Optimizer], batch: torch.Tensor, where: object) -> object:
         assert where is place
         order.append(type(optimizers[0]).__name__.lower())
         return training.Taken(0.0, clock[order[-1]], 0.0)
@@ -237,7 +235,7 @@ def test_summaries_against_values_worked_out_by_hand() -> None:
 
 
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
-    schedule = module("training").schedule
+    schedule = module("schedule").schedule
     values = [schedule(step, 100) for step in range(101)]
     assert values[0] == pytest.approx(1 / 6) and max(values) == 1 and values[100] == 0
     assert values[6:] == sorted(values[6:], reverse=True)
