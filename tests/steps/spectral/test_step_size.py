@@ -39,3 +39,24 @@ def test_without_the_metric_a_step_is_as_large_as_the_rate_says(outlier: float) 
 def test_with_the_metric_an_outlier_channel_makes_it_many_times_larger() -> None:
     assert 1.5 < largest_step("lora", 1.0) < 3
     assert 50 < largest_step("lora", 100.0) < 120
+
+
+def coasted(fade: bool) -> float:
+    """‖change of ΔW‖/‖ΔW‖ in 60 steps of zero gradients after 20 steps of training."""
+    layer = LoRALinear(nn.Linear(24, 16), 4)
+    optimizer, target = PSILoRA(layer, LR, fade=fade), torch.randn(16, 24) / 5
+    for _ in range(20):
+        x = torch.randn(32, 24)
+        optimizer.zero_grad()
+        (layer(x) - layer.base(x).detach() - x @ target.T).square().sum(1).mean().backward()
+        optimizer.step()
+    W = (layer.lora_B.weight @ layer.lora_A.weight).detach()
+    for _ in range(60):
+        for p in (layer.lora_A.weight, layer.lora_B.weight):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    return float(((layer.lora_B.weight @ layer.lora_A.weight).detach() - W).norm() / W.norm())
+
+
+def test_momentum_coasts_through_zero_gradients_and_fading_bounds_how_far() -> None:
+    assert 0.3 < coasted(fade=True) < 1.5 < 2.5 < coasted(fade=False)
