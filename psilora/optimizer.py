@@ -82,7 +82,12 @@ class PSILoRA(torch.optim.Optimizer):
         joint: Move both factors along one low-rank O; False moves each by half along the polar factor of its own
             gradient's momentum, with half of the state, and no LoRSum. Spectral only.
         fade: Multiply a layer's η by min(1, n̂/n̄), its recent gradient norm over the mean of all steps so far (see
-            `psilora.lowrank.spectral.faded`), so that it comes to rest with its gradient. Spectral only.
+            `psilora.lowrank.spectral.followed`), so that it comes to rest with its gradient. Spectral only.
+        cap: How many times its mean norm so far a layer's gradient counts for at most: an outlier is scaled down to it
+            before it enters momentum and metric. ≥ 1, or None for no bound. Spectral only.
+        balance: Multiply one factor and divide the other by a power of two once their norms are more than 16 times
+            apart, which leaves the weight as it is (see `psilora.steps.gauge`); in a gradient step from its 17th on,
+            and for K ≤ 1 its momentum's factors likewise. False follows the published recursion to the letter.
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
@@ -132,7 +137,7 @@ class PSILoRA(torch.optim.Optimizer):
     State: "momentum" (r_m, d_in) and "metric" (d_in,) of a `lora_A` weight, "momentum" (d_out, r_m) and "metric"
     (d_out,) of a `lora_B` weight, "step" of both; a dense metric is (d_in, d_in) and (d_out, d_out), a low-rank one
     (d_in, k) and (d_out, k) beside a "metric_rest" (1,), and "lora" keeps √D; "norms" (3,) of a `lora_B` weight, for
-    `fade`; and that of the controller. It is created by the first step, or by `init_state`.
+    `fade` and `cap`; and that of the controller. It is created by the first step, or by `init_state`.
 
     Attributes:
         communicator: Counts the bytes and rounds that captures cost over several processes.
@@ -159,6 +164,8 @@ class PSILoRA(torch.optim.Optimizer):
         nesterov: bool = True,
         joint: bool = True,
         fade: bool = True,
+        cap: float | None = 4.0,
+        balance: bool = True,
         prox: float | None = None,
         weight_decay: float = 0.0,
         metric: str | None = "auto",

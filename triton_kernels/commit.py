@@ -49,11 +49,15 @@ def _balance(size_B, size_A, SIDE: tl.constexpr, IMBALANCE: tl.constexpr):
 
 @triton.jit
 def _commit_side(
-    addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, problem, problems, start, end,
+    addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, shifts_ptr, problem, problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
+    SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr,
 ):  # fmt: skip
-    """F ← F + F_s/√s where F_s ≠ 0, F_m and D ← their workspaces, step ← step + 1, for the columns of a tile."""
+    """F ← t·(F + F_s/√s), F_m and D ← their workspaces, step ← step + 1, for the columns of a tile.
+
+    t = 2ᵏ for A and 2⁻ᵏ for B, k of `shifts_ptr`; entries with F_s = 0 and t = 1 are not written. ON_FACTORS: F_m/t.
+    """
     r, rm, d = sizes(dims_ptr, problem, SIDE)
     root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
     param = address(addresses_ptr, problem, PARAM + SIDE, PARAM_TYPE, ADDRESSES)
@@ -62,8 +66,15 @@ def _commit_side(
     own = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
     k = tl.arange(0, RP)[:, None]
     weight = 1.0
+    power = 1.0
     if IMBALANCE > 0:
         weight = _balance(tl.load(sizes_ptr + problems + problem), tl.load(sizes_ptr + problem), SIDE, IMBALANCE)
+    if SHIFTED:
+        shift = tl.load(shifts_ptr + problem)
+        shift = shift if SIDE == 0 else -shift
+        power = ((shift + 127) << 23).to(tl.float32, bitcast=True)
+        if ON_FACTORS:
+            weight = ((127 - shift) << 23).to(tl.float32, bitcast=True)
     for first in range(start, end, BN):
         n = (first + tl.arange(0, BN))[None, :]
         inside = (n < end) & (k < r)
@@ -71,7 +82,11 @@ def _commit_side(
         old = tl.load(at, mask=inside, other=0.0)
         step = tl.load(steps + k * d + n, mask=inside, other=0.0)
         new = rounded(old.to(tl.float32) + tl.div_rn(step, root), PARAM_TYPE)
-        tl.store(at, new, mask=inside & (step != 0.0))
+        inside &= tl.where(step != 0.0, 1.0, power - 1.0) != 0.0
+        if SHIFTED:
+            new = tl.where(step != 0.0, new, old)  # keeps a −0
+            new = rounded(new.to(tl.float32) * power, PARAM_TYPE)
+        tl.store(at, new, mask=inside)
         if HAS_MOMENTUM:
             for block in tl.static_range(OWN):
                 j = k + block * RP
@@ -93,15 +108,16 @@ def _commit_side(
 
 @triton.jit
 def _commit_tile(
-    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out_ptr, problem, problems, start, end,
+    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok, out_ptr, problem, problems,
+    start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
-    EMIT: tl.constexpr, MASK: tl.constexpr,
+    SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     if ok:
         _commit_side(
-            addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, problem, problems, start, end,
-            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN,
+            addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, shifts_ptr, problem, problems, start, end,
+            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
         )  # fmt: skip
         tl.debug_barrier()  # the Grams read what other threads have written
     if EMIT:
@@ -114,11 +130,11 @@ def _commit_tile(
 
 @triton.jit(do_not_specialize=["problems"], do_not_specialize_on_alignment=UNALIGNED)
 def _commit_kernel(
-    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, sizes_ptr, ok_ptr, out_ptr, problems,
+    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok_ptr, out_ptr, problems,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr,
-    HAS_METRIC: tl.constexpr, OWN: tl.constexpr, EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr,
-    MASK_B: tl.constexpr,
+    HAS_METRIC: tl.constexpr, OWN: tl.constexpr, SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr,
+    EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
 ):  # fmt: skip
     """Commit one tile of columns of one factor and its state where ok (uint8) holds, bitwise nothing elsewhere."""
     tile = tl.program_id(0).to(tl.int64)
@@ -127,29 +143,35 @@ def _commit_kernel(
     ok = tl.load(ok_ptr) != 0
     if side == 0:
         _commit_tile(
-            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
-            0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, EMIT_A, MASK_A,
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok, out, problem, problems,
+            start, end, 0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
+            EMIT_A, MASK_A,
         )  # fmt: skip
     else:
         _commit_tile(
-            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, ok, out, problem, problems, start, end,
-            1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, EMIT_B, MASK_B,
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok, out, problem, problems,
+            start, end, 1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
+            EMIT_B, MASK_B,
         )  # fmt: skip
 
 
 def commit(
     addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, ok: Tensor, out: Tensor,
-    *, sizes: Tensor | None = None, imbalance: float = 0.0, OWN: int = 1, **constexprs: Any,
+    *, sizes: Tensor | None = None, imbalance: float = 0.0, shifts: Tensor | None = None, OWN: int = 1,
+    ON_FACTORS: bool = False, **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`.
 
     A momentum has up to OWN times as many rows as the padded rank. It is balanced by its `sizes` (2, L)
-    of A and B where their ratio is above `imbalance`, unless that is 0.
+    of A and B where their ratio is above `imbalance`, unless that is 0. The factors are balanced by `shifts` k (L,)
+    int32, as 2ᵏ·A and 2⁻ᵏ·B, and a momentum ON_FACTORS the other way.
     """
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _commit_kernel[(tiles.shape[0],)](
-        addresses, scalars, dims, tiles, scale, scale if sizes is None else sizes, ok, out, dims.shape[0],
-        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, IMBALANCE=imbalance, **constexprs,
+        addresses, scalars, dims, tiles, scale, scale if sizes is None else sizes,
+        dims if shifts is None else shifts, ok, out, dims.shape[0],
+        RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, IMBALANCE=imbalance,
+        SHIFTED=shifts is not None, ON_FACTORS=ON_FACTORS, **constexprs,
         num_warps=warps, num_stages=1, maxnreg=STREAM_REGISTERS,
     )  # fmt: skip
 
@@ -159,8 +181,8 @@ def _variants() -> list[Variant]:
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {
             "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
-            "IMBALANCE": 65536.0, "HAS_METRIC": True, "OWN": 1, "EMIT_A": True, "EMIT_B": True,
-            "MASK_A": 0b1101, "MASK_B": 0b1101,
+            "IMBALANCE": 65536.0, "HAS_METRIC": True, "OWN": 1, "SHIFTED": True, "ON_FACTORS": False,
+            "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
         if padded <= FP32_UP_TO:

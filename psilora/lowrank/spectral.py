@@ -22,7 +22,7 @@ from psilora.lowrank.lorsum import turns
 #: Ridge of the Grams of the momentum's part outside the factors' spans, relative to the mean diagonal of the whole: the
 #: square of what fp32 data resolve.
 RESIDUAL_RIDGE = 1e-12
-#: The largest gradient norm that counts as such, in units of the mean: an outlier must not slow all that follows.
+#: The largest gradient norm that is counted, in units of the mean: an outlier must not slow all that follows.
 LARGEST = 4.0
 #: A mean gradient norm below which a layer counts as one without a gradient: 1/norm has to be a number of fp32.
 LEAST_NORM = 2.0**-120
@@ -45,7 +45,10 @@ class Numbers:
         ridge: λ of the factors' Grams, relative to the mean of their diagonals.
         num_iters, first: Of LoRSum.
         dtype: Of the polar factor.
-        norms: (L, 3), from the steps before: their number t, n̂ and n̄ (see `faded`); None where the rate does not fade.
+        fades: Whether the rate fades with the gradient's norm.
+        cap: The largest gradient norm that is taken as it is, in units of the mean; infinite where all are.
+        norms: (L, 3), from the steps before: their number t, n̂ and n̄; None where the norms are not followed.
+        seen: What `followed` has found, where the metric had to know it already.
     """
 
     rank: int
@@ -58,13 +61,31 @@ class Numbers:
     num_iters: int
     first: str
     dtype: torch.dtype
+    fades: bool
+    cap: Tensor
     norms: Tensor | None = None
+    seen: Seen | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Layers with equal keys can be joined."""
-        fixed = self.norms is None
-        return (self.rank, self.nesterov, self.decay is None, self.num_iters, self.first, self.dtype, fixed)
+        known = (self.fades, self.norms is None, self.seen is None)
+        return (self.rank, self.nesterov, self.decay is None, self.num_iters, self.first, self.dtype, *known)
+
+
+@dataclass
+class Seen:
+    """What the size of a layer's gradient means for its step; tensors are (L, 1, 1) in float64, but for the norms.
+
+    Attributes:
+        taken: κ, the share of the gradient that is taken.
+        share: φ, the share of the rate.
+        norms: The new t, n̂ and n̄, (L, 3).
+    """
+
+    taken: Tensor
+    share: Tensor
+    norms: Tensor
 
 
 @dataclass
@@ -164,6 +185,12 @@ class Spans:
         """Return g: D_B·T_A and D_A·T_B."""
         return self.place(self.swapped(self.roots.T), self.size - self.rank)
 
+    def squares(self) -> Tensor:
+        """Return ‖D_B·T_A‖² + ‖D_A·T_B‖², (L,)."""
+        g = self.gradient()
+        both_B, both_A = self.halves((g * (self.gram @ g)).sum((-2, -1)))
+        return both_B + both_A
+
     def carried(self) -> Tensor:
         """Return the old momentum in the new tangent space: M_B(M_AᵀQ_A) and M_A(M_BᵀQ_B)."""
         return self.place(self.swapped(self.gram[:, self.rank : self.size - self.rank] @ self.q), self.rank)
@@ -189,8 +216,8 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
     n = numbers
     spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
     mu, fresh = torch.cat([n.mu] * 2), torch.cat([n.fresh] * 2)
-    rate, norms = faded(spans, n)
-    g = fresh * spans.gradient()
+    rate, taken, norms = _measured(spans, n)
+    g = fresh * taken * spans.gradient()
     m = g + mu * spans.carried() if spans.size > 2 * n.rank else g
     h = mu * m + g if n.nesterov else m
     o_B, o_A, residual = _msign(spans, h, n.dtype)
@@ -220,10 +247,10 @@ def factor_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficient
     """
     n = numbers
     spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
-    one_rate, norms = faded(spans, n)
+    one_rate, taken, norms = _measured(spans, n)
     mu, fresh, rate = (torch.cat([t] * 2) for t in (n.mu, n.fresh, one_rate))
     eye = spans.base[:, : n.rank]
-    m = g = fresh * spans.place(eye, spans.size - n.rank)
+    m = g = fresh * taken * spans.place(eye, spans.size - n.rank)
     if spans.size > 2 * n.rank:
         m = g + mu * spans.place(eye, n.rank)
     T = spans.swapped(spans.roots.T)
@@ -237,31 +264,49 @@ def factor_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficient
     return Coefficients(step_B, step_A, m_B, m_A, failed_B + failed_A, norms)
 
 
-def faded(spans: Spans, numbers: Numbers) -> tuple[Tensor, Tensor | None]:
-    """Return η·c·min(1, n̂/n̄), (L, 1, 1), and the new t, n̂ and n̄.
+def followed(squares: Tensor, numbers: Numbers) -> Seen | None:
+    """Return what the size of each layer's gradient means for its step; None where it means nothing.
 
-    msign forgets the size of the gradient, so that a layer would go on at the full rate where its gradient has all but
-    vanished: a task that is learnt, a layer that is switched off, momentum that runs out. With n_t the norm of the
-    whitened tangent gradient, ‖G_T‖² = ‖GᵀQ_B‖² + ‖G·Q_A‖² − ‖Q_BᵀG·Q_A‖², counted as min(n_t, 4·n̄_(t−1))::
+    n_t is the norm of the two sides of the tangent gradient, n_t² = ‖G·Q_A‖² + ‖GᵀQ_B‖² in the orthonormal bases of the
+    factors, not whitened. It counts as min(n_t, 4·n̄_(t−1)) in::
 
         n̂_t = average of n_1, …, n_t with weights μ^(t−k),   n̄_t = their plain average
+
+    The rate is multiplied by φ = min(1, n̂/n̄): msign forgets the size of the gradient, so that a layer would go on at
+    the full rate where its gradient has all but vanished: a task that is learnt, a layer that is switched off, momentum
+    that runs out. The gradient is multiplied by κ = min(1, cap·n̄_(t−1)/n_t): one outlier would otherwise be all that
+    the momentum remembers for 1/(1−μ) steps, and the metric for 1/(1−β₂).
+
+    Args:
+        squares: n_t², (L,).
+        numbers: With `norms` and `cap`.
     """
     if numbers.norms is None:
-        return numbers.rate, None
-    g = spans.gradient()
-    squares = (g * (spans.gram @ g)).sum((-2, -1))
-    overlap = spans.halves(spans.along(g))[0].square().sum((-2, -1))
-    norm = (squares[: spans.layers] + squares[spans.layers :] - overlap).clamp_min(0).sqrt()
+        return None
+    norm = squares.clamp_min(0).sqrt()
     steps, recent, mean = numbers.norms.unbind(-1)
     # A layer that has had no gradient so far begins now.
-    begun, mu = mean >= LEAST_NORM, numbers.mu.flatten()
+    begun, mu, cap = mean >= LEAST_NORM, numbers.mu.flatten(), numbers.cap.flatten()
+    taken = torch.where(begun & (norm > cap * mean), cap * mean / norm, 1.0)
     norm = torch.where(begun, torch.minimum(norm, LARGEST * mean), norm)
     steps = torch.where(begun, steps + 1, 1.0)
     recent = mu * recent + (1 - mu) * norm
     mean = torch.where(begun, mean + (norm - mean) / steps, norm)
-    size = recent / (1 - mu**steps)
-    share = torch.where(mean >= LEAST_NORM, (size / mean).clamp(max=1.0), 0.0)
-    return numbers.rate * share[:, None, None], torch.stack([steps, recent, mean], -1)
+    share = torch.ones_like(mean)
+    if numbers.fades:
+        size = recent / (1 - mu**steps)
+        share = torch.where(mean >= LEAST_NORM, (size / mean).clamp(max=1.0), 0.0)
+    return Seen(taken[:, None, None], share[:, None, None], torch.stack([steps, recent, mean], -1))
+
+
+def _measured(spans: Spans, numbers: Numbers) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """Return φ·η·c (L, 1, 1), κ of both sides (2L, 1, 1) and the new t, n̂ and n̄."""
+    seen = numbers.seen
+    if seen is None:
+        seen = followed(spans.squares(), numbers) if numbers.norms is not None else None
+    if seen is None:
+        return numbers.rate, 1.0, None
+    return numbers.rate * seen.share, torch.cat([seen.taken] * 2), seen.norms
 
 
 def _polar(K: Tensor, dtype: torch.dtype) -> Tensor:

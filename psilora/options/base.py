@@ -23,17 +23,20 @@ class Options:
     A kind of step is a subclass, `class SomeOptions(Options, step="some")`, that adds what it alone has.
     """
 
-    #: The name of the kind; the metric that "auto" stands for; the defaults of ρ, γ and δ.
+    #: The name of the kind; the metric that "auto" stands for; the defaults of ρ, γ and δ; steps before the first
+    #: balancing of the factors.
     step: ClassVar[str]
     automatic_metric: ClassVar[str | None]
     default_prox: ClassVar[float]
     default_power: ClassVar[float]
     default_damping: ClassVar[float]
+    burn_in: ClassVar[int] = 0
 
     lr: float | Tensor
     num_iters: int = 1
     momentum: float = 0.9
     dampening: float | None = None
+    balance: bool = True
     prox: float | None = None
     weight_decay: float = 0.0
     metric: str | None = None
@@ -67,6 +70,7 @@ class Options:
         if not (is_real(self.delta) and math.isfinite(self.delta) and self.delta > 0):
             raise ValueError(f"Invalid damping={self.damping!r}. Must be finite and > 0.")
         flag("maximize", self.maximize)
+        flag("balance", self.balance)
         one_of("first", self.first, ("A", "B"))
 
     @staticmethod
@@ -122,6 +126,11 @@ class Options:
         return None if self.metric is None else METRIC_ROWS[self.metric]
 
     @property
+    def on_factors(self) -> bool:
+        """Whether the momentum is that of the factors' own gradients, whose size follows the other factor's."""
+        return False
+
+    @property
     def statistics(self) -> str | None:
         """What the metric is made from: "kfac", "shampoo" or "lora"; None without one."""
         return None if self.metric is None else METRIC_ROWS[self.metric].statistics
@@ -161,6 +170,7 @@ class Options:
             self.num_iters,
             self.first,
             self.momentum > 0,
+            self.balance,
             self.metric,
             self.maximize,
             self.weight_decay > 0,

@@ -20,6 +20,8 @@ class GradientOptions(Options, step="gradient"):
     default_prox: ClassVar[float] = 1e-2
     default_power: ClassVar[float] = 0.5
     default_damping: ClassVar[float] = 1e-5
+    #: B starts at 0 and is small at first as published; λ weighs both factors alike, so the split has a part in all.
+    burn_in: ClassVar[int] = 16
 
     solver: str = "als"
     momentum_rank: int | None = None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from psilora.options.base import Options
-from psilora.options.checks import flag
+from psilora.options.checks import flag, is_real
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,36 @@ class SpectralOptions(Options, step="spectral"):
     nesterov: bool = True
     joint: bool = True
     fade: bool = True
+    cap: float | None = 4.0
 
     def __post_init__(self) -> None:
         for name in ("nesterov", "joint", "fade"):
             flag(name, getattr(self, name))
         if not self.joint and self.metric is not None:
             raise ValueError(f"Invalid metric={self.metric!r}. Must be None with joint=False.")
+        if self.cap is not None and not (is_real(self.cap) and self.cap >= 1):
+            raise ValueError(f"Invalid cap={self.cap!r}. Must be >= 1 or None.")
         super().__post_init__()
+
+    @property
+    def largest(self) -> float:
+        """The largest gradient norm that is taken as it is, in units of the mean."""
+        return math.inf if self.cap is None else self.cap
+
+    @property
+    def follows(self) -> bool:
+        """Whether the norms of the gradients are followed, to fade or to cap."""
+        return self.fade or self.cap is not None
+
+    @property
+    def on_factors(self) -> bool:
+        """See `Options`."""
+        return not self.joint
 
     @property
     def structure(self) -> tuple[object, ...]:
         """See `Options`."""
-        return (*super().structure, self.nesterov, self.joint, self.fade)
+        return (*super().structure, self.nesterov, self.joint, self.fade, self.follows)
 
     def rank_of_momentum(self, rank: int, d_out: int, d_in: int) -> int:
         """Return 2r, in which the momentum of both factors' gradients is exact; r with joint=False."""

@@ -89,10 +89,11 @@ class SlopeController:
         old = self.numbers(state)
         new, self._new = self._new.clone(), None
         new[NUMBERS.index("p0")] = slope(problems, changes, clip, old.device)
+        kept_changes = [pair for bucket in buckets for pair in _balanced(bucket)]
         moved = {id(problem.pair) for problem in problems}
         kept = [state["change"] for problem in problems for state in (problem.state_B, problem.state_A)]
         idle = [state[p]["change"] for q in self.pairs if id(q) not in moved for p in (q.lora_A, q.lora_B)]
-        sources = [t.view(k.shape) for k, t in zip(kept, itertools.chain(*changes), strict=True)]
+        sources = [t.view(k.shape) for k, t in zip(kept, itertools.chain(*kept_changes), strict=True)]
         sources += [torch.zeros_like(t) for t in idle]  # without a gradient they stayed where they are
         copies = [*_where(ok, [*kept, *idle], sources), ([old], [torch.where(ok, new, old)])]
 
@@ -101,6 +102,14 @@ class SlopeController:
                 torch._foreach_copy_(targets, values)
 
         return write
+
+
+def _balanced(bucket: Bucket) -> list[tuple[Tensor, Tensor]]:
+    """The increments (ΔB, ΔA) of a bucket as the factors that it commits have made them; see `psilora.steps.gauge`."""
+    changes, shifts = bucket.increments(), bucket.shifts
+    if shifts is None:
+        return changes
+    return [(torch.ldexp(B, -k), torch.ldexp(A, k)) for (B, A), k in zip(changes, shifts.unbind(), strict=True)]
 
 
 def slope(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from psilora.steps import gauge
 from psilora.steps.problem import Problem
 
 
@@ -23,7 +25,7 @@ class Update:
         momentum_B, momentum_A, metric_B, metric_A: New state, or None where there is none.
         repaired: Number of r×r solves with a repaired pivot, 0-d int64.
         rest_B, rest_A: New state of a low-rank metric beside the above, or None.
-        norms: New state of a spectral step's fading (L, 3), or None.
+        norms: New state of a spectral step's gradient norms (L, 3), or None.
     """
 
     problems: list[Problem]
@@ -42,6 +44,12 @@ class Update:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
         return list(zip(self.step_B, self.step_A, strict=True))
 
+    @functools.cached_property
+    def shifts(self) -> Tensor | None:
+        """See `Computed`."""
+        moved = (self.step_B != 0).flatten(1).any(1) | (self.step_A != 0).flatten(1).any(1)
+        return gauge.shifts(self.problems, moved)
+
     def tensors(self) -> list[Tensor]:
         """The floating tensors that will be written."""
         steps, momentum = (self.step_B, self.step_A), (self.momentum_B, self.momentum_A)
@@ -51,29 +59,43 @@ class Update:
     def stage(self, ok: Tensor) -> list[Callable[[], object]]:
         """See `Computed`. Memory is asked for here and not by the writing, so that a lack of it leaves none written."""
         problems = self.problems
-        here = ok.to(self.step_A.device)
+        here, shifts = ok.to(self.step_A.device), self.shifts
+        if shifts is not None and here.device.type == "cpu" and not bool(shifts.any()):
+            shifts = None
         writes: list[Callable[[], object]] = []
-        for step, parameters in (
-            (self.step_A, [p.pair.lora_A for p in problems]),
-            (self.step_B, [p.pair.lora_B for p in problems]),
+        for step, parameters, sign in (
+            (self.step_A, [p.pair.lora_A for p in problems], 1),
+            (self.step_B, [p.pair.lora_B for p in problems], -1),
         ):
+            targets = [p.detach() for p in parameters]
             # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
             negated = 0.0 - step
             if here.device.type != "cpu":  # there `stage` has looked already
                 negated = torch.where(here, negated, 0.0)
+            write: Callable[..., object] = torch._foreach_sub_
+            new = negated
+            if shifts is not None:
+                old = torch.stack([t.flatten(1) for t in targets])
+                power = (sign * shifts * here)[:, None, None]
+                write = torch._foreach_copy_
+                new = torch.ldexp((old.to(negated.dtype) - negated).to(old.dtype), power)
             # Layers of one bucket share the matrix's shape, not the parameter's: kernels stand beside linears' weights.
-            shaped = [matrix.view(p.shape) for matrix, p in zip(negated.unbind(0), parameters, strict=True)]
-            writes.append(partial(torch._foreach_sub_, [p.detach() for p in parameters], shaped))
+            shaped = [matrix.view(p.shape) for matrix, p in zip(new.unbind(0), parameters, strict=True)]
+            writes.append(partial(write, targets, shaped))
+        momentum_B, momentum_A = self.momentum_B, self.momentum_A
+        if shifts is not None and momentum_B is not None and momentum_A is not None and problems[0].options.on_factors:
+            momentum_B = torch.ldexp(momentum_B, shifts[:, None, None])
+            momentum_A = torch.ldexp(momentum_A, -shifts[:, None, None])
         for name, new_B, new_A in (
-            ("momentum", self.momentum_B, self.momentum_A),
+            ("momentum", momentum_B, momentum_A),
             ("metric", self.metric_B, self.metric_A),
             ("metric_rest", self.rest_B, self.rest_A),
             ("norms", self.norms, None),
         ):
-            for states, new in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
-                if new is not None:
+            for states, found in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
+                if found is not None:
                     targets = [state[name] for state in states]
-                    chosen = new if ok.device.type == "cpu" else torch.where(ok, new, torch.stack(targets))
+                    chosen = found if ok.device.type == "cpu" else torch.where(ok, found, torch.stack(targets))
                     writes.append(partial(torch._foreach_copy_, targets, list(chosen.unbind(0))))
         steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
         return [*writes, partial(torch._foreach_add_, steps, here.to(steps[0]))]
@@ -91,6 +113,11 @@ class Computed(Protocol):
     @property
     def repaired(self) -> Tensor:
         """Number of r×r solves with a repaired pivot, 0-d int64."""
+        ...
+
+    @property
+    def shifts(self) -> Tensor | None:
+        """The k of each layer, whose factors are committed as (B·2⁻ᵏ, 2ᵏ·A), or None; see `psilora.steps.gauge`."""
         ...
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
@@ -115,6 +142,11 @@ class Bucket:
 
     problems: list[Problem]
     update: Computed
+
+    @property
+    def shifts(self) -> Tensor | None:
+        """The k of each layer, whose factors are committed as (B·2⁻ᵏ, 2ᵏ·A), or None; see `psilora.steps.gauge`."""
+        return self.update.shifts
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem, as they will be added to the parameters."""

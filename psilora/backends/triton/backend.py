@@ -20,6 +20,7 @@ from psilora.backends.triton.gradient.plan import Layer, Structure
 from psilora.backends.triton.launch import PADDED_RANKS
 from psilora.options import GradientOptions, SpectralOptions
 from psilora.runtime import capturing
+from psilora.steps import gauge
 from psilora.steps.problem import Problem, Scales
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ def layer_of(problem: Problem) -> Layer:
             decay=o.weight_decay > 0,
             exact=problem.exact,
             reuse=not (problem.exact and low),
+            balance=o.balance,
         ),
         pair.lora_A.dtype,
         pair.lora_B.dtype,
@@ -158,11 +160,19 @@ class Execution:
 
     def stage(self, ok: Tensor) -> list[Callable[[], object]]:
         """See `psilora.steps.update.Computed`."""
-        return [functools.partial(self.commit, ok.to(self.problems[0].pair.lora_A.device))]
+        return [functools.partial(self.commit, ok.to(self.problems[0].pair.lora_A.device), self.shifts)]
 
-    def commit(self, ok: Tensor) -> None:
-        """Write parameters and state where `ok`, a 0-d bool on the same device, holds."""
-        self._run.commit(self._index, ok)
+    @functools.cached_property
+    def shifts(self) -> Tensor | None:
+        """See `psilora.steps.update.Computed`."""
+        return gauge.shifts(self.problems, self._run.moved(self._index), self._run.squares(self._index))
+
+    def commit(self, ok: Tensor, shifts: Tensor | None) -> None:
+        """Write parameters and state where `ok`, a 0-d bool on the same device, holds.
+
+        `shifts`, (L,) int32, balances the factors that are written; see `psilora.steps.gauge`.
+        """
+        self._run.commit(self._index, ok, shifts)
 
 
 def compute(problems: Sequence[Problem], scales: Scales, backends: Backends | None = None) -> list[Computed]:

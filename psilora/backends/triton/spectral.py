@@ -16,7 +16,16 @@ import torch
 from torch import Tensor
 
 from psilora.backends.triton.launch import device_rates, tile_map
-from psilora.lowrank.spectral import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
+from psilora.lowrank.spectral import (
+    Coefficients,
+    Numbers,
+    Roots,
+    Seen,
+    factor_step,
+    followed,
+    mean_diagonal,
+    spectral_step,
+)
 from psilora.options import SpectralOptions
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.spectral.reference import factor_ridge, rate_factor
@@ -26,7 +35,7 @@ from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, padded, partial_buffers
 
 # Columns of the numbers after those that the kernels read (span.BETA, DAMPING, POWER).
-MU, FRESH, DECAY, RIDGE, FACTOR, ROOT, SIGN, RATE = range(3, 11)
+MU, FRESH, DECAY, RIDGE, FACTOR, ROOT, SIGN, RATE, CAP = range(3, 12)
 
 
 class SpectralRun:
@@ -40,7 +49,7 @@ class SpectralRun:
         pairs = [p.pair for p in problems]
         self.rank, self.count, self.device = pairs[0].rank, len(pairs), pairs[0].lora_A.device
         options = SpectralOptions.of(problems[0].options)
-        self.metric, self.joint, self.fade = options.metric is not None, options.joint, options.fade
+        self.metric, self.joint, self.follows = options.metric is not None, options.joint, options.follows
         self.own = 0 if options.momentum == 0 else 2 if self.joint else 1  # blocks of r rows of the momentum
         self.kinds = (spectral_gram.PLAIN, spectral_gram.SINGLE, spectral_gram.FULL)[self.own]
         self.sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
@@ -97,11 +106,13 @@ class SpectralRun:
             clip = numbers[:, SIGN]
             if scales.clip is not None:
                 clip = clip * scales.clip.to(self.device, torch.float64)
+            self.old_norms = torch.stack([p.state_B["norms"] for p in problems]) if self.follows else None
             inverse = self._moments(numbers, clip)
             grams, scale, spread_by = self._grams(numbers, clip, inverse)
             step = spectral_step if self.joint else factor_step
-            self.old_norms = torch.stack([p.state_B["norms"] for p in problems]) if self.fade else None
-            found = step(grams[1], grams[0], self._settings(numbers))
+            settings = self._settings(numbers)
+            settings.seen = self.seen
+            found = step(grams[1], grams[0], settings)
             self.new_norms = found.norms
             self.coefficients = self._folded(found, scale, spread_by)
             self.info = found.repaired
@@ -157,6 +168,7 @@ class SpectralRun:
             row[MU], row[FRESH], row[DECAY], row[RIDGE] = o.momentum, 1 - o.tau, o.weight_decay, factor_ridge(p)
             row[FACTOR], row[ROOT] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank), math.sqrt(p.pair.scaling)
             row[SIGN], row[RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr
+            row[CAP] = SpectralOptions.of(o).largest
             scalar[layout.ROOT.value] = row[ROOT]
 
     def _settings(self, numbers: Tensor) -> Numbers:
@@ -178,6 +190,8 @@ class SpectralRun:
             num_iters=options.num_iters,
             first=options.first,
             dtype=torch.float32,
+            fades=options.fade,
+            cap=columns[CAP],
             norms=self.old_norms,
         )
 
@@ -189,6 +203,8 @@ class SpectralRun:
 
     def _moments(self, numbers: Tensor, clip: Tensor) -> Tensor:
         """Update the metric; return 1/mean(D) per layer and side, (L, 2), negative where the weights are 1."""
+        self.seen: Seen | None = None
+        self.traces: Tensor | None = None
         if not self.metric:
             return torch.ones(self.count, 2, dtype=torch.float64, device=self.device)
         alone = self.partials.new_empty(len(self.tiles), spectral_gram.ALONE, self.padded, self.padded)
@@ -206,6 +222,23 @@ class SpectralRun:
         mean = self._means().mT
         return torch.where(frozen, -1.0, 1 / torch.where(mean == 0, 1.0, mean)).contiguous()
 
+    def _launch_moments(self, numbers: Tensor, roots: Tensor, frozen: Tensor) -> None:
+        spectral_gram.moments(
+            self.addresses.device, numbers, self.dims, self.tiles, roots.contiguous(), frozen.view(torch.uint8),
+            self.sums,
+        )  # fmt: skip
+
+    def _taken(self, numbers: Tensor, roots: Tensor, frozen: Tensor) -> Tensor | float:
+        """κ (L, 1, 1), and what else the gradient's size means in `seen`, from its second moments alone."""
+        if not self.follows:
+            return 1.0
+        alone = numbers.clone()
+        alone[:, spectral_gram.BETA.value] = 0
+        self._launch_moments(alone, roots, torch.zeros_like(frozen))
+        squares = self.rank * (self._means() * self.widths).sum(0)
+        self.seen = followed(squares, self._settings(numbers))
+        return 1.0 if self.seen is None else self.seen.taken
+
     def _launch_span(self, out: Tensor, *, metric: bool, inverse: Tensor | None = None) -> None:
         spectral_gram.span(
             self.addresses.device, self.numbers.device.view(torch.float64), self.dims, self.tiles,
@@ -216,6 +249,8 @@ class SpectralRun:
         """Γ (2, L, n, n) of the whitened blocks of sides A and B, their scales (2, L, n), and w/√v (2, L)."""
         self._launch_span(self.partials, metric=self.metric, inverse=inverse)
         grams = spectral_gram.summed(self.partials, self.parts, self.places[self.kinds], self.rank)
+        if not self.metric:
+            self.traces = grams.diagonal(dim1=-2, dim2=-1)[..., : self.rank].sum(-1)
         root = numbers[:, ROOT]
         c = self._means().rsqrt() if self.metric else torch.ones_like(self.widths)
         blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
@@ -244,13 +279,21 @@ class SpectralRun:
         """√s times the increments of A, and those of B as rows (r, d_out)."""
         return self.steps[0], self.steps[1]
 
-    def commit(self, index: int, ok: Tensor) -> None:
+    def moved(self, index: int) -> Tensor:
+        """(L,) bool: whether any coefficient of an increment is not zero."""
+        return (self.coefficients[:, :, : self.rank] != 0).flatten(2).any(2).any(0)
+
+    def squares(self, index: int) -> Tensor | None:
+        """‖A‖² and ‖B‖² before the step, (2, L)."""
+        return self.traces
+
+    def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit."""
         pair = self.problems[0].pair
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
             commit_kernels.commit(
                 self.addresses.device, self.scalars.device.view(torch.float32), self.dims, self.tiles,
-                self.no_grams, ok.view(torch.uint8), self.no_grams,
+                self.no_grams, ok.view(torch.uint8), self.no_grams, shifts=shifts, ON_FACTORS=not self.joint,
                 A_TYPE=TRITON_DTYPES[pair.lora_A.dtype], B_TYPE=TRITON_DTYPES[pair.lora_B.dtype],
                 HAS_MOMENTUM=self.own > 0, HAS_METRIC=self.metric, OWN=max(self.own, 1),
                 EMIT_A=False, EMIT_B=False, MASK_A=0, MASK_B=0,

@@ -74,7 +74,9 @@ def reference_steps(
             yield from products.take(turn, advance_weight=options.num_iters > 0)
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
-    momentum_B, momentum_A = (None, None) if memory is None else _remembered(memory, options.num_iters)
+    momentum_B, momentum_A = (
+        (None, None) if memory is None else _remembered(memory, options.balance and options.num_iters <= BALANCED_ITERS)
+    )
     return Update(
         problems=list(problems),
         step_B=weight.step_B.div_(batch.root),
@@ -89,10 +91,10 @@ def reference_steps(
     )
 
 
-def _remembered(memory: Projection, num_iters: int) -> tuple[Tensor, Tensor]:
+def _remembered(memory: Projection, balanced: bool) -> tuple[Tensor, Tensor]:
     """The new momentum, with its factors in balance where that is due."""
     B, A = memory.B, memory.A
-    if num_iters <= BALANCED_ITERS:
+    if balanced:
         if memory.gram_B is None or memory.gram_A is None:
             raise RuntimeError("a LoRSum ended before both factors had a turn")
         size_B, size_A = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (memory.gram_B, memory.gram_A))

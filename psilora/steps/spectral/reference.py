@@ -7,13 +7,22 @@ is itself a low-rank term, which LoRSum adds to the weight. Works on √s-scaled
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from psilora.lowrank.spectral import Coefficients, Numbers, Roots, factor_step, mean_diagonal, spectral_step
+from psilora.lowrank.spectral import (
+    Coefficients,
+    Numbers,
+    Roots,
+    Seen,
+    factor_step,
+    followed,
+    mean_diagonal,
+    spectral_step,
+)
 from psilora.options import SpectralOptions
 from psilora.steps.batch import Batch
 from psilora.steps.problem import Problem, Scales
@@ -81,7 +90,7 @@ class Span:
 
         D_B ← average of the row means of (d_B·R_A)², D_A ← of the column means of (R_B·d_A)², R = (gram)^−½; then
         w = (D/mean(D) + δ)^(γ/2), scaled to a mean square of 1. The state is √D: the squares of gradients at 1e-30
-        would be lost in fp32. While B = 0, D_A waits and w_A = 1.
+        would be lost in fp32. While B = 0, D_A waits and w_A = 1. An outlier enters as `followed` has it.
         """
         batch, ridge = self.batch, self.numbers.ridge
         wide_B, wide_A = batch.B.double(), batch.A.double()
@@ -91,6 +100,10 @@ class Span:
         old_B, old_A = (old[:, :, None].double() for old in batch.states("metric"))
         new_B = (batch.right @ T_A).double().square().mean(-1, keepdim=True)
         new_A = (batch.left.mT @ T_B).double().square().mean(-1, keepdim=True)
+        squares = batch.B.shape[-1] * (new_B.sum((1, 2)) + new_A.sum((1, 2)))
+        self.numbers.seen = seen = followed(squares, self.numbers)
+        if seen is not None:
+            new_B, new_A = new_B * seen.taken.square(), new_A * seen.taken.square()
         D_B, D_A = (beta * old.square() + (1 - beta) * new for old, new in ((old_B, new_B), (old_A, new_A)))
         at_zero = mean_diagonal(gram_B) == 0
         D_A = torch.where(at_zero, old_A.square(), D_A)
@@ -164,18 +177,24 @@ def _numbers(batch: Batch) -> Numbers:
         num_iters=options.num_iters,
         first=options.first,
         dtype=batch.dtype,
-        norms=torch.stack([p.state_B["norms"] for p in problems]) if options.fade else None,
+        fades=options.fade,
+        cap=batch.column([SpectralOptions.of(p.options).largest for p in problems]).double(),
+        norms=torch.stack([p.state_B["norms"] for p in problems]) if options.follows else None,
     )
 
 
 #: The tensors of `Numbers`.
-_JOINED = ("mu", "fresh", "rate", "decay", "ridge", "norms")
+_JOINED = ("mu", "fresh", "rate", "decay", "ridge", "cap", "norms")
 
 
 def _joined(numbers: Sequence[Numbers]) -> Numbers:
     """The settings of several batches, one after the other."""
     tensors = {name: [getattr(n, name) for n in numbers] for name in _JOINED}
     joined: dict[str, Any] = {name: torch.cat(values) for name, values in tensors.items() if values[0] is not None}
+    seen = [n.seen for n in numbers if n.seen is not None]
+    if seen:
+        names = [field.name for field in fields(Seen)]
+        joined["seen"] = Seen(*(torch.cat([getattr(part, name) for part in seen]) for name in names))
     return replace(numbers[0], **joined)
 
 

@@ -30,8 +30,9 @@ FACTOR, FLOOR = 2.0, 2e-6
 
 
 def spectral_problem(
-    shape: tuple[int, int, int], *, dtype: torch.dtype = FP32, gradient_dtype: torch.dtype = FP32, **settings: Any
-) -> Problem:
+    shape: tuple[int, int, int], *, dtype: torch.dtype = FP32, gradient_dtype: torch.dtype = FP32,
+    outlier: bool = False, **settings: Any,
+) -> Problem:  # fmt: skip
     """A pair in the middle of training: `.grad` of 4·r random rows, a momentum of rank 2r (r apart) and a metric."""
     problem = make_problem(
         shape,
@@ -46,8 +47,9 @@ def spectral_problem(
         rank = 2 * shape[2] if problem.options.joint else shape[2]
         problem.state_B["momentum"] = torch.randn(shape[0], rank, device=DEVICE) / shape[0] ** 0.5
         problem.state_A["momentum"] = torch.randn(rank, shape[1], device=DEVICE) * problem.dB.float().norm()
-    if problem.options.fade:  # three steps so far, whose gradients fell: the next is not a full one either
+    if problem.options.follows:  # three steps so far, whose gradients fell: the next is not a full one either
         norm = float(problem.dB.float().norm() / problem.pair.A.float().norm())
+        norm *= 0.02 if outlier else 1.0
         problem.state_B["norms"] = torch.tensor([3.0, 0.2 * norm, 5 * norm], dtype=FP64, device=DEVICE)
     return problem
 
@@ -72,7 +74,10 @@ CASES: list[Any] = [
     ([(33, 17, 1)], {"num_iters": 2, "first": "B", "dampening": 0.5}),
     ([(64, 80, 20)], {"metric": "lora", "num_iters": 0, "nesterov": False, "maximize": True}),
     ([(24, 40, 6)], {"momentum": 0.0}),
-    ([(24, 40, 6)], {"fade": False}),
+    ([(24, 40, 6)], {"fade": False, "cap": None}),
+    ([(24, 40, 6)], {"fade": False, "metric": "lora"}),
+    ([(24, 40, 6)], {"cap": 1.0, "outlier": True}),
+    ([(24, 40, 6), (40, 33, 6)], {"cap": 1.0, "outlier": True, "metric": "lora"}),
     ([(24, 40, 6)], {"momentum": 0.0, "metric": "lora"}),
     ([(24, 40, 6)], {"dtype": BF16, "prox": 1e-4}),
     ([(24, 40, 6)], {"dtype": BF16, "gradient_dtype": BF16, "metric": "lora", "prox": 1e-4}),
@@ -99,7 +104,7 @@ def test_updates_agree_with_the_float64_reference(shapes: list[tuple[int, int, i
     assert len(executions) == len({shape[2] for shape in shapes}), "layers of one rank share their launches"
     for execution in executions:
         assert int(execution.repaired) == 0
-        execution.commit(torch.ones((), dtype=torch.bool, device=DEVICE))
+        execution.commit(torch.ones((), dtype=torch.bool, device=DEVICE), None)
     for problem, want, usual, (A, B) in zip(problems, exact, plain, old, strict=True):
         step_B, step_A = ours[id(problem)]
         found = {"B": (step_B, usual.step_B[0], want.step_B[0]), "A": (step_A, usual.step_A[0], want.step_A[0])}

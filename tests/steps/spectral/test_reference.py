@@ -40,12 +40,14 @@ def root(gram: Tensor) -> Tensor:
 def spectral_literal(
     B: Tensor, A: Tensor, d_B: Tensor, d_A: Tensor, memory: dict[str, Any], lr: float, *, mu: float = 0.9,
     nesterov: bool = True, metric: str | None = None, beta: float = 0.99, delta: float = 1e-2, gamma: float = 1.0,
-    wd: float = 0.0, num_iters: int = 1, first: str = "A", fade: bool = True,
+    wd: float = 0.0, num_iters: int = 1, first: str = "A", fade: bool = True, cap: float | None = 4.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition, with dense matrices: M (d_out, d_in) is kept whole and projected, T is decomposed by an SVD."""
     (d_out, _), d_in = B.shape, A.shape[1]
     at_zero = bool((B == 0).all())
     w_B, w_A = torch.ones(d_out, 1, dtype=F64), torch.ones(1, d_in, dtype=F64)
+    kappa, phi = measured(memory, (d_B @ root(A @ A.T)).norm(), (root(B.T @ B) @ d_A).norm(), mu, fade, cap)
+    d_B, d_A = kappa * d_B, kappa * d_A
     if metric:
         new_B, new_A = (d_B @ root(A @ A.T)).square().mean(1), (root(B.T @ B) @ d_A).square().mean(0)
         memory["D_B"] = beta * memory.get("D_B", 0) + (1 - beta) * new_B
@@ -63,9 +65,7 @@ def spectral_literal(
     memory["M"] = w_B * (Q_B @ m_A + (m_B - P_B @ m_B) @ Q_A) * w_A
     h_B, h_A = (mu * m_B + (1 - mu) * g_B, mu * m_A + (1 - mu) * g_A) if nesterov else (m_B, m_A)
     sign = msign(Q_B @ h_A + (h_B - P_B @ h_B) @ Q_A)
-    rate = lr * math.sqrt(8 / A.shape[0] * max(d_out, d_in) / min(d_out, d_in))
-    if fade:
-        rate *= faded(memory, float((Q_B @ g_A + (g_B - P_B @ g_B) @ Q_A).norm()), mu)
+    rate = phi * lr * math.sqrt(8 / A.shape[0] * max(d_out, d_in) / min(d_out, d_in))
     if at_zero:  # LoRSum's B-turn alone: its A-turn divides by BᵀB
         B = -rate * sign @ A.T @ torch.linalg.inv(A @ A.T)
     else:
@@ -75,13 +75,17 @@ def spectral_literal(
     return B / w_B, A / w_A
 
 
-def faded(memory: dict[str, Any], norm: float, mu: float) -> float:
-    """φ = min(1, n̂/n̄), from all norms so far."""
+def measured(
+    memory: dict[str, Any], side_B: Tensor, side_A: Tensor, mu: float, fade: bool, cap: float | None
+) -> tuple[float, float]:
+    """κ and φ, from the norms ‖G·Q_A‖ and ‖Q_BᵀG‖ and all norms so far."""
+    norm = math.hypot(float(side_B), float(side_A))
     norms: list[float] = memory.setdefault("norms", [])
+    kappa = min(1.0, cap * sum(norms) / len(norms) / norm) if norms and cap is not None else 1.0
     norms.append(min(norm, 4 * sum(norms) / len(norms)) if norms else norm)
     weights = [mu**k for k in reversed(range(len(norms)))]
     recent = sum(w * n for w, n in zip(weights, norms, strict=True)) / sum(weights)
-    return min(1.0, recent / (sum(norms) / len(norms)))
+    return kappa, min(1.0, recent / (sum(norms) / len(norms))) if fade else 1.0
 
 
 def one_layer(d_out: int, d_in: int, rank: int, alpha: float, std: float = 0.3) -> LoRALinear:
@@ -100,20 +104,21 @@ def one_layer(d_out: int, d_in: int, rank: int, alpha: float, std: float = 0.3) 
     mu=st.sampled_from([0.0, 0.6]),
     nesterov=st.booleans(),
     fade=st.booleans(),
+    cap=st.sampled_from([None, 1.0, 4.0]),
     wd=st.sampled_from([0.0, 0.3]),
     alpha=st.sampled_from([1.0, 16.0]),
     B_zero=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_three_steps_match_the_formulas(
-    shape, rank, num_iters, first, metric, mu, nesterov, fade, wd, alpha, B_zero, seed
+    shape, rank, num_iters, first, metric, mu, nesterov, fade, cap, wd, alpha, B_zero, seed
 ) -> None:
     torch.manual_seed(seed)
     layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
     lr, beta, delta, gamma = 0.1, 0.8, 0.05, 0.7
     optimizer = bare(
         layer, lr, step="spectral", num_iters=num_iters, first=first, metric=metric, momentum=mu, nesterov=nesterov,
-        fade=fade, weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma, prox=0.0,
+        fade=fade, cap=cap, weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma, prox=0.0,
     )  # fmt: skip
     s = layer.scaling**0.5
     B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s
@@ -125,7 +130,7 @@ def test_three_steps_match_the_formulas(
         d_B, d_A = layer.lora_B.weight.grad / s, layer.lora_A.weight.grad / s
         B, A = spectral_literal(
             B, A, d_B, d_A, memory, lr, mu=mu, nesterov=nesterov and mu > 0, metric=metric, beta=beta, delta=delta,
-            gamma=gamma, wd=wd, num_iters=num_iters, first=first, fade=fade,
+            gamma=gamma, wd=wd, num_iters=num_iters, first=first, fade=fade, cap=cap,
         )  # fmt: skip
         for factor in (B, A):
             sigma = torch.linalg.svdvals(factor)
@@ -152,20 +157,22 @@ def test_three_steps_match_the_formulas(
     mu=st.sampled_from([0.0, 0.6]),
     nesterov=st.booleans(),
     fade=st.booleans(),
+    cap=st.sampled_from([None, 1.0, 4.0]),
     wd=st.sampled_from([0.0, 0.3]),
     alpha=st.sampled_from([1.0, 16.0]),
     B_zero=st.booleans(),
     seed=st.integers(0, 1000),
 )
 def test_steps_of_the_factors_by_themselves_match_their_formulas(
-    shape, rank, mu, nesterov, fade, wd, alpha, B_zero, seed
+    shape, rank, mu, nesterov, fade, cap, wd, alpha, B_zero, seed
 ) -> None:
     torch.manual_seed(seed)
     layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
     lr = 0.1
     optimizer = PSILoRA(
-        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, fade=fade, weight_decay=wd, prox=0.0
-    )
+        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, fade=fade, cap=cap, weight_decay=wd,
+        prox=0.0,
+    )  # fmt: skip
     s = layer.scaling**0.5
     m_B, m_A = torch.zeros(shape[0], rank, dtype=F64), torch.zeros(rank, shape[1], dtype=F64)
     full_rate, keep = 0.5 * lr * math.sqrt(8 / rank * max(shape) / min(shape)), math.sqrt(1 - lr * wd)
@@ -176,11 +183,11 @@ def test_steps_of_the_factors_by_themselves_match_their_formulas(
         x, y = torch.randn(20, shape[1], dtype=F64), torch.randn(20, shape[0], dtype=F64)
         (size * (layer(x) - y).square().mean()).backward()
         d_B, d_A = layer.lora_B.weight.grad / s, layer.lora_A.weight.grad / s
+        R_B, R_A = root(B.T @ B), root(A @ A.T)
+        kappa, phi = measured(memory, (d_B @ R_A).norm(), (R_B @ d_A).norm(), mu, fade, cap)
+        rate, d_B, d_A = phi * full_rate, kappa * d_B, kappa * d_A
         m_B, m_A = mu * m_B + (1 - mu) * d_B, mu * m_A + (1 - mu) * d_A
         h_B, h_A = (mu * m_B + (1 - mu) * d_B, mu * m_A + (1 - mu) * d_A) if nesterov and mu else (m_B, m_A)
-        R_B, R_A = root(B.T @ B), root(A @ A.T)
-        tangent = B @ R_B @ R_B @ d_A + (d_B - B @ R_B @ R_B @ B.T @ d_B) @ R_A @ R_A @ A
-        rate = full_rate * (faded(memory, float(tangent.norm()), mu) if fade else 1.0)
         want_B, want_A = keep * B - rate * msign(h_B @ R_A) @ R_A, keep * A
         if B.any():
             want_A = want_A - rate * R_B @ msign(R_B @ h_A)

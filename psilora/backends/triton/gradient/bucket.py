@@ -254,7 +254,7 @@ class BucketRun:
             HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None, EMIT=turn.emit, MASK=turn.grams,
         )  # fmt: skip
 
-    def launch_commit(self, scale: Tensor, ok: Tensor) -> None:
+    def launch_commit(self, scale: Tensor, ok: Tensor, shifts: Tensor | None) -> None:
         """Write parameters and state, and leave the Grams for the next step where they can last."""
         course, work, s = self.plan.course, self.workspace, self.structure
         a, b, _, _ = self._types()
@@ -262,7 +262,8 @@ class BucketRun:
         rows = course.rows if course.lasting else (False, False)
         commit_kernels.commit(
             *self._tables(), self.tiles, scale, ok.view(torch.uint8), work.stored_grams,
-            sizes=self.sizes, imbalance=IMBALANCE if s.momentum and s.num_iters <= BALANCED_ITERS else 0.0,
+            sizes=self.sizes, shifts=shifts,
+            imbalance=IMBALANCE if s.momentum and s.balance and s.num_iters <= BALANCED_ITERS else 0.0,
             A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
             EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
         )  # fmt: skip

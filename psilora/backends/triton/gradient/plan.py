@@ -35,6 +35,7 @@ class Structure:
     decay: bool = False
     exact: bool = True
     reuse: bool = True
+    balance: bool = True
 
 
 @dataclass(frozen=True)

@@ -90,10 +90,17 @@ class Run:
         steps_A, steps_B = self.buckets[index].workspace.steps
         return steps_A, steps_B
 
-    def commit(self, index: int, ok: Tensor) -> None:
+    def moved(self, index: int) -> Tensor:
+        """(L,) bool: whether a solve of the weight's projection had a right-hand side that is not zero."""
+        return self.buckets[index].busy[:, 0].any(0)
+
+    def squares(self, index: int) -> None:
+        """The squared norms of the factors are not kept."""
+
+    def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit of a bucket."""
         with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
-            self.buckets[index].launch_commit(self.scale, ok)
+            self.buckets[index].launch_commit(self.scale, ok, shifts)
 
 
 class Product:
