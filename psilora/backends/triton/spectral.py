@@ -215,10 +215,9 @@ class SpectralRun:
         roots = torch.stack([B.T.mT, A.T.mT]) * (clip[:, None, None] / root)
         zero = mean_diagonal(grams[1]).flatten() == 0
         frozen = torch.stack([zero, torch.zeros_like(zero)], 1)
-        spectral_gram.moments(
-            self.addresses.device, numbers, self.dims, self.tiles, roots.contiguous(), frozen.view(torch.uint8),
-            self.sums,
-        )  # fmt: skip
+        self.traces = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+        roots = roots * self._taken(numbers, roots, frozen)
+        self._launch_moments(numbers, roots, frozen)
         mean = self._means().mT
         return torch.where(frozen, -1.0, 1 / torch.where(mean == 0, 1.0, mean)).contiguous()
 

@@ -118,7 +118,8 @@ def test_three_steps_match_the_formulas(
     lr, beta, delta, gamma = 0.1, 0.8, 0.05, 0.7
     optimizer = bare(
         layer, lr, step="spectral", num_iters=num_iters, first=first, metric=metric, momentum=mu, nesterov=nesterov,
-        fade=fade, cap=cap, weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma, prox=0.0,
+        fade=fade, cap=cap, balance=False, weight_decay=wd, metric_beta=beta, damping=delta, metric_power=gamma,
+        prox=0.0,
     )  # fmt: skip
     s = layer.scaling**0.5
     B, A = layer.lora_B.weight.detach() * s, layer.lora_A.weight.detach() * s
@@ -170,8 +171,8 @@ def test_steps_of_the_factors_by_themselves_match_their_formulas(
     layer = one_layer(*shape, rank, alpha, 0.0 if B_zero else 0.3)
     lr = 0.1
     optimizer = PSILoRA(
-        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, fade=fade, cap=cap, weight_decay=wd,
-        prox=0.0,
+        layer, lr, step="spectral", joint=False, momentum=mu, nesterov=nesterov, fade=fade, cap=cap, balance=False,
+        weight_decay=wd, prox=0.0,
     )  # fmt: skip
     s = layer.scaling**0.5
     m_B, m_A = torch.zeros(shape[0], rank, dtype=F64), torch.zeros(rank, shape[1], dtype=F64)
