@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.variants import TARGETS, Variant
 
@@ -53,15 +54,15 @@ UNALIGNED = ["addresses_ptr", "scalars_ptr", "product_ptr", "flag_ptr", "info_pt
 
 # Kinds of Grams, as slots of the partials: F are the current rows, F₁ those before the step, F_s = F − F₁, F_m the
 # momentum's rows with start F_m1 and increment F_ms, L the rows of `.grad` (BᵀG, AGᵀ), M the metric of the side.
-WEIGHTED = tl.constexpr(0)  # F M Fᵀ
-WEIGHTED_STEP = tl.constexpr(1)  # F M F_sᵀ
-CROSS = tl.constexpr(2)  # F F_m1ᵀ
-OWN = tl.constexpr(3)  # F_m F_mᵀ
-OWN_STEP = tl.constexpr(4)  # F_m F_msᵀ
-START = tl.constexpr(5)  # F F₁ᵀ
-SLOPE = tl.constexpr(6)  # F Lᵀ
-OWN_START = tl.constexpr(7)  # F_m F₁ᵀ
-OWN_SLOPE = tl.constexpr(8)  # F_m Lᵀ
+WEIGHTED = tl.constexpr(slots.WEIGHTED)  # F M Fᵀ
+WEIGHTED_STEP = tl.constexpr(slots.WEIGHTED_STEP)  # F M F_sᵀ
+CROSS = tl.constexpr(slots.CROSS)  # F F_m1ᵀ
+OWN = tl.constexpr(slots.OWN)  # F_m F_mᵀ
+OWN_STEP = tl.constexpr(slots.OWN_STEP)  # F_m F_msᵀ
+START = tl.constexpr(slots.START)  # F F₁ᵀ
+SLOPE = tl.constexpr(slots.SLOPE)  # F Lᵀ
+OWN_START = tl.constexpr(slots.OWN_START)  # F_m F₁ᵀ
+OWN_SLOPE = tl.constexpr(slots.OWN_SLOPE)  # F_m Lᵀ
 
 #: Columns of a block, columns summed at a time, tiles of Grams added at a time, and warps, by padded rank.
 BLOCKS = {16: (32, 16, 4, 4), 32: (32, 16, 1, 8), 64: (32, 16, 1, 8), 128: (16, 16, 1, 8)}

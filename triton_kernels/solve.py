@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.factor import (
     BASE,
@@ -54,10 +55,10 @@ from psilora.triton_kernels.layout import (
 from psilora.triton_kernels.variants import FP32_UP_TO, SLOW_TARGET, Variant
 
 # Where a turn's product with the gradient comes from.
-NONE = tl.constexpr(0)
-KNOWN = tl.constexpr(1)  # `.grad` itself
-PRODUCT = tl.constexpr(2)  # partial sums left by stz
-TANGENT = tl.constexpr(3)  # P₁·L + P₂·F₁
+NONE = tl.constexpr(slots.NONE)
+KNOWN = tl.constexpr(slots.KNOWN)  # `.grad` itself
+PRODUCT = tl.constexpr(slots.PRODUCT)  # partial sums left by stz
+TANGENT = tl.constexpr(slots.TANGENT)  # P₁·L + P₂·F₁
 
 # Columns of the product block (int64): address of the partials (splits, d, columns), splits, columns.
 PRODUCT_BLOCK = tl.constexpr(3)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.layout import (
     ADDRESSES,
@@ -38,10 +39,10 @@ from psilora.triton_kernels.layout import (
 from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
 # Columns of the numbers (float64, one row per layer) that these kernels read; the rest is their caller's.
-BETA = tl.constexpr(0)
-DAMPING = tl.constexpr(1)
-POWER = tl.constexpr(2)
-NUMBERS = tl.constexpr(12)
+BETA = tl.constexpr(slots.BETA)
+DAMPING = tl.constexpr(slots.DAMPING)
+POWER = tl.constexpr(slots.POWER)
+NUMBERS = tl.constexpr(slots.NUMBERS)
 
 #: Pairs of blocks of [F, M₁, M₂, D] whose Grams are formed, in the order of the partials.
 PAIRS = ((0, 0), (0, 3), (3, 3), (0, 1), (1, 1), (1, 3), (0, 2), (1, 2), (2, 2), (2, 3))

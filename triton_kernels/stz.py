@@ -21,10 +21,10 @@ from psilora.triton_kernels.tables import (
     Launch,
     PointerTable,
     aligned_matrix,
-    block_rank,
     capability_of,
     fill_target,
     int32_table,
+    launch_key,
     members,
 )
 from psilora.triton_kernels.variants import Variant
@@ -278,18 +278,18 @@ class STZPlan(TokenSum):
         super().__init__({"s": s, "p": p}, layers, shapes, out, table)
         rows = ((*a.stride(), b.stride(0)) for a, b in zip(s, p, strict=True))
         self._item_dims = int32_table(rows, len(ITEM_DIMS), self.device)
-        groups: dict[tuple[torch.dtype, bool, bool, int], list[int]] = {}
+        groups: dict[tuple[torch.dtype, bool, object, int], list[int]] = {}
         for layer, ((_, k), items) in enumerate(zip(shapes, self._members, strict=True)):
             dtype = s[items[0]].dtype if items else torch.float32
             fast_s, fast_p = (all(aligned_matrix(t[i]) for i in items) for t in (s, p))
-            groups.setdefault((dtype, fast_s, fast_p, block_rank(k, fast_s)), []).append(layer)
+            groups.setdefault(launch_key(dtype, fast_s, fast_p, k), []).append(layer)
         launches = []
-        for (dtype, fast_s, fast_p, block_r), group in groups.items():
+        for (dtype, fast_s, aligned_p, block_r), group in groups.items():
             config = stz_config(dtype, fast_s, block_r, capability or capability_of(self.device))
             tiles = self._cut(group, config.block_n, config.block_d, block_r, programs or fill_target(self.device))
             tile_map = int32_table(tiles, len(TILES), self.device)
             inner = all(out is None or self.num_splits[o] > 1 or out[o].stride(1) == 1 for o in group)
-            constexprs = _constexprs(dtype, fast_s, fast_p, inner, block_r, config)
+            constexprs = _constexprs(dtype, fast_s, bool(aligned_p), inner, block_r, config)
             launches.append(Launch(_stz_kernel, tile_map, constexprs, config.num_warps, config.num_stages))
         self._complete(launches, out)
         self.bind(s, p, out)

@@ -164,6 +164,18 @@ def block_rank(rank: int, fast: bool = True) -> int:
     return min(padded(rank), 64 if fast else 32)
 
 
+def launch_key(dtype: torch.dtype, fast: bool, other: object, columns: int) -> tuple[torch.dtype, bool, object, int]:
+    """Return what items of `xv`, or layers of `stz`, must have in common to share a launch.
+
+    Args:
+        dtype: Of what is streamed: X of xv, S of stz.
+        fast: Whether it can be read 16 bytes at a time (`aligned_matrix`).
+        other: How the other operand can be read: the order of F, or whether P is aligned.
+        columns: k of the product.
+    """
+    return dtype, fast, other, block_rank(columns, fast)
+
+
 def aligned_matrix(matrix: Tensor) -> bool:
     """Whether rows of (n, d) can be read 16 bytes at a time: unit inner stride; base, row stride and d aligned."""
     unit = ALIGNMENT // matrix.element_size()

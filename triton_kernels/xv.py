@@ -21,12 +21,12 @@ from psilora.triton_kernels.tables import (
     Layouts,
     PointerTable,
     aligned_matrix,
-    block_rank,
     blocks,
     capability_of,
     common_device,
     fill_target,
     int32_table,
+    launch_key,
 )
 from psilora.triton_kernels.variants import Variant
 
@@ -296,10 +296,9 @@ def _f_order(f: Tensor) -> int:
 def _launches(
     x: Sequence[Tensor], f: Sequence[Tensor], device: torch.device, programs: int, capability: int
 ) -> list[Launch]:
-    groups: dict[tuple[torch.dtype, bool, int, int], list[int]] = {}
+    groups: dict[tuple[torch.dtype, bool, object, int], list[int]] = {}
     for i, (a, b) in enumerate(zip(x, f, strict=True)):
-        fast = aligned_matrix(a)
-        key = (a.dtype, fast, _f_order(b), block_rank(b.shape[0], fast))
+        key = launch_key(a.dtype, aligned_matrix(a), _f_order(b), b.shape[0])
         groups.setdefault(key, []).append(i)
     launches = []
     for (dtype, fast, order, block_r), members in groups.items():
@@ -320,7 +319,7 @@ def _launches(
     return launches
 
 
-def _constexprs(dtype: torch.dtype, fast: bool, order: int, block_r: int, config: XVConfig) -> dict[str, object]:
+def _constexprs(dtype: torch.dtype, fast: bool, order: object, block_r: int, config: XVConfig) -> dict[str, object]:
     return {
         "X_DTYPE": TRITON_DTYPES[dtype],
         "X_UNIT": 16 // dtype.itemsize if fast else 0,

@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from psilora.backends.triton.gradient import plan
-from psilora.backends.triton.gradient.plan import Layer, Structure
 from psilora.backends.triton.launch import PADDED_RANKS
 from psilora.options import GradientOptions, SpectralOptions
 from psilora.runtime import capturing
@@ -25,6 +23,7 @@ from psilora.steps.problem import Problem, Scales
 
 if TYPE_CHECKING:
     from psilora.backends.triton.gradient.bucket import Workspace
+    from psilora.backends.triton.gradient.plan import Layer
     from psilora.backends.triton.gradient.ritz import Products, RitzUpdate
     from psilora.backends.triton.gradient.run import Run
     from psilora.backends.triton.spectral import SpectralRun
@@ -99,6 +98,8 @@ def _ritz(problem: Problem) -> bool:
 
 def layer_of(problem: Problem) -> Layer:
     """Return what the plan knows of a problem."""
+    from psilora.backends.triton.gradient.plan import Layer, Structure
+
     o, pair = GradientOptions.of(problem.options), problem.pair
     low = min(problem.dA.element_size(), problem.dB.element_size()) < 4
     chunks = problem.record.chunks if problem.record is not None else []
@@ -242,6 +243,7 @@ class Backend:
             self._captured.append(run)
 
     def _gradient_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+        from psilora.backends.triton.gradient import plan
         from psilora.backends.triton.gradient.bucket import Workspace
         from psilora.backends.triton.gradient.run import Run
 

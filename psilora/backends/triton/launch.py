@@ -1,12 +1,15 @@
-"""What every launch shares: how columns are cut into tiles, and learning rates on the device."""
+"""What every launch shares: the cut of columns into tiles, rates on the device, the device, what a commit writes."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from psilora.steps.problem import Problem
 
 #: Ranks to which a layer's rank (or its momentum's, if larger) is padded; larger ranks are left to the reference.
 PADDED_RANKS = (16, 32, 64, 128)
@@ -57,3 +60,16 @@ def device_rates(rates: Sequence[float | Tensor], device: torch.device) -> list[
         if isinstance(rate, Tensor) and id(rate) not in found:
             found[id(rate)] = rate.detach().to(device, torch.float32).reshape(())
     return [found.get(id(rate)) for rate in rates]
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Run a block with launches going to a device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def note_written(problems: Sequence[Problem]) -> None:
+    """Tell autograd that a commit has written the parameters and state of these problems behind its back."""
+    written = [t for p in problems for t in (p.pair.lora_A, p.pair.lora_B)]
+    states = [state for p in problems for state in (p.state_A, p.state_B)]
+    written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
+    torch.autograd.graph.increment_version(written)

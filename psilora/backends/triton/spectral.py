@@ -7,7 +7,6 @@ Nothing waits for the device.
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psilora.backends.triton.launch import device_rates, tile_map
+from psilora.backends.triton.launch import device_rates, note_written, on, tile_map
 from psilora.lowrank.spectral import (
     Coefficients,
     Numbers,
@@ -30,12 +29,9 @@ from psilora.options import SpectralOptions
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.spectral.reference import factor_ridge, rate_factor
 from psilora.triton_kernels import commit as commit_kernels
-from psilora.triton_kernels import layout, spectral_apply, spectral_gram
+from psilora.triton_kernels import layout, slots, spectral_apply, spectral_gram
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, padded, partial_buffers
-
-# Columns of the numbers after those that the kernels read (span.BETA, DAMPING, POWER).
-MU, FRESH, DECAY, RIDGE, FACTOR, ROOT, SIGN, RATE, CAP = range(3, 12)
 
 
 class SpectralRun:
@@ -68,7 +64,7 @@ class SpectralRun:
         self.places = {kinds: spectral_gram.places(kinds, self.device) for kinds in {spectral_gram.ALONE, self.kinds}}
         self.table = PointerTable(self.device)
         self.addresses = self.table.reserve(self.count, int(layout.ADDRESSES.value))
-        self.numbers = self.table.reserve(self.count, int(spectral_gram.NUMBERS.value))
+        self.numbers = self.table.reserve(self.count, slots.NUMBERS)
         self.scalars = self.table.reserve(self.count, int(layout.SCALARS.value) // 2)
         self._allocate(len(tiles))
         self.old_norms: Tensor | None = None
@@ -99,11 +95,11 @@ class SpectralRun:
     def start(self, problems: Sequence[Problem], scales: Scales) -> None:
         """Launch everything but the commit."""
         self.problems = list(problems)
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with on(self.device):
             self._stage()
             self.table.upload()
             numbers = self.numbers.device.view(torch.float64)
-            clip = numbers[:, SIGN]
+            clip = numbers[:, slots.SIGN]
             if scales.clip is not None:
                 clip = clip * scales.clip.to(self.device, torch.float64)
             self.old_norms = torch.stack([p.state_B["norms"] for p in problems]) if self.follows else None
@@ -160,38 +156,38 @@ class SpectralRun:
         scalars = self.table.staged(self.scalars.offset, self.scalars.rows, self.scalars.columns).view(np.float32)
         for row, scalar, p in zip(staged, scalars, self.problems, strict=True):
             o = p.options
-            row[spectral_gram.BETA.value], row[spectral_gram.DAMPING.value], row[spectral_gram.POWER.value] = (
+            row[slots.BETA], row[slots.DAMPING], row[slots.POWER] = (
                 o.metric_beta,
                 o.delta,
                 o.gamma,
             )
-            row[MU], row[FRESH], row[DECAY], row[RIDGE] = o.momentum, 1 - o.tau, o.weight_decay, factor_ridge(p)
-            row[FACTOR], row[ROOT] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank), math.sqrt(p.pair.scaling)
-            row[SIGN], row[RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr
-            row[CAP] = SpectralOptions.of(o).largest
-            scalar[layout.ROOT.value] = row[ROOT]
+            row[slots.MU], row[slots.FRESH], row[slots.DECAY], row[slots.RIDGE] = o.momentum, 1 - o.tau, o.weight_decay, factor_ridge(p)
+            row[slots.FACTOR], row[slots.ROOT] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank), math.sqrt(p.pair.scaling)
+            row[slots.SIGN], row[slots.RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr
+            row[slots.CAP] = SpectralOptions.of(o).largest
+            scalar[layout.ROOT.value] = row[slots.ROOT]
 
     def _settings(self, numbers: Tensor) -> Numbers:
         options = SpectralOptions.of(self.problems[0].options)
         columns = numbers[:, :, None, None].unbind(1)
-        lr = columns[RATE]
+        lr = columns[slots.RATE]
         rates = device_rates([p.options.lr for p in self.problems], self.device)
         if any(rate is not None for rate in rates):
             held = [lr[i].float().reshape(()) if rate is None else rate for i, rate in enumerate(rates)]
             lr = torch.stack(held).double()[:, None, None]
         return Numbers(
             rank=self.rank,
-            mu=columns[MU],
-            fresh=columns[FRESH],
+            mu=columns[slots.MU],
+            fresh=columns[slots.FRESH],
             nesterov=options.nesterov and self.own > 0,
-            rate=lr * columns[FACTOR],
-            decay=-lr * columns[DECAY] if options.weight_decay > 0 else None,
-            ridge=columns[RIDGE],
+            rate=lr * columns[slots.FACTOR],
+            decay=-lr * columns[slots.DECAY] if options.weight_decay > 0 else None,
+            ridge=columns[slots.RIDGE],
             num_iters=options.num_iters,
             first=options.first,
             dtype=torch.float32,
             fades=options.fade,
-            cap=columns[CAP],
+            cap=columns[slots.CAP],
             norms=self.old_norms,
         )
 
@@ -210,7 +206,7 @@ class SpectralRun:
         alone = self.partials.new_empty(len(self.tiles), spectral_gram.ALONE, self.padded, self.padded)
         self._launch_span(alone, metric=False)
         grams = spectral_gram.summed(alone, self.parts, self.places[spectral_gram.ALONE], self.rank)
-        root, ridge = numbers[:, ROOT, None, None], numbers[:, RIDGE, None, None]
+        root, ridge = numbers[:, slots.ROOT, None, None], numbers[:, slots.RIDGE, None, None]
         A, B = (Roots(gram * root.square(), ridge) for gram in grams)
         roots = torch.stack([B.T.mT, A.T.mT]) * (clip[:, None, None] / root)
         zero = mean_diagonal(grams[1]).flatten() == 0
@@ -250,7 +246,7 @@ class SpectralRun:
         grams = spectral_gram.summed(self.partials, self.parts, self.places[self.kinds], self.rank)
         if not self.metric:
             self.traces = grams.diagonal(dim1=-2, dim2=-1)[..., : self.rank].sum(-1)
-        root = numbers[:, ROOT]
+        root = numbers[:, slots.ROOT]
         c = self._means().rsqrt() if self.metric else torch.ones_like(self.widths)
         blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
         scale = torch.cat([value[..., None].expand(*value.shape, size) for value, size in blocks], -1)
@@ -289,7 +285,7 @@ class SpectralRun:
     def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit."""
         pair = self.problems[0].pair
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with on(self.device):
             commit_kernels.commit(
                 self.addresses.device, self.scalars.device.view(torch.float32), self.dims, self.tiles,
                 self.no_grams, ok.view(torch.uint8), self.no_grams, shifts=shifts, ON_FACTORS=not self.joint,
@@ -300,8 +296,5 @@ class SpectralRun:
             if self.new_norms is not None and self.old_norms is not None:
                 chosen = torch.where(ok, self.new_norms, self.old_norms, out=self.old_norms)
                 torch._foreach_copy_([p.state_B["norms"] for p in self.problems], list(chosen.unbind(0)))
-        states = [state for p in self.problems for state in (p.state_A, p.state_B)]
-        written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
-        written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
-        torch.autograd.graph.increment_version(written)
+        note_written(self.problems)
         self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step

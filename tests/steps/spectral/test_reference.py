@@ -528,10 +528,10 @@ def test_defaults_are_the_spectral_step_with_its_metric_and_groups_resolve_their
     model = plain_mlp()
     groups = [{"layers": "l1", "step": "gradient"}, {"layers": "l2", "step": "gradient", "metric": "kfac"}]
     optimizer = PSILoRA(model, 0.1, groups=groups)
-    found = [(g["step"], g["metric"], g["gradient"]) for g in optimizer.param_groups]
+    found = [(g["step_kind"], g["metric"], g["gradient"]) for g in optimizer.param_groups]
     assert found == [("spectral", "lora", "tangent"), ("gradient", None, "exact"), ("gradient", "kfac", "exact")]
     assert optimizer._controller is None
-    with pytest.raises(ValueError, match=r"Invalid gradient='exact'\. Must be 'tangent' with step='spectral'\."):
+    with pytest.raises(ValueError, match=r"Invalid gradient='exact' with step='spectral'\. Must be 'tangent'"):
         PSILoRA(plain_mlp(), 0.1, gradient="exact")
     with pytest.raises(ValueError, match=r"Invalid metric='kfac'\. Must be one of None, 'lora' with step='spectral'\."):
         PSILoRA(plain_mlp(), 0.1, metric="kfac")

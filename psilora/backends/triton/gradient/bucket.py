@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from psilora.backends.triton.gradient.plan import NONE, SIDES, TANGENT, BucketPlan
-from psilora.backends.triton.launch import device_rates
+from psilora.backends.triton.launch import device_rates, note_written
 from psilora.lowrank.gradient_operator import TangentGradient
 from psilora.lowrank.momentum import BALANCED_ITERS, IMBALANCE
 from psilora.options import GradientOptions
@@ -267,10 +267,7 @@ class BucketRun:
             A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
             EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
         )  # fmt: skip
-        written = [t for p in self.problems for t in (p.pair.lora_A, p.pair.lora_B)]
-        states = [state for p in self.problems for state in (p.state_A, p.state_B)]
-        written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
-        torch.autograd.graph.increment_version(written)
+        note_written(self.problems)
         if course.lasting:
             work.fresh = signature(self.problems)
         self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step

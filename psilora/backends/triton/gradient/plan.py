@@ -10,17 +10,32 @@ import torch
 
 from psilora.backends.triton.launch import PADDED_RANKS, Parts, Tiles, tile_map
 from psilora.lowrank.lorsum import turns
+from psilora.triton_kernels import slots
+from psilora.triton_kernels.tables import ALIGNMENT, launch_key
 
 #: How kernels number the sides.
 SIDES = {"A": 0, "B": 1}
 
-# Kinds of Grams as bits, in the order of the slots of triton_kernels/gram.py.
-WEIGHTED, WEIGHTED_STEP, CROSS, OWN, OWN_STEP, START, SLOPE, OWN_START, OWN_SLOPE = (1 << i for i in range(9))
+# Kinds of Grams as bits of a mask.
+WEIGHTED, WEIGHTED_STEP, CROSS, OWN, OWN_STEP, START, SLOPE, OWN_START, OWN_SLOPE = (
+    1 << slot
+    for slot in (
+        slots.WEIGHTED,
+        slots.WEIGHTED_STEP,
+        slots.CROSS,
+        slots.OWN,
+        slots.OWN_STEP,
+        slots.START,
+        slots.SLOPE,
+        slots.OWN_START,
+        slots.OWN_SLOPE,
+    )
+)
 #: Kinds that the commit can leave for the next step: they need neither its gradient nor its metric.
 LASTING = WEIGHTED | CROSS | OWN | START | OWN_START
 
-# Where a turn's product with the gradient comes from, as in triton_kernels/solve.py.
-NONE, KNOWN, PRODUCT, TANGENT = range(4)
+# Where a turn's product with the gradient comes from.
+NONE, KNOWN, PRODUCT, TANGENT = slots.NONE, slots.KNOWN, slots.PRODUCT, slots.TANGENT
 
 
 @dataclass(frozen=True)
@@ -198,7 +213,7 @@ class BucketPlan:
     @property
     def kinds(self) -> int:
         """Slots of Grams in a tile's partials."""
-        return 9 if not self.structure.exact else 5
+        return slots.EXACT_KINDS if self.structure.exact else slots.ALL_KINDS
 
     def programs(self, side: int) -> int:
         """Number of tiles of a side."""
@@ -245,9 +260,9 @@ class StepPlan:
                 k = columns(turn, layer)
                 X, S = (layer.X_dtype, layer.d_in), (layer.S_dtype, layer.d_out)
                 narrow, wide = (S, X) if turn.side == "A" else (X, S)
-                block = min(128, max(16, 1 << (k - 1).bit_length()), 64)
-                xv.add((narrow[0], narrow[1] * narrow[0].itemsize % 16 == 0, narrow[1] % 4 == 0, block))
-                stz.add((wide[0], wide[1] * wide[0].itemsize % 16 == 0, k % 4 == 0, block))
+                fast_narrow, fast_wide = (width * dtype.itemsize % ALIGNMENT == 0 for dtype, width in (narrow, wide))
+                xv.add(launch_key(narrow[0], fast_narrow, narrow[1] % 4 == 0, k))
+                stz.add(launch_key(wide[0], fast_wide, k % 4 == 0, k))
         return ["xv"] * len(xv) + ["stz"] * len(stz)
 
 

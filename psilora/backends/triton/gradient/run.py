@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from psilora.backends.triton.gradient.bucket import BucketRun, Workspace
 from psilora.backends.triton.gradient.plan import PRODUCT, SIDES, StepPlan, Turn, columns
+from psilora.backends.triton.launch import on
 from psilora.steps.problem import Problem, Scales
 from psilora.triton_kernels.squares import SquaresPlan
 from psilora.triton_kernels.stz import STZPlan
@@ -50,7 +50,7 @@ class Run:
 
     def start(self, problems: Sequence[Problem], scales: Scales) -> None:
         """Launch everything but the commit."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with on(self.device):
             self.scale = self._scale(scales)
             for bucket in self.buckets:
                 bucket.stage([problems[m] for m in bucket.plan.members], scales)
@@ -99,7 +99,7 @@ class Run:
 
     def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit of a bucket."""
-        with torch.cuda.device(self.device) if self.device.type == "cuda" else contextlib.nullcontext():
+        with on(self.device):
             self.buckets[index].launch_commit(self.scale, ok, shifts)
 
 

@@ -20,6 +20,7 @@ from psilora.backends.triton.gradient.plan import (
     make_plan,
 )
 from psilora.backends.triton.launch import MAX_SPAN
+from psilora.triton_kernels import _compat
 
 BF16, FP32 = torch.bfloat16, torch.float32
 META = torch.device("meta")
@@ -151,3 +152,25 @@ def test_programs_fill_a_gpu_but_do_not_repeat_prologues_needlessly() -> None:
 def test_too_large_a_rank_is_refused() -> None:
     with pytest.raises(ValueError, match="rank 200 is above 128"):
         make_plan([layer((256, 256), 200, PLAIN, 0, 8)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "sizes", [((13, 20), (13, 48)), ((16, 20), (16, 48)), ((13, 16), (64, 16)), ((64, 128), (64, 40))]
+)
+def test_products_are_counted_as_the_kernels_group_them(dtype: torch.dtype, sizes: tuple[tuple[int, int], ...]) -> None:
+    """The launches of xv and stz in a plan are those that the kernels make of tensors of these shapes."""
+    if _compat.unavailable_reason() is not None:
+        pytest.skip(str(_compat.unavailable_reason()))
+    from psilora.triton_kernels.stz import STZPlan
+    from psilora.triton_kernels.xv import XVPlan
+
+    layers = [Layer(d, d, r, 0, Structure(reuse=False), X_dtype=dtype, S_dtype=dtype, rows=(24,)) for d, r in sizes]
+    names = Counter(make_plan(layers).launches())
+    x = [torch.zeros(24, d, dtype=dtype) for d, _ in sizes]
+    f = [torch.zeros(r, d) for d, r in sizes]
+    p = [torch.zeros(24, r) for _, r in sizes]
+    xv = XVPlan(x, f, p)
+    stz = STZPlan(x, p, range(len(sizes)), None, shapes=sizes, reduce=False)
+    turns = 2
+    assert (names["xv"], names["stz"]) == (turns * len(xv._launches), turns * len(stz._launches))
