@@ -53,6 +53,8 @@ def unavailable_reason() -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """Return why the kernels cannot take a problem, or None; such problems are left to the reference backend."""
     pair = problem.pair
+    if problem.options.step not in _KERNELS:
+        return f"step={problem.options.step!r}"
     if problem.dtype == torch.float64:
         return "fp64 parameters"
     if problem.exact and problem.holds != "rows":
