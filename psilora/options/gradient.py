@@ -74,9 +74,7 @@ class GradientOptions(Options, step="gradient"):
     @property
     def sums(self) -> str | None:
         """See `Options`."""
-        if self.statistics != "kfac":
-            return None
-        return "squares" if self.form == "diagonal" else "products"
+        return None if self.metric_row is None else self.metric_row.sums
 
     @property
     def structure(self) -> tuple[object, ...]:

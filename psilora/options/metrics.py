@@ -13,6 +13,7 @@ class MetricRow:
         step: The kind of step that knows it.
         statistics: What it is made from: "kfac" (XᵀX and SᵀS), "shampoo" (GᵀG and GGᵀ), "lora" (the LoRA gradients).
         form: How much of the two matrices is kept: "diagonal", "dense" or "low-rank".
+        sums: What is summed over the rows in backward where they are not kept: "squares", "products" or None.
         gradients: The values of `gradient=` that it can be used with; () for all.
         shared: Whether several processes can sum what it needs of captured activations, as thin sums.
         kernels: Whether the Triton kernels take it.
@@ -21,6 +22,7 @@ class MetricRow:
     step: str
     statistics: str
     form: str = "diagonal"
+    sums: str | None = None
     gradients: tuple[str, ...] = ()
     shared: bool = True
     kernels: bool = False
@@ -28,11 +30,11 @@ class MetricRow:
 
 METRIC_ROWS: dict[str, MetricRow] = {
     "lora": MetricRow("spectral", "lora", kernels=True),
-    "kfac": MetricRow("gradient", "kfac", kernels=True),
+    "kfac": MetricRow("gradient", "kfac", sums="squares", kernels=True),
     "shampoo": MetricRow("gradient", "shampoo", shared=False, kernels=True),
-    "kfac-dense": MetricRow("gradient", "kfac", "dense"),
+    "kfac-dense": MetricRow("gradient", "kfac", "dense", sums="products"),
     "shampoo-dense": MetricRow("gradient", "shampoo", "dense", shared=False),
-    "kfac-low-rank": MetricRow("gradient", "kfac", "low-rank", gradients=("exact",)),
+    "kfac-low-rank": MetricRow("gradient", "kfac", "low-rank", sums="products", gradients=("exact",)),
 }
 
 

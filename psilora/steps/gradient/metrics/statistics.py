@@ -55,7 +55,7 @@ def layer_products(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor
 
 def _record(problem: Problem) -> Record:
     """The record of a problem, whose sums, if it has any, are those of the metric."""
-    record, dims = problem.record, 2 if problem.options.form == "dense" else 1
+    record, dims = problem.record, 2 if problem.options.sums == "products" else 1
     if record is None or (record.sum_x2 is not None and record.sum_x2.dim() != dims):
         raise RuntimeError(
             f"{problem.pair.name}: the statistics of metric={problem.options.metric!r} were not captured; build the "
