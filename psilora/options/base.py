@@ -177,17 +177,17 @@ class Options:
         )
 
     def rank_of_momentum(self, rank: int, d_out: int, d_in: int) -> int:
-        """Return the rank of the momentum of a pair of this rank and size.
+        """Return the rank of the momentum of a pair of this rank and size; 0 for a kind of step that keeps none.
 
         Raises:
             ValueError: It was set to more than a matrix of this size can have.
         """
-        raise NotImplementedError
+        return 0
 
     @property
     def momentum_setting(self) -> str:
         """The setting that decides the rank of the momentum, as written."""
-        raise NotImplementedError
+        return f"momentum={self.momentum}"
 
 
 #: The kinds of step by name; filled by the definition of each.
