@@ -116,7 +116,7 @@ def _options(lr: float | Tensor, settings: Mapping[str, Any]) -> Options:
     given = {**defaults(), "step": "spectral", "metric": "auto", "gradient": None, **settings}
     found = resolved(given)
     refuse_foreign(settings, found["step"])
-    return Options.from_group({**found, "lr": lr})
+    return Options.of_settings({**found, "lr": lr})
 
 
 def _pair(B: Tensor, A: Tensor, scaling: float) -> LoRAPair:
