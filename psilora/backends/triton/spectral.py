@@ -161,8 +161,16 @@ class SpectralRun:
                 o.delta,
                 o.gamma,
             )
-            row[slots.MU], row[slots.FRESH], row[slots.DECAY], row[slots.RIDGE] = o.momentum, 1 - o.tau, o.weight_decay, factor_ridge(p)
-            row[slots.FACTOR], row[slots.ROOT] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank), math.sqrt(p.pair.scaling)
+            row[slots.MU], row[slots.FRESH], row[slots.DECAY], row[slots.RIDGE] = (
+                o.momentum,
+                1 - o.tau,
+                o.weight_decay,
+                factor_ridge(p),
+            )
+            row[slots.FACTOR], row[slots.ROOT] = (
+                rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank),
+                math.sqrt(p.pair.scaling),
+            )
             row[slots.SIGN], row[slots.RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr
             row[slots.CAP] = SpectralOptions.of(o).largest
             scalar[layout.ROOT.value] = row[slots.ROOT]
