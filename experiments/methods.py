@@ -13,6 +13,7 @@ from torch import nn
 from psilora import PSILoRA
 from psilora.adapters import find_pairs
 from psilora.baselines import LoRAMuon, PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
+from psilora.options import PAPER
 
 BETAS = (0.9, 0.99)
 LORAPLUS_RATIO = 16.0
@@ -113,17 +114,6 @@ def lora_rite(model: nn.Module, lr: float, head_lr: float) -> list[torch.optim.O
 
 
 #: The papers' scripts, scaled form: the metric starts at 1, and γ, β₂, δ, ρ, K as there.
-PAPER = {
-    "step": "gradient",
-    "gradient": "exact",
-    "metric": "kfac",
-    "metric_bias_correction": False,
-    "metric_power": 0.5,
-    "metric_beta": 0.99,
-    "damping": 1e-5,
-    "momentum": 0.9,
-    "prox": 1e-3,
-}
 PAPER_GLUE = {**PAPER, "num_iters": 0, "prox": 1e-2}
 PAPER_SQUAD = {**PAPER, "num_iters": 0, "metric_beta": 0.9}
 GRADIENT = {"step": "gradient", "metric": "kfac", "momentum": 0.0}
@@ -145,10 +135,10 @@ METHODS = {
     "oplora": Method("PSILoRA as OPLoRA", pair_rule(PSILoRA, step="gradient", metric=None), 0.1),
     "psilora-exact": Method("PSILoRA gradient, exact", pair_rule(PSILoRA, gradient="exact", **GRADIENT), 0.1),
     "psilora-tangent": Method("PSILoRA gradient, tangent", pair_rule(PSILoRA, gradient="tangent", **GRADIENT), 0.1),
-    "psilora-paper": Method("PSILoRA as published", pair_rule(PSILoRA, num_iters=1, **PAPER), 0.2),
+    "psilora-paper": Method("PSILoRA as published", pair_rule(PSILoRA, **PAPER), 0.2),
     "psilora-glue": Method("PSILoRA as published for GLUE", pair_rule(PSILoRA, **PAPER_GLUE), 0.2),
     "psilora-squad": Method("PSILoRA as published for SQuAD", pair_rule(PSILoRA, **PAPER_SQUAD), 0.2),
-    "psilora-wikitext": Method("PSILoRA as published, K = 2", pair_rule(PSILoRA, num_iters=2, **PAPER), 0.2),
+    "psilora-wikitext": Method("PSILoRA as published, K = 2", pair_rule(PSILoRA, **{**PAPER, "num_iters": 2}), 0.2),
     "spectral": Method("PSILoRA spectral", pair_rule(PSILoRA, step="spectral", metric="lora", controller=None), 0.1),
     "spectral-plain": Method(
         "PSILoRA spectral, no metric", pair_rule(PSILoRA, step="spectral", metric=None, controller=None), 0.1

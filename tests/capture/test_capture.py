@@ -45,7 +45,8 @@ def test_conv1d_of_transformers() -> None:
     model = adapted(tiny_gpt2(), target_modules=targets, fan_in_fan_out=True, lora_dropout=0.1).double().train()
     assert any(isinstance(module, Conv1D) for module in model.modules())
     optimizer = bare(model)
-    assert len(optimizer._pairs) == 8 and any(pair.d_in != pair.d_out for pair in optimizer._pairs.values())
+    pairs = optimizer.pairs()
+    assert len(pairs) == 8 and any(pair.d_in != pair.d_out for pair in pairs)
     for seed in range(2):
         model(**tokens(seed=seed)).loss.backward()
     assert_exact(optimizer)

@@ -62,9 +62,7 @@ def test_figures_match_their_definitions(gradient: str) -> None:
     optimizer.zero_grad()
     mse(model, batch).backward()
     held = optimizer.capture_bytes()
-    norm = torch.stack(
-        [g.grad.norm() / p.scaling**0.5 for p in optimizer._pairs.values() for g in (p.lora_A, p.lora_B)]
-    ).norm()
+    norm = torch.stack([g.grad.norm() / p.scaling**0.5 for p in optimizer.pairs() for g in (p.lora_A, p.lora_B)]).norm()
     clip = min(1.0, 0.05 / (float(norm) + 1e-6))
     optimizer.observe_next_step()
     optimizer.step()

@@ -90,7 +90,7 @@ def test_sft_with_a_peft_config(mode: str, tmp_path: Path) -> None:
     before = factors(trainer.model)
     trainer.train()
     optimizer = trainer.optimizer.optimizer
-    assert isinstance(optimizer, PSILoRA) and len(before) == 2 * len(optimizer._pairs)
+    assert isinstance(optimizer, PSILoRA) and len(before) == 2 * len(optimizer.pairs())
     assert all(not torch.equal(before[name], value) for name, value in factors(trainer.model).items())
     if mode == "exact":
         assert max(watch.values) < 1e-4 and watch.calls == {1}
