@@ -15,6 +15,7 @@ from psilora.triton_kernels.tables import (
     Launch,
     Layouts,
     PointerTable,
+    Scratch,
     Spans,
     blocks,
     common_device,
@@ -105,8 +106,10 @@ class TokenSum:
         shapes: Sequence[tuple[int, int]],
         out: Sequence[Tensor] | None,
         table: PointerTable | None,
+        scratch: Scratch | None,
     ) -> None:
         """Reserve the tables; every output of `shapes` (d, k) sums its items in `inputs`."""
+        self._scratch = scratch
         every = [tensor for tensors in (*inputs.values(), out or ()) for tensor in tensors]
         self.device = common_device(every) if table is None or every else table.device
         self.table = PointerTable(self.device) if table is None else table
@@ -152,6 +155,7 @@ class TokenSum:
                 for splits, shape in zip(self.num_splits, self._shapes, strict=True)
             ],
             self.device,
+            self._scratch,
         )
         strides = [
             (*out[o].stride(), 0) if part is None and out is not None else (k, 1, d * k)

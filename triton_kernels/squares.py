@@ -14,7 +14,15 @@ from torch import Tensor
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.reduce import TokenSum
 from psilora.triton_kernels.split import TRITON_DTYPES
-from psilora.triton_kernels.tables import Launch, PointerTable, aligned_matrix, fill_target, int32_table, members
+from psilora.triton_kernels.tables import (
+    Launch,
+    PointerTable,
+    Scratch,
+    aligned_matrix,
+    fill_target,
+    int32_table,
+    members,
+)
 from psilora.triton_kernels.variants import Variant
 
 #: Columns of the tables; the kernel reads them by position.
@@ -119,6 +127,7 @@ class SquaresPlan(TokenSum):
         *,
         table: PointerTable | None = None,
         programs: int | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         """Build the tables.
 
@@ -128,10 +137,11 @@ class SquaresPlan(TokenSum):
             out: q_o, as in `squares`.
             table: The pointer table shared by the kernels of a step (None: the plan makes its own).
             programs: How many programs fill the device; default two per multiprocessor.
+            scratch: Where the partials lie; default memory of their own.
         """
         _check(x, outputs, out)
         columns = [q.unsqueeze(1) for q in out]
-        super().__init__({"x": x}, outputs, [(q.shape[0], 1) for q in out], columns, table)
+        super().__init__({"x": x}, outputs, [(q.shape[0], 1) for q in out], columns, table, scratch)
         self._item_dims = int32_table((a.stride() for a in x), len(ITEM_DIMS), self.device)
         groups: dict[tuple[torch.dtype, bool], list[int]] = {}
         for o, items in enumerate(self._members):

@@ -20,6 +20,7 @@ from psilora.triton_kernels.split import TRITON_DTYPES, _operand, _power_of_two,
 from psilora.triton_kernels.tables import (
     Launch,
     PointerTable,
+    Scratch,
     aligned_matrix,
     capability_of,
     fill_target,
@@ -256,6 +257,7 @@ class STZPlan(TokenSum):
         reduce: bool = True,
         programs: int | None = None,
         capability: int | None = None,
+        scratch: Scratch | None = None,
     ) -> None:
         """Build the tables.
 
@@ -269,13 +271,14 @@ class STZPlan(TokenSum):
             reduce: Whether this plan adds the partials.
             programs: How many programs fill the device; default two per multiprocessor.
             capability: Compute capability to choose tiles for (90 for 9.0); default that of the device.
+            scratch: Where the partials lie; default memory of their own.
         """
         if out is not None:
             shapes = [(h.shape[0], h.shape[1]) for h in out]
         if shapes is None or (out is None) == reduce:
             raise ValueError("stz: give out with reduce=True, or shapes and no out with reduce=False")
         _check(s, p, layers, shapes, out)
-        super().__init__({"s": s, "p": p}, layers, shapes, out, table)
+        super().__init__({"s": s, "p": p}, layers, shapes, out, table, scratch)
         rows = ((*a.stride(), b.stride(0)) for a, b in zip(s, p, strict=True))
         self._item_dims = int32_table(rows, len(ITEM_DIMS), self.device)
         groups: dict[tuple[torch.dtype, bool, object, int], list[int]] = {}

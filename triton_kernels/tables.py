@@ -260,10 +260,50 @@ class Spans:
         return int32_table(self.rows, 3, device)
 
 
-def partial_buffers(shapes: Sequence[tuple[int, ...] | None], device: torch.device) -> list[Tensor | None]:
-    """Return fp32 tensors of the given shapes in one allocation, each aligned to 16 bytes; None for None."""
+class Scratch:
+    """Device memory of what prepared steps need while they run, which they share because they never run at once.
+
+    A plan takes its pieces when it is made. Those that do not fit get memory of their own, and `short` is true: whoever
+    made the plan lets go of all plans, calls `grow` and makes it again.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)
+        self._taken = 0
+
+    def begin(self) -> None:
+        """Begin a plan: its first piece lies at the start."""
+        self._taken = 0
+
+    def take(self, count: int) -> Tensor:
+        """Return the next `count` fp32 numbers."""
+        first, self._taken = self._taken, self._taken + blocks(count, 4) * 4
+        if self.short:
+            return torch.empty(count, dtype=torch.float32, device=self.buffer.device)
+        return self.buffer[first : first + count]
+
+    @property
+    def short(self) -> bool:
+        """Whether more was taken since `begin` than there is."""
+        return self._taken > self.buffer.numel()
+
+    def grow(self) -> None:
+        """Have as much as was taken since `begin`, and an eighth more for what comes; earlier pieces are not ours."""
+        wanted, device = self._taken + self._taken // 8, self.buffer.device
+        self.buffer = torch.empty(0, dtype=torch.float32, device=device)  # the old one goes first
+        self.buffer = torch.empty(wanted, dtype=torch.float32, device=device)
+
+
+def partial_buffers(
+    shapes: Sequence[tuple[int, ...] | None], device: torch.device, scratch: Scratch | None = None
+) -> list[Tensor | None]:
+    """Return fp32 tensors of the given shapes in one piece, each aligned to 16 bytes; None for None.
+
+    The piece is part of the scratch, or an allocation of its own.
+    """
     sizes = [0 if shape is None else blocks(math.prod(shape), 4) * 4 for shape in shapes]
-    pool = torch.empty(sum(sizes), dtype=torch.float32, device=device)
+    total = sum(sizes)
+    pool = torch.empty(total, dtype=torch.float32, device=device) if scratch is None else scratch.take(total)
     pieces = pool.split(sizes)
     return [
         None if shape is None else piece[: math.prod(shape)].view(shape)

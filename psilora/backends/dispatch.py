@@ -40,7 +40,7 @@ def compute(
 ) -> list[Bucket]:
     """Compute the updates of all problems without changing any parameter or state.
 
-    "auto" takes the Triton kernels for problems on CUDA, once they have proved right there (see `self_check`), and the
+    "auto" takes the Triton kernels for problems on CUDA whose kind has proved right there (see `self_check`), and the
     reference elsewhere; "triton" takes them wherever they run. Problems that the kernels do not support
     (`triton_backend.unsupported`, e.g. fp64) go to the reference, and so do those with captured activations where a
     communicator of several processes is given: there the products are summed between the turns. `backends` is what the
@@ -56,8 +56,11 @@ def compute(
         (by_device.setdefault(device, []) if takes else rest).append(problem)
     buckets: list[Bucket] = []
     for group in by_device.values():
+        if backend == "auto":
+            group, wrong = self_check.parted(group)
+            rest += wrong
         taken = self_check if backend == "auto" else triton_backend
-        executions = taken.compute(*_at_rate(group, scales), backends)
+        executions = taken.compute(*_at_rate(group, scales), backends) if group else []
         if executions is None:
             rest += group
         else:

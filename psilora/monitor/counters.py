@@ -42,7 +42,7 @@ class Counters:
             self._host = torch.zeros(len(EVENTS), dtype=torch.int64, device="cpu", pin_memory=True)
         self._host.copy_(self.values, non_blocking=True)
         self._copied = torch.cuda.Event()
-        self._copied.record()
+        self._copied.record(torch.cuda.current_stream(self.values.device))  # where the copy is, whatever is current
 
     def _warn(self, values: Tensor) -> None:
         for name, value in zip(EVENTS, values.tolist(), strict=True):

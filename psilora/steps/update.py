@@ -184,7 +184,11 @@ def _group_finite(tensors: list[Tensor]) -> Tensor:
     On the CPU ‖·‖_∞ is eight times slower than ‖·‖₂, whose overflow of finite entries is looked at again.
     """
     if tensors[0].device.type != "cpu":
-        return torch.isfinite(torch.stack([norm.double() for norm in torch._foreach_norm(tensors, float("inf"))])).all()
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        norms = [torch.stack(torch._foreach_norm(group, float("inf"))) for group in by_dtype.values()]
+        return torch.stack([torch.isfinite(group).all() for group in norms]).all()
     finite = torch.isfinite(torch.stack(list(torch._foreach_norm(tensors)))).all()
     if not bool(finite):
         finite = torch.isfinite(torch.stack([bound for tensor in tensors for bound in tensor.aminmax()])).all()

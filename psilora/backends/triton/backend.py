@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from psilora.backends.triton.gradient.ritz import Products, RitzUpdate
     from psilora.backends.triton.gradient.run import Run
     from psilora.backends.triton.spectral import SpectralRun
+    from psilora.triton_kernels.tables import Scratch
 
 
 #: The update of problems that share their launches.
@@ -199,6 +200,7 @@ class Backend:
         self._workspaces: dict[object, list[Workspace]] = {}
         self._spectral: dict[object, tuple[object, SpectralRun]] = {}
         self._products: Products | None = None
+        self._scratch: Scratch | None = None
         self._captured: list[Run | SpectralRun] = []  # a CUDA graph replays with their memory
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
@@ -248,16 +250,25 @@ class Backend:
         from psilora.backends.triton.gradient import plan
         from psilora.backends.triton.gradient.bucket import Workspace
         from psilora.backends.triton.gradient.run import Run
+        from psilora.triton_kernels.tables import Scratch
 
         layers = [layer_of(p) for p in problems]
         key = tuple((layer, _captured(p)) for layer, p in zip(layers, problems, strict=True))
         run = self._runs.get(key)
+        if self._scratch is None:
+            self._scratch = Scratch(problems[0].pair.lora_A.device)
         if run is None:
             step = plan.make_plan(layers)
             shapes = tuple((*layer.key, layer.d_out, layer.d_in, layer.rank, layer.momentum_rank) for layer in layers)
             if shapes not in self._workspaces:
                 self._workspaces = {shapes: [Workspace(bucket) for bucket in step.buckets]}
-            run = self._runs[key] = Run(step, self._workspaces[shapes], problems)
+            run = Run(step, self._workspaces[shapes], problems, self._scratch)
+            if self._scratch.short:
+                del run
+                self._runs.clear()  # what is captured in a graph keeps its own
+                self._scratch.grow()
+                run = Run(step, self._workspaces[shapes], problems, self._scratch)
+            self._runs[key] = run
             while len(self._runs) > KEPT_RUNS:
                 self._runs.popitem(last=False)
         self._runs.move_to_end(key)

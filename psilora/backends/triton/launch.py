@@ -53,12 +53,16 @@ def _cut(size: int, span: int) -> Iterator[tuple[int, int]]:
 def device_rates(rates: Sequence[float | Tensor], device: torch.device) -> list[Tensor | None]:
     """Return learning rates held in tensors as fp32 on the device, where kernels read them; None for numbers.
 
-    A tensor that many layers share is converted once.
+    A tensor that many layers share is converted once. One in host memory is read here: to copy it would wait for the
+    device.
     """
     found: dict[int, Tensor] = {}
     for rate in rates:
         if isinstance(rate, Tensor) and id(rate) not in found:
-            found[id(rate)] = rate.detach().to(device, torch.float32).reshape(())
+            if rate.device.type == "cpu" != device.type:
+                found[id(rate)] = torch.full((), float(rate), dtype=torch.float32, device=device)
+            else:
+                found[id(rate)] = rate.detach().to(device, torch.float32).reshape(())
     return [found.get(id(rate)) for rate in rates]
 
 

@@ -404,3 +404,73 @@ def test_a_nonfinite_step_of_the_optimizer_changes_nothing_and_names_the_layer()
     with pytest.raises(RuntimeError, match="l2"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
+
+
+def test_a_commit_that_does_not_compile_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also what others train: AdamW steps before the commits of the layers."""
+    from psilora import PSILoRA
+    from psilora.triton_kernels import commit as commit_kernels
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("no code for this device")
+
+    model = torch.nn.Sequential(plain_mlp((12, 10, 8, 6), dtype=torch.float32), torch.nn.Linear(6, 6))
+    optimizer = PSILoRA(model.to(DEVICE), 0.1, step="gradient", backend="triton", momentum=0.0)
+    x, y = data(9, 12, 6, torch.float32)
+    (model(x.to(DEVICE)) - y.to(DEVICE)).square().mean().backward()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with monkeypatch.context() as patched:
+        patched.setattr(commit_kernels, "commit", fails)
+        with pytest.raises(NotImplementedError, match="no code"):
+            optimizer.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert all(float(state["step"]) == 0 for state in optimizer.state.values() if "step" in state)
+    optimizer.step()
+    assert not torch.equal(model[1].weight, before["1.weight"])
+
+
+def test_steps_of_every_length_share_one_scratch() -> None:
+    """No memory is asked for after the longest batch, and a shared scratch changes no bit."""
+    model = plain_mlp((40, 33, 20, 16), dtype=torch.float32).to(DEVICE)
+    twin = copy.deepcopy(model)
+    settings: dict[str, Any] = {"backend": "triton", "momentum": 0.9, "metric": "kfac"}
+    ours, theirs = bare(model, 0.1, **settings), bare(twin, 0.1, **settings)
+    sizes = [300, 700, 7, 650, 300, 64, 700]
+    batches = [tuple(t.to(DEVICE) for t in data(n, 40, 16, torch.float32)) for n in sizes]
+    held = []
+    for batch in batches:
+        train(model, ours, [batch])
+        (backend,) = ours._backends.values()
+        held.append((backend._scratch.buffer.data_ptr(), backend._scratch.buffer.numel()))
+        storages = {
+            part.untyped_storage().data_ptr()
+            for run in backend._runs.values()
+            for product in filter(None, run.products)
+            for part in (*product.p, *product.stz._partials)
+        }
+        assert storages == {backend._scratch.buffer.untyped_storage().data_ptr()}
+        theirs._backends.clear()  # memory of its own for every step
+        train(twin, theirs, [batch])
+    assert held[0][1] < held[1][1]
+    assert len(set(held[1:])) == 1
+    assert all(torch.equal(t, factors(twin)[name]) for name, t in factors(model).items())
+
+
+def test_a_rate_in_host_memory_is_not_copied_to_a_device() -> None:
+    """A copy from pageable memory waits for the device; on "meta" it could not be told from one that does not."""
+    from psilora.backends.triton.launch import device_rates
+
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    calls: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        rates = device_rates([rate, 0.5, rate], torch.device("meta"))
+    assert rates[0] is rates[2] and rates[1] is None
+    assert not any("copy" in call for call in calls), calls
+    (here,) = device_rates([rate], torch.device("cpu"))
+    assert here is not None and float(here) == float(rate.float())

@@ -254,8 +254,21 @@ class BucketRun:
             HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None, EMIT=turn.emit, MASK=turn.grams,
         )  # fmt: skip
 
+    def compile_commit(self, scale: Tensor) -> None:
+        """Launch the commit as a refusal: one that does not compile fails here, where nothing has been written yet."""
+        device = self.workspace.device
+        shifts = torch.zeros(self.count, dtype=torch.int32, device=device) if self.structure.balance else None
+        self._commit(scale, torch.zeros((), dtype=torch.bool, device=device), shifts)
+
     def launch_commit(self, scale: Tensor, ok: Tensor, shifts: Tensor | None) -> None:
         """Write parameters and state, and leave the Grams for the next step where they can last."""
+        self._commit(scale, ok, shifts)
+        note_written(self.problems)
+        if self.plan.course.lasting:
+            self.workspace.fresh = signature(self.problems)
+        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step
+
+    def _commit(self, scale: Tensor, ok: Tensor, shifts: Tensor | None) -> None:
         course, work, s = self.plan.course, self.workspace, self.structure
         a, b, _, _ = self._types()
         masks = course.grams if course.lasting else (0, 0)
@@ -267,10 +280,6 @@ class BucketRun:
             A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
             EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
         )  # fmt: skip
-        note_written(self.problems)
-        if course.lasting:
-            work.fresh = signature(self.problems)
-        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step
 
 
 def _squares(problem: Problem, scales: Scales) -> tuple[Tensor, Tensor]:

@@ -13,10 +13,8 @@ from psilora.backends.triton.launch import on
 from psilora.steps.problem import Problem, Scales
 from psilora.triton_kernels.squares import SquaresPlan
 from psilora.triton_kernels.stz import STZPlan
-from psilora.triton_kernels.tables import PointerTable, partial_buffers
+from psilora.triton_kernels.tables import PointerTable, Scratch, partial_buffers
 from psilora.triton_kernels.xv import XVPlan
-
-pass
 
 
 class Run:
@@ -26,22 +24,27 @@ class Run:
         plan: The plan.
         workspaces: One per bucket.
         problems: The step's problems, for the layouts of X and S.
+        scratch: Memory that the backend's runs share.
     """
 
-    def __init__(self, plan: StepPlan, workspaces: Sequence[Workspace], problems: Sequence[Problem]) -> None:
+    def __init__(
+        self, plan: StepPlan, workspaces: Sequence[Workspace], problems: Sequence[Problem], scratch: Scratch
+    ) -> None:
+        scratch.begin()
         self.plan = plan
         self.device = workspaces[0].device
         self.table = PointerTable(self.device)
         self.ones = torch.ones(2, device=self.device)
+        self._compiled = False
         self.buckets = [
             BucketRun(bucket, workspace, self.table, [problems[m] for m in bucket.members])
             for bucket, workspace in zip(plan.buckets, workspaces, strict=True)
         ]
         self.products = [
-            Product([b for b in self.buckets if b.asks(t)], t, self.table) if plan.asking(t) else None
+            Product([b for b in self.buckets if b.asks(t)], t, self.table, scratch) if plan.asking(t) else None
             for t in range(plan.num_turns)
         ]
-        self.statistics = Statistics([b for b in self.buckets if b.own_statistics], self.table)
+        self.statistics = Statistics([b for b in self.buckets if b.own_statistics], self.table, scratch)
 
     def forget(self) -> None:
         """Have the next step form the Grams of the factors anew."""
@@ -58,6 +61,10 @@ class Run:
                 asked.stage()
             self.statistics.stage()
             self.table.upload()
+            if not self._compiled:
+                for bucket in self.buckets:
+                    bucket.compile_commit(self.scale)
+                self._compiled = True
             self.statistics.launch()
             for bucket in self.buckets:
                 bucket.launch_grams(self.scale)
@@ -106,14 +113,14 @@ class Run:
 class Product:
     """xv and stz of one turn, over all buckets that ask for it."""
 
-    def __init__(self, buckets: Sequence[BucketRun], t: int, table: PointerTable) -> None:
+    def __init__(self, buckets: Sequence[BucketRun], t: int, table: PointerTable, scratch: Scratch) -> None:
         self.buckets, self.t = list(buckets), t
         narrow, rows, wide, layers, shapes = self._operands()
         device = buckets[0].workspace.device
         shapes_p = [(x.shape[0], f.shape[0]) for x, f in zip(narrow, rows, strict=True)]
-        self.p = [p for p in partial_buffers(shapes_p, device) if p is not None]
+        self.p = [p for p in partial_buffers(shapes_p, device, scratch) if p is not None]
         self.xv = XVPlan(narrow, rows, self.p, table=table)
-        self.stz = STZPlan(wide, self.p, layers, None, shapes=shapes, table=table, reduce=False)
+        self.stz = STZPlan(wide, self.p, layers, None, shapes=shapes, table=table, reduce=False, scratch=scratch)
         first = 0
         for bucket in buckets:
             block = bucket.product_blocks[t]
@@ -166,12 +173,12 @@ def _asked(turn: Turn, rows: Tensor, rank: int) -> Tensor:
 class Statistics:
     """Σx² and Σs² of all buckets whose metric asks for them."""
 
-    def __init__(self, buckets: Sequence[BucketRun], table: PointerTable) -> None:
+    def __init__(self, buckets: Sequence[BucketRun], table: PointerTable, scratch: Scratch) -> None:
         self.buckets = list(buckets)
         self.plan: SquaresPlan | None = None
         if self.buckets:
             x, outputs, out = self._operands()
-            self.plan = SquaresPlan(x, outputs, out, table=table)
+            self.plan = SquaresPlan(x, outputs, out, table=table, scratch=scratch)
 
     def _operands(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         x: list[Tensor] = []
