@@ -69,6 +69,14 @@ def test_only_floating_point_atomics_are_banned() -> None:
     assert not kernel_gates.banned("", "", "redux.sync.add.s32 %r1, %r2, %r3;", 90)
 
 
+def test_a_frame_that_nothing_uses_is_no_spill() -> None:
+    frame = "\t.local .align 1 .b8 \t__local_depot0[4];\n\t.reg .b32 \t%SPL;\n"
+    assert kernel_gates.unused_stack(frame) == 8
+    assert kernel_gates.unused_stack(f"{frame}\tmov.u64 %SPL, __local_depot0;\n") == 0
+    assert kernel_gates.unused_stack(f"{frame}\tst.local.u8 [%rd1], %rs1;\n") == 0
+    assert kernel_gates.unused_stack("") == 0
+
+
 SIBLINGS = """
 tt.func public @_kernel(%x: !tt.ptr<f32>) attributes {noinline = false} {
   %zero = arith.constant dense<0.000000e+00> : tensor<16x16xf32>
