@@ -114,7 +114,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 
 def unused_stack(ptx: str) -> int:
-    """Bytes of stack that ptxas reserves for a frame no instruction refers to, as the LLVM of Triton 3.9 leaves some."""
+    """Bytes of stack that ptxas reserves for a frame that nothing refers to, as the LLVM of Triton 3.9 leaves some."""
     found = 0
     for name, size in re.findall(r"\.local\s+\.align\s+\d+\s+\.b8\s+(\w+)\[(\d+)\]", ptx):
         used = len(re.findall(rf"\b{name}\b", ptx)) > 1 or re.search(r"\b(?:ld|st)\.local\b", ptx)
