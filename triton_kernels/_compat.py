@@ -11,7 +11,8 @@ from typing import Any
 
 __all__ = ["INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
 
-#: Older releases miscompile products that these kernels use (wgmma on Hopper and Blackwell).
+#: What the compile gates hold on. 3.3 and 3.4 refuse products in float64, and kernels that form them do not compile
+#: there; `backend="auto"` finds that out for itself.
 OLDEST = (3, 3)
 
 _REASON: str | None = None

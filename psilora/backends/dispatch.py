@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from psilora import runtime
 from psilora.backends import self_check
 from psilora.backends.triton import backend as triton_backend
 from psilora.distributed.communicator import Communicator
@@ -15,6 +16,9 @@ from psilora.options.base import BACKENDS
 from psilora.steps import STEPS
 from psilora.steps.problem import Problem, Scales, grouped
 from psilora.steps.update import Bucket
+
+#: Why "auto" had to do without the kernels on CUDA, said once.
+_SAID: set[str] = set()
 
 
 def check_backend(backend: str) -> None:
@@ -88,7 +92,16 @@ def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem]
 
 def _takes_kernels(backend: str, device: torch.device) -> bool:
     if backend == "auto":
-        return device.type == "cuda" and triton_backend.unavailable_reason() is None
+        if device.type != "cuda":
+            return False
+        reason = triton_backend.unavailable_reason()
+        if reason is not None and reason not in _SAID:
+            _SAID.add(reason)
+            runtime.warn(
+                f"the reference backend takes the steps on {device}, because the Triton kernels cannot be used: "
+                f"{reason}. backend='reference' says that this is meant"
+            )
+        return reason is None
     return backend == "triton"
 
 

@@ -134,7 +134,7 @@ def check(kind: Kind, options: Options, ranks: tuple[int, int]) -> bool:
     if runtime.capturing(kind.device):
         raise RuntimeError(
             f"the kernels for {kind} have not been checked on {kind.device}, which cannot be done while a CUDA graph "
-            "is captured; take one step, or call the optimizer's warmup(), before"
+            "is captured; take one step before"
         )
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):

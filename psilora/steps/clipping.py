@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psilora.distributed.sharding import whole
+from psilora.distributed.sharding import is_sharded, whole
 from psilora.steps.problem import Problem
 
 
@@ -35,14 +35,32 @@ def gradient_factor(
     unscale = None if loss_scale is None else 1 / loss_scale.to(device).double()
     if max_norm is None:
         return unscale
-    norms = [] if full is None else [full.sqrt().to(device)]
-    for p in problems if full is None else ():
-        for grad in (p.dA, p.dB):
-            norms.append(torch.linalg.vector_norm(grad, dtype=torch.float64).to(device) / p.pair.scaling**0.5)
-    norms += [whole(torch.linalg.vector_norm(g, dtype=torch.float64)).to(device) for g in others]
-    total = torch.linalg.vector_norm(torch.stack(norms))
+    pairs = problems if full is None else ()
+    norms = _norms([p.dA for p in pairs] + [p.dB for p in pairs], [p.pair.scaling**0.5 for p in pairs] * 2, device)
+    plain = [g for g in others if not is_sharded(g)]
+    norms += _norms(plain, [1.0] * len(plain), device)
+    norms += [whole(torch.linalg.vector_norm(g, dtype=torch.float64)).to(device)[None] for g in others if is_sharded(g)]
+    if full is not None:
+        norms.append(full.sqrt().to(device)[None])
+    total = torch.linalg.vector_norm(torch.cat(norms))
     if unscale is not None:
         total = unscale * total
     clip: Tensor = max_norm / (total + 1e-6)
     clip = clip.clamp(max=1.0)
     return clip if unscale is None else unscale * clip
+
+
+def _norms(gradients: Sequence[Tensor], divisors: Sequence[float], device: torch.device) -> list[Tensor]:
+    """Return ‖gradient‖/divisor in float64, a vector for each device and dtype, in a few launches."""
+    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[float]]] = {}
+    for gradient, divisor in zip(gradients, divisors, strict=True):
+        members, factors = groups.setdefault((gradient.device, gradient.dtype), ([], []))
+        members.append(gradient)
+        factors.append(divisor)
+    found = []
+    for members, factors in groups.values():
+        norms = torch._foreach_norm(members, 2, dtype=torch.float64)
+        if any(factor != 1.0 for factor in factors):
+            norms = torch._foreach_div(norms, factors)
+        found.append(torch.stack(norms).to(device))
+    return found

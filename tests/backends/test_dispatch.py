@@ -92,3 +92,16 @@ def test_an_update_that_fp16_cannot_hold_is_skipped(backend: str, settings: dict
     with pytest.raises(RuntimeError, match=r"non-finite gradient or update in l1, l2, l3; no parameter"):
         train(model, optimizer, [batch])
     assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
+
+
+def test_auto_says_once_why_cuda_has_to_do_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_SAID", set())
+    monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: "Triton 3.2.0 is too old")
+    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert not dispatch._takes_kernels("auto", cpu)
+    with pytest.warns(UserWarning, match="cuda:0, because the Triton kernels cannot be used: Triton 3.2.0 is too old"):
+        assert not dispatch._takes_kernels("auto", cuda)
+    assert not dispatch._takes_kernels("auto", cuda)  # a second warning would be an error here
+    assert not dispatch._takes_kernels("reference", cuda)
+    monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: None)
+    assert dispatch._takes_kernels("auto", cuda)

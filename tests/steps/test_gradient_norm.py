@@ -139,3 +139,26 @@ def test_refusals() -> None:
         PSILoRA(plain_mlp(), 0.1, norm="l1")
     with pytest.raises(ValueError, match="norm='full' needs G, .* use gradient='dense'"):
         PSILoRA(plain_mlp(), 0.1, step="gradient", norm="full", gradient="backward", momentum=0.0)
+
+
+def test_clipping_takes_as_many_launches_for_many_layers_as_for_a_few() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from psilora.steps.clipping import gradient_factor
+
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            Count.calls += 1
+            return function(*args, **(kwargs or {}))
+
+    problems = [make_problem((12 + i, 10, 3), scaling=1.0 + i) for i in range(20)]
+    others = [torch.randn(7), torch.randn(5).double()]
+    with Count():
+        clip = gradient_factor(problems, others, 0.5, None, torch.device("cpu"))
+    squares = sum(float((g.double() ** 2).sum()) / p.pair.scaling for p in problems for g in (p.dA, p.dB))
+    norm = (squares + sum(float((g.double() ** 2).sum()) for g in others)) ** 0.5
+    assert clip is not None
+    torch.testing.assert_close(float(clip), 0.5 / (norm + 1e-6), rtol=1e-12, atol=0)
+    assert Count.calls <= 14
