@@ -234,7 +234,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._others = AuxAdamW(self)
         self._counters = Counters(pairs[0].lora_A.device)
         self._observer = Observer()
-        self._notices = Notices()
+        self._notices = Notices(self.param_groups)
         self._model = weakref.ref(model)
         self._backends: Backends = {}
         self.communicator = Communicator(process_group)
@@ -288,6 +288,7 @@ class PSILoRA(torch.optim.Optimizer):
                 loss = closure()
         if self._capture.superseded:
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
+        self._notices.rates(self.param_groups)
         self._capture.refresh()
         joints = self._consensus()
         gathered = Gathered()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 
 from psilora import runtime
 from psilora.adapters.pair import LoRAPair, listed
@@ -13,12 +16,23 @@ IDLE_START = 3
 #: Steps in a row without a gradient in some pairs, while others have one, after which they are named: experts and
 #: adapters that take turns may wait for a few.
 STILL_STEPS = 20
+#: An AdamW rate is taken for a LoRA rate where it is more than this many times what it was built with, the ratio of the
+#: two has changed by more than as much, …
+RATE_RAISED = 2.0
+#: … and the two rates are at most this factor apart.
+RATES_ALIKE = 1.5
 
 
 class Notices:
-    """What one optimizer has seen and said."""
+    """What one optimizer has seen and said.
 
-    def __init__(self) -> None:
+    Args:
+        groups: Its param groups as they were built.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+        self._built = [_rate(group) for group in groups]
+        self._watching = True  # whether the rates have not been warned about yet
         self._idle, self._started = 0, False  # steps in a row without a gradient in any pair, and whether one had any
         self._blind: set[str] = set()
         self._halved: set[str] = set()
@@ -59,6 +73,32 @@ class Notices:
             named = [f"{pair.name} ({why(pair, id(pair) in self._moved)})" for pair in due if pair.name in new]
             runtime.warn(f"no gradient for {STILL_STEPS} steps, while other LoRA pairs are trained, in {listed(named)}")
 
+    def rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Warn, once, where a schedule has set an AdamW group to a LoRA group's rate.
+
+        Schedules of absolute rates (OneCycleLR's max_lr, CosineAnnealingLR's eta_min) set all groups to one; those of
+        factors leave the ratios as they were built. Rates in tensors are not looked at: they may be on a device.
+        """
+        if not self._watching:
+            return
+        rates = [(group["kind"], _rate(group), built) for group, built in zip(groups, self._built, strict=True)]
+        known = [(kind, now, built) for kind, now, built in rates if now is not None and built is not None]
+        raised = [(now, built) for kind, now, built in known if kind != "lora" and now > RATE_RAISED * built]
+        for now, built in raised:
+            for lora, first in ((rate, first) for kind, rate, first in known if kind == "lora"):
+                alike = lora <= RATES_ALIKE * now and now <= RATES_ALIKE * lora
+                changed = now * first > RATE_RAISED * built * lora or RATE_RAISED * now * first < built * lora
+                if alike and changed:
+                    self._watching = False
+                    each = ", ".join("…" if rate is None else f"{rate:g}" for rate in self._built)
+                    runtime.warn(
+                        f"AdamW's param group has lr={now:g} beside a LoRA group's {lora:g}; they were built with "
+                        f"{built:g} and {first:g}. A schedule with one absolute rate sets every group to it: give it a "
+                        f"list in the order of param_groups, as in OneCycleLR(optimizer, max_lr=[{each}]), or take one "
+                        "that multiplies the rates, such as LambdaLR"
+                    )
+                    return
+
     def halved(self, names: Sequence[str]) -> None:
         """Warn about the layers, of these names, with a gradient for one factor only, once for each."""
         new = _first_time(names, self._halved)
@@ -76,6 +116,12 @@ class Notices:
                 "gradients without captured activations (a fused or compiled kernel bypasses lora_A and lora_B, or "
                 f"the optimizer was detached); using the tangent gradient for {listed(new)}"
             )
+
+
+def _rate(group: Mapping[str, Any]) -> float | None:
+    """The rate of a param group, None where it is a tensor."""
+    rate = group["lr"]
+    return None if isinstance(rate, Tensor) else float(rate)
 
 
 def _first_time(names: Sequence[str], said: set[str]) -> list[str]:
