@@ -68,7 +68,7 @@ OWN_SLOPE = tl.constexpr(slots.OWN_SLOPE)  # F_m Lᵀ
 BLOCKS = {16: (32, 16, 4, 4), 32: (32, 16, 1, 8), 64: (32, 16, 1, 8), 128: (16, 16, 1, 8)}
 
 #: Columns of a block of a solve, columns summed at a time and warps, by padded rank.
-SOLVE_BLOCKS = {16: (32, 16, 4), 32: (32, 16, 4), 64: (32, 16, 8), 128: (16, 16, 8)}
+SOLVE_BLOCKS = {16: (32, 16, 8), 32: (32, 16, 4), 64: (32, 16, 8), 128: (16, 16, 8)}
 #: Registers per thread of the gram and commit kernels. Without a bound ptxas spills for the sake of occupancy.
 STREAM_REGISTERS = 168
 
