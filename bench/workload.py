@@ -96,7 +96,7 @@ class Workload:
         records = optimizer._capture.records.values()
         for record, x, s in zip(records, self.X, self.S, strict=False):  # a tangent gradient has no records
             record.clear()
-            record._take(x, s)
+            record._take(x, s, None, None)
             record.accumulated()  # a copy of dB of a few layers, which the step compares with `.grad`
             record.verified = True
 

@@ -138,14 +138,14 @@ def check(kind: Kind, options: Options, ranks: tuple[int, int]) -> bool:
         )
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
-            name, error = worst_error(kind, options, ranks)
+            name, off = worst_error(kind, options, ranks)
     except torch.OutOfMemoryError:
         return False
     except Exception as error:
         _distrust(kind, f"{type(error).__name__}: {error}")
         return False
-    if not error <= TOLERANCE:
-        _distrust(kind, f"their {name} is off by {error:.1e} in a step that is known")
+    if not off <= TOLERANCE:
+        _distrust(kind, f"their {name} is off by {off:.1e} in a step that is known")
         return False
     _verdicts[kind] = True
     return True
@@ -211,10 +211,10 @@ def _errors(problem: Problem, old: dict[str, Tensor], steps: tuple[Tensor, ...],
         change, wanted = ((old["B"] + b) @ (old["A"] + a) - before for b, a in (steps, exact))
         found["step of B"] = found["step of A"] = _relative(change, wanted)
     for name in ("momentum", "metric"):
-        wanted = {side: getattr(update, f"{name}_{side}") for side in ("B", "A")}
-        if wanted["B"] is None:
+        state = {side: getattr(update, f"{name}_{side}") for side in ("B", "A")}
+        if state["B"] is None:
             continue
-        pair = {side: (new[f"{name} of {side}"], wanted[side][0]) for side in ("B", "A")}
+        pair = {side: (new[f"{name} of {side}"], state[side][0]) for side in ("B", "A")}
         errors = {side: _relative(*both) for side, both in pair.items()}
         if name == "momentum" and max(errors.values()) > TOLERANCE:  # as a product, it may have been balanced otherwise
             (B, exact_B), (A, exact_A) = pair["B"], pair["A"]
