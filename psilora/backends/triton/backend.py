@@ -171,7 +171,7 @@ class Execution:
         """See `psilora.steps.update.Computed`."""
         return gauge.shifts(self.problems, self._run.moved(self._index), self._run.squares(self._index))
 
-    def commit(self, ok: Tensor, shifts: Tensor | None) -> None:
+    def commit(self, ok: Tensor, shifts: Tensor | None = None) -> None:
         """Write parameters and state where `ok`, a 0-d bool on the same device, holds.
 
         `shifts`, (L,) int32, balances the factors that are written; see `psilora.steps.gauge`.
