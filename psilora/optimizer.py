@@ -87,7 +87,7 @@ class PSILoRA(torch.optim.Optimizer):
             before it enters momentum and metric. ≥ 1, or None for no bound. Spectral only.
         balance: Multiply one factor and divide the other by a power of two once their norms are more than 16 times
             apart, which leaves the weight as it is (see `psilora.steps.gauge`); in a gradient step from its 17th on,
-            and for K ≤ 1 its momentum's factors likewise. False follows the published recursion to the letter.
+            and for K ≤ 1 its momentum's factors likewise. False leaves the factors of both as the recursion has them.
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.

@@ -14,6 +14,7 @@ from psilora.lowrank.gradient_operator import ActivationGradient
 from psilora.lowrank.lorsum import Projection, turns
 from psilora.lowrank.momentum import BALANCED_ITERS, balance, conditioned
 from psilora.lowrank.ritz import RitzProjection
+from psilora.options import GradientOptions
 from psilora.steps.gradient.batch import FromActivations, GradientBatch
 from psilora.steps.gradient.metrics import updated_metric
 from psilora.steps.problem import Problem, Scales
@@ -47,8 +48,9 @@ def reference_steps(
         (B̃, Ã)     ← LoRSum of (1 − η·wd)·(B̃, Ã) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m)   in the metric M
         (B_m, A_m) ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)                           Frobenius, old momentum
 
-    and, for K ≤ 1, B_m/t, t·A_m where the two have drifted apart (see `psilora.lowrank.momentum.balance`); for
-    every K other factors of the same B_m·A_m where A_m has become ill-conditioned (see `conditioned` there).
+    and, unless balance=False, for K ≤ 1 B_m/t, t·A_m where the two have drifted apart (see
+    `psilora.lowrank.momentum.balance`); for every K other factors of the same B_m·A_m where A_m has become
+    ill-conditioned (see `conditioned` there).
 
     Both projections take their turns in step, so that their products with X and S share one read; the first turn takes
     BᵀG = dA/√s or GÃᵀ = dB/√s from `.grad`. What comes from X and S, products and statistics, is yielded to be summed
@@ -74,9 +76,7 @@ def reference_steps(
             yield from products.take(turn, advance_weight=options.num_iters > 0)
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
-    momentum_B, momentum_A = (
-        (None, None) if memory is None else _remembered(memory, options.balance and options.num_iters <= BALANCED_ITERS)
-    )
+    momentum_B, momentum_A = (None, None) if memory is None else _remembered(memory, options)
     return Update(
         problems=list(problems),
         step_B=weight.step_B.div_(batch.root),
@@ -91,10 +91,12 @@ def reference_steps(
     )
 
 
-def _remembered(memory: Projection, balanced: bool) -> tuple[Tensor, Tensor]:
-    """The new momentum, with its factors in balance where that is due."""
+def _remembered(memory: Projection, options: GradientOptions) -> tuple[Tensor, Tensor]:
+    """The new momentum, with its factors in balance where that is due and wanted."""
     B, A = memory.B, memory.A
-    if balanced:
+    if not options.balance:
+        return B, A
+    if options.num_iters <= BALANCED_ITERS:
         if memory.gram_B is None or memory.gram_A is None:
             raise RuntimeError("a LoRSum ended before both factors had a turn")
         size_B, size_A = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (memory.gram_B, memory.gram_A))
