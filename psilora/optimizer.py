@@ -49,9 +49,10 @@ class PSILoRA(torch.optim.Optimizer):
     `step="spectral"`, the default, goes along a polar factor, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
 
         G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
-        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·φ·c·msign(H),  c = √(8/r·max(d_out, d_in)/min(d_out, d_in))
+        (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·φ·c·msign(H),  c = f·√(8/r·d_max/d_min)
 
-    whitened by a metric of the LoRA gradients. φ ≤ 1 falls with a layer's gradient norm (`fade`). Start at lr = 0.05.
+    whitened by a metric of the LoRA gradients. φ ≤ 1 falls with a layer's gradient norm (`fade`), and f ≤ 1 with the
+    number of layers (`depth_scale`). d_max and d_min are the larger and the smaller width. Start at lr = 0.05.
     It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
     Without a gradient only a momentum that is already there moves anything, for as long as it lasts.
 
@@ -88,6 +89,8 @@ class PSILoRA(torch.optim.Optimizer):
         balance: Multiply one factor and divide the other by a power of two once their norms are more than 16 times
             apart, which leaves the weight as it is (see `psilora.steps.gauge`); in a gradient step from its 17th on,
             and for K ≤ 1 its momentum's factors likewise. False leaves the factors of both as the recursion has them.
+        depth_scale: f > 0. "auto": min(1, √(12/n)) with n pairs that take spectral steps, counted at construction (in
+            this process), so that the norm of all their steps together does not grow with n beyond 12. Spectral only.
         prox: ρ ≥ 0, the proximal weight: λ = η·ρ in a gradient step (None: 1e-2), and ρ times the mean of the diagonal
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
@@ -166,6 +169,7 @@ class PSILoRA(torch.optim.Optimizer):
         fade: bool = True,
         cap: float | None = 4.0,
         balance: bool = True,
+        depth_scale: float | str = "auto",
         prox: float | None = None,
         weight_decay: float = 0.0,
         metric: str | None = "auto",

@@ -23,6 +23,7 @@ class SpectralOptions(Options, step="spectral"):
     joint: bool = True
     fade: bool = True
     cap: float | None = 4.0
+    depth_scale: float | str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("nesterov", "joint", "fade"):
@@ -31,6 +32,10 @@ class SpectralOptions(Options, step="spectral"):
             raise ValueError(f"Invalid metric={self.metric!r}. Must be None with joint=False.")
         if self.cap is not None and not (is_real(self.cap) and self.cap >= 1):
             raise ValueError(f"Invalid cap={self.cap!r}. Must be >= 1 or None.")
+        scale = self.depth_scale
+        known = scale == "auto" if isinstance(scale, str) else is_real(scale) and math.isfinite(scale) and scale > 0
+        if not known:
+            raise ValueError(f"Invalid depth_scale={scale!r}. Must be finite and > 0, or 'auto'.")
         super().__post_init__()
 
     @property
@@ -47,6 +52,11 @@ class SpectralOptions(Options, step="spectral"):
     def on_factors(self) -> bool:
         """See `Options`."""
         return not self.joint
+
+    @property
+    def factor(self) -> float:
+        """What multiplies c; 1 for a pair on its own, of which "auto" has not been told the number of others."""
+        return 1.0 if isinstance(self.depth_scale, str) else float(self.depth_scale)
 
     @property
     def structure(self) -> tuple[object, ...]:

@@ -10,9 +10,21 @@ from torch import nn
 
 from psilora.adapters.find import find_pairs, none_found
 from psilora.adapters.pair import LoRAPair, describe
-from psilora.options import OPTION_NAMES, Options, as_group, inherited, refuse_foreign, resolved
+from psilora.options import (
+    GROUP_KEYS,
+    OPTION_NAMES,
+    Options,
+    SpectralOptions,
+    as_group,
+    inherited,
+    refuse_foreign,
+    resolved,
+)
 from psilora.options.checks import check_rate
 from psilora.options.metrics import DENSE_LIMIT
+
+#: So many pairs take the whole rate; of more, each takes less.
+FULL_RATE_PAIRS = 12
 
 
 def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
@@ -60,7 +72,21 @@ def lora_groups(
             raise ValueError(
                 f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
             )
-    return [group for group in groups if group["params"]]
+    groups = [group for group in groups if group["params"]]
+    share_depth(groups)
+    return groups
+
+
+def share_depth(groups: Sequence[dict[str, Any]]) -> None:
+    """Replace depth_scale="auto" by min(1, √(12/n)), n pairs with a spectral step, so that √n·depth_scale has a bound.
+
+    With it the norm of all steps together, η·(Σ‖c·O‖²)^½, does not grow with n.
+    """
+    spectral = [group for group in groups if group[GROUP_KEYS["step"]] == SpectralOptions.step]
+    count = sum(len(group["params"]) // 2 for group in spectral)
+    for group in spectral:
+        if group["depth_scale"] == "auto":
+            group["depth_scale"] = min(1.0, (FULL_RATE_PAIRS / count) ** 0.5)
 
 
 def pair_options(groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPair]) -> list[tuple[LoRAPair, Options]]:

@@ -168,7 +168,7 @@ class SpectralRun:
                 factor_ridge(p),
             )
             row[slots.FACTOR], row[slots.ROOT] = (
-                rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank),
+                rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank) * SpectralOptions.of(o).factor,
                 math.sqrt(p.pair.scaling),
             )
             row[slots.SIGN], row[slots.RATE] = -1.0 if o.maximize else 1.0, 0.0 if isinstance(o.lr, Tensor) else o.lr

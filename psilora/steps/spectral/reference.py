@@ -166,12 +166,13 @@ def _numbers(batch: Batch) -> Numbers:
     """The settings of a batch; the rate includes c."""
     problems, options = batch.problems, SpectralOptions.of(batch.options)
     (d_out, rank), d_in = batch.B.shape[1:], batch.A.shape[2]
+    factor = batch.column([SpectralOptions.of(p.options).factor for p in problems]).double()
     return Numbers(
         rank=rank,
         mu=batch.column([p.options.momentum for p in problems]).double(),
         fresh=batch.column([1 - p.options.tau for p in problems]).double(),
         nesterov=options.nesterov and options.momentum > 0,
-        rate=batch.lr.double() * rate_factor(d_out, d_in, rank),
+        rate=batch.lr.double() * rate_factor(d_out, d_in, rank) * factor,
         decay=None if batch.decay is None else batch.decay.double(),
         ridge=batch.column([factor_ridge(p) for p in problems]).double(),
         num_iters=options.num_iters,

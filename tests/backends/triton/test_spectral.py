@@ -78,6 +78,7 @@ CASES: list[Any] = [
     ([(24, 40, 6)], {"fade": False, "metric": "lora"}),
     ([(24, 40, 6)], {"cap": 1.0, "outlier": True}),
     ([(24, 40, 6), (40, 33, 6)], {"cap": 1.0, "outlier": True, "metric": "lora"}),
+    ([(24, 40, 6), (40, 24, 6)], {"depth_scale": 0.3}),
     ([(24, 40, 6)], {"momentum": 0.0, "metric": "lora"}),
     ([(24, 40, 6)], {"dtype": BF16, "prox": 1e-4}),
     ([(24, 40, 6)], {"dtype": BF16, "gradient_dtype": BF16, "metric": "lora", "prox": 1e-4}),
