@@ -108,7 +108,7 @@ class Machine(RuleBasedStateMachine):
 
     def shadow_settings(self) -> dict[str, Any]:
         options = {k: v for k, v in self.optimizer.param_groups[0].items() if k not in ("params", "lr")}
-        return {**options, "prox": 1e-2 if options["prox"] is None else options["prox"]}
+        return {**options, "step": options["step_kind"], "prox": 1e-2 if options["prox"] is None else options["prox"]}
 
     def factors(self) -> list[tuple[Tensor, Tensor]]:
         return [(m.lora_B.weight.detach().clone(), m.lora_A.weight.detach().clone()) for m in self.modules]

@@ -50,7 +50,17 @@ SCALARS = tl.constexpr(14)
 TILE = tl.constexpr(4)
 
 # Run-time arguments that are windows of larger buffers: one compilation serves every alignment of theirs.
-UNALIGNED = ["addresses_ptr", "scalars_ptr", "product_ptr", "flag_ptr", "info_ptr", "busy_ptr", "sizes_ptr", "ok_ptr"]
+UNALIGNED = [
+    "addresses_ptr",
+    "scalars_ptr",
+    "product_ptr",
+    "flag_ptr",
+    "info_ptr",
+    "busy_ptr",
+    "sizes_ptr",
+    "shifts_ptr",
+    "ok_ptr",
+]
 
 # Kinds of Grams, as slots of the partials: F are the current rows, F₁ those before the step, F_s = F − F₁, F_m the
 # momentum's rows with start F_m1 and increment F_ms, L the rows of `.grad` (BᵀG, AGᵀ), M the metric of the side.
@@ -104,8 +114,8 @@ SIGNATURE = {
     "addresses_ptr": "*i64", "scalars_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",
     "own_parts_ptr": "*i32", "product_ptr": "*i64", "coefficients_ptr": "*fp32", "scale_ptr": "*fp32",
     "weight_grams_ptr": "*fp32", "momentum_grams_ptr": "*fp32", "base_grams_ptr": "*fp32", "out_ptr": "*fp32",
-    "flag_ptr": "*i32", "info_ptr": "*i32", "busy_ptr": "*i32", "sizes_ptr": "*fp32", "ok_ptr": "*u8",
-    "problems": "i32", "first_tile": "i32",
+    "flag_ptr": "*i32", "info_ptr": "*i32", "busy_ptr": "*i32", "sizes_ptr": "*fp32",
+    "shifts_ptr": "*i32", "ok_ptr": "*u8", "problems": "i32", "first_tile": "i32",
 }  # fmt: skip
 
 

@@ -157,7 +157,7 @@ def worst_error(kind: Kind, options: Options, ranks: tuple[int, int]) -> tuple[s
     options = replace(options, lr=RATE)
     layers = [_layer(kind, options, ranks, shape) for shape in _shapes(kind, ranks[0])]
     problems = [problem for problem, _ in layers]
-    scales = Scales(clip=torch.tensor(CLIP))
+    scales = Scales(clip=torch.tensor(CLIP, device="cpu"))
     exact = [STEPS[options.step].updates([[oracle]], scales, None)[0] for _, oracle in layers]
     old = [_written(problem) for problem in problems]
     backends: triton_backend.Backends = {}
@@ -248,32 +248,43 @@ def _layer(kind: Kind, options: Options, ranks: tuple[int, int], shape: tuple[in
     """A problem of a kind on its device, and its twin in float64 on the CPU; nothing of either is zero."""
     (d_out, d_in), rank = shape, ranks[0]
     types = kind.dtypes
-    A = (torch.randn(rank, d_in) / d_in**0.5).to(types[0])
-    B = (torch.randn(d_out, rank) * (0.3 / rank**0.5)).to(types[1])
+    A = (torch.randn(rank, d_in, device="cpu") / d_in**0.5).to(types[0])
+    B = (torch.randn(d_out, rank, device="cpu") * (0.3 / rank**0.5)).to(types[1])
     chunks = []
     if kind.exact:
         total = sum(ROWS)
-        chunks = [(torch.randn(n, d_in).to(types[4]), (torch.randn(n, d_out) / total).to(types[5])) for n in ROWS]
+        chunks = [
+            (
+                torch.randn(n, d_in, device="cpu").to(types[4]),
+                (torch.randn(n, d_out, device="cpu") / total).to(types[5]),
+            )
+            for n in ROWS
+        ]
         wide = [(x.double(), s.double()) for x, s in chunks]
-        dA = sum(((s @ B.double()).mT @ x for x, s in wide), torch.zeros(rank, d_in, dtype=torch.float64))
-        dB = sum((s.mT @ (x @ A.double().mT) for x, s in wide), torch.zeros(d_out, rank, dtype=torch.float64))
+        dA = sum(((s @ B.double()).mT @ x for x, s in wide), torch.zeros(rank, d_in, dtype=torch.float64, device="cpu"))
+        dB = sum(
+            (s.mT @ (x @ A.double().mT) for x, s in wide), torch.zeros(d_out, rank, dtype=torch.float64, device="cpu")
+        )
     else:
-        dA, dB = torch.randn(rank, d_in).double() / d_in, torch.randn(d_out, rank).double() / d_out
-    squares = (torch.rand(d_in) + 0.1, (torch.rand(d_out) + 0.1) / sum(ROWS) ** 2)
+        dA, dB = (
+            torch.randn(rank, d_in, device="cpu").double() / d_in,
+            torch.randn(d_out, rank, device="cpu").double() / d_out,
+        )
+    squares = (torch.rand(d_in, device="cpu") + 0.1, (torch.rand(d_out, device="cpu") + 0.1) / sum(ROWS) ** 2)
     owner = SimpleNamespace(scaling=2.0)
     states: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     plain = LoRAPair("layer", nn.Parameter(A.float()), nn.Parameter(B.float()), owner)  # type: ignore[arg-type]
     STEPS[options.step].init_state(plain, options, *states)
     for i, (state, size, norm) in enumerate(((states[0], d_out, 1 / d_out**0.5), (states[1], d_in, float(dB.norm())))):
-        state["step"] = torch.tensor(3.0)
+        state["step"] = torch.tensor(3.0, device="cpu")
         if "momentum" in state:
             rank_m = ranks[1] or state["momentum"].shape[1 - i]
-            state["momentum"] = torch.randn((rank_m, size) if i else (size, rank_m)) * norm
+            state["momentum"] = torch.randn((rank_m, size) if i else (size, rank_m), device="cpu") * norm
         if "metric" in state:
             state["metric"] = torch.rand_like(state["metric"]) + 0.1
     if "norms" in states[0]:
         norm = float(dB.norm() / A.double().norm())
-        states[0]["norms"] = torch.tensor([3.0, 0.2 * norm, 5 * norm], dtype=torch.float64)
+        states[0]["norms"] = torch.tensor([3.0, 0.2 * norm, 5 * norm], dtype=torch.float64, device="cpu")
     low = kind.exact and (types[2].itemsize < 4 or types[3].itemsize < 4)  # the kernels form these products anew
     gradients = dA.to(types[2]), dB.to(types[3])
     exact = (dA, dB) if low else (gradients[0].double(), gradients[1].double())
