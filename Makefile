@@ -7,6 +7,7 @@
 #   TORCH_INDEX  package index to take torch from, e.g. one that serves CPU-only builds; empty: pip's own setting
 #   TRITON       Triton for machines whose torch does not bring one (the kernels' tests run in its interpreter)
 #   PSILORA_BUILD_EXT  0, 1 or auto: the native extension (see CONTRIBUTING.md)
+#   WORKERS      processes that the tests are spread over (logical: one per core; 0: none, e.g. for a debugger)
 #   ARGS         extra arguments of pytest or of the demo
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 TORCH_INDEX ?=
 TRITON ?= triton==3.6.0
 EXTRAS ?= hf,loops,bench,test,demo,experiments,dev
+WORKERS ?= logical
 ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -60,7 +62,7 @@ mnist:
 # The pytest program, not `python -m pytest`: that would put this folder on sys.path, where other libraries would
 # find ours when they look for a package called triton_kernels.
 test: install
-	$(VENV)/bin/pytest $(ARGS)
+	$(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
 
 lint: install typecheck
 	$(VENV)/bin/ruff check .

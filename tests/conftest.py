@@ -1,9 +1,13 @@
 """Fixtures shared by all tests."""
 
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each worker and what it starts; read when torch is imported
+    os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = "1"
 
 import torch
 
@@ -12,6 +16,13 @@ if not torch.cuda.is_available():  # before any kernel module is imported
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import quick_interpreter
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_interpreter() -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None:
+        quick_interpreter.install()
 
 
 @pytest.fixture(autouse=True)

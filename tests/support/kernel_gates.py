@@ -1,7 +1,7 @@
 """Compile every registered kernel variant ahead of time, without a GPU, and look for what must never be in the result.
 
 `python tests/support/kernel_gates.py [pattern]` prints the table of registers, shared memory and asynchronous copies.
-The tests run it in subprocesses, because Triton decides at import whether it interprets or compiles.
+The tests run it in a subprocess, because Triton decides at import whether it interprets or compiles.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from typing import Any
 SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 PACKAGE = "psilora.triton_kernels"
-PROCESSES = 2
 
 
 def kernel_modules() -> list[str]:
@@ -46,21 +45,40 @@ def variants(modules: list[str]) -> dict[str, Any]:
     return found
 
 
-def compile_all(modules: list[str], jobs: list[tuple[str, int]]) -> dict[tuple[str, int], dict[str, Any]]:
-    """Compile variants of the modules, (name, target) each, in subprocesses; a report for each."""
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "jobs.json").write_text(json.dumps(jobs))
+class Compiler:
+    """A subprocess that has imported Triton and the modules, and compiles the variants it is asked for."""
+
+    def __init__(self, modules: list[str]) -> None:
         environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-        workers = []
-        for part in range(PROCESSES):
-            command = [sys.executable, __file__, "--work", folder, str(part), "--modules", *modules]
-            workers.append(subprocess.Popen(command, env=environment))
-        codes = [worker.wait() for worker in workers]
-        if any(codes):
-            raise RuntimeError(f"the compiling subprocesses ended with {codes}")
-        reports = [r for part in range(PROCESSES) for r in json.loads(Path(folder, f"{part}.json").read_text())]
-    return {(report["name"], report["target"]): report for report in reports}
+        command = [sys.executable, __file__, "--serve", "--modules", *modules]
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def report(self, name: str, target: int) -> dict[str, Any]:
+        """What `compile_variant` says of the variant of that name."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        if process.poll() is None:
+            print(json.dumps([name, target]), file=process.stdin, flush=True)
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the compiling subprocess ended with {process.wait()} at {name}, sm_{target}")
+        return dict(json.loads(line))
+
+    def close(self) -> None:
+        """End the subprocess."""
+        self._process.communicate()
+
+
+def serve(found: dict[str, Any]) -> None:
+    """Answer each line of stdin, a JSON list of a name and a target, with a line of JSON, its report."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the compiler prints is no answer
+    for line in sys.stdin:
+        name, target = json.loads(line)
+        print(json.dumps(compile_variant(found[name], target)), file=answers, flush=True)
 
 
 def compile_variant(variant: Any, target: int) -> dict[str, Any]:
@@ -301,14 +319,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression that selects variants")
     parser.add_argument("--modules", nargs="*", help="default: every module of the kernel package")
-    parser.add_argument("--work", nargs=2, metavar=("FOLDER", "PART"), help="do a share of FOLDER/jobs.json")
+    parser.add_argument("--serve", action="store_true", help="compile what stdin asks for")
     options = parser.parse_args()
     found = variants(options.modules or kernel_modules())
-    if options.work:
-        folder, part = Path(options.work[0]), int(options.work[1])
-        jobs = json.loads((folder / "jobs.json").read_text())[part::PROCESSES]
-        reports = [compile_variant(found[name], target) for name, target in jobs]
-        (folder / f"{part}.json").write_text(json.dumps(reports))
+    if options.serve:
+        serve(found)
         return
     selected = [variant for name, variant in found.items() if re.search(options.pattern, name)]
     print(table([compile_variant(variant, target) for variant in selected for target in variant.targets]))

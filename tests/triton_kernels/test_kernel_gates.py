@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,30 +27,21 @@ MUST_REGISTER = ("xv", "stz", "squares", "reduce", "span", "moments", "spread")
 
 
 @pytest.fixture(scope="module")
-def reports(request: pytest.FixtureRequest) -> dict[tuple[str, int], dict[str, Any]]:
-    """What the selected tests are about, compiled at once."""
-    jobs = []
-    for item in request.session.items:
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        if item.module is not request.module:
-            continue
-        if "name" in parameters:
-            jobs.append((parameters["name"], parameters["target"]))
-        elif "variant" in parameters:
-            jobs += [(parameters["variant"].name, target) for target in parameters["variant"].targets]
-    found = kernel_gates.compile_all([*kernel_gates.kernel_modules(), gate_offenders.__name__], jobs)
-    print(kernel_gates.table([report for report in found.values() if report["name"] in VARIANTS]))
-    return found
+def compiler() -> Iterator[kernel_gates.Compiler]:
+    started = kernel_gates.Compiler([*kernel_gates.kernel_modules(), gate_offenders.__name__])
+    yield started
+    started.close()
 
 
 @pytest.mark.parametrize(("name", "target"), MARKED)
-def test_gate(name: str, target: int, reports: dict[tuple[str, int], dict[str, Any]]) -> None:
-    assert reports[name, target]["problems"] == []
+def test_gate(name: str, target: int, compiler: kernel_gates.Compiler) -> None:
+    report = compiler.report(name, target)
+    assert report["problems"] == [], kernel_gates.table([report])
 
 
 @pytest.mark.parametrize(("variant", "expected"), gate_offenders.CASES, ids=lambda value: getattr(value, "name", ""))
-def test_gate_catches(variant: Any, expected: str | None, reports: dict[tuple[str, int], dict[str, Any]]) -> None:
-    problems = [problem for target in variant.targets for problem in reports[variant.name, target]["problems"]]
+def test_gate_catches(variant: Any, expected: str | None, compiler: kernel_gates.Compiler) -> None:
+    problems = [p for target in variant.targets for p in compiler.report(variant.name, target)["problems"]]
     if expected is None:
         assert problems == []
     else:
