@@ -39,8 +39,8 @@ def write(folder: Path) -> Path:
         for setting, methods in own.items():
             text += [f"### {plots.name(setting)}", "", *method_table(methods), ""]
         text += [f"![rates](plots/{task}-rates.png)", "", f"![curves](plots/{task}-curves.png)", ""]
-    if found:
-        text += ["## One rate for every task", "", *shared_rate_table(records, found), ""]
+    if tuned := compared(found):
+        text += ["## One rate for every task", "", *shared_rate_table(records, tuned), ""]
     path = folder / "report.md"
     path.write_text("\n".join(text), encoding="utf-8")
     return path
@@ -81,8 +81,14 @@ def method_table(methods: Sequence[Summary]) -> list[str]:
     return lines
 
 
+def compared(found: Mapping[Setting, Sequence[Summary]]) -> dict[Setting, Sequence[Summary]]:
+    """The settings that the reference was run in."""
+    return {setting: methods for setting, methods in found.items() if any(s.method == REFERENCE for s in methods)}
+
+
 def shared_rate_table(records: Sequence[store.Record], found: Mapping[Setting, Sequence[Summary]]) -> list[str]:
     """For each method run in every setting, the one rate with the smallest worst excess over the tuned best."""
+    records = [record for record in records if (record[0].task, record[0].condition, record[0].rank) in found]
     everywhere = set.intersection(*({s.method for s in methods} for methods in found.values()))
     lines = ["| method | lr | worst excess | in |", "|---|---|---|---|"]
     rows = []
@@ -144,9 +150,10 @@ def one_step_table(folder: Path) -> list[str]:
 
 
 def quality_table(folder: Path) -> list[str]:
-    """Test losses at the tuned rates, a row per setting: AdamW, the rival with the lowest test loss, PSILoRA."""
+    """Test losses at the tuned rates, a row per setting with AdamW: its loss, the best rival's, and PSILoRA's."""
     records = store.load(folder)
-    found = {setting: {s.method: s for s in summaries(records, setting)} for setting in settings(records)}
+    every = compared({setting: summaries(records, setting) for setting in settings(records)})
+    found = {setting: {s.method: s for s in methods} for setting, methods in every.items()}
     present = {method for methods in found.values() for method in methods}
     own = [method for method in OWN if method in present]
     titles = ["AdamW", "best other rival", *(METHODS[method].title for method in own)]

@@ -234,6 +234,21 @@ def test_summaries_against_values_worked_out_by_hand() -> None:
     assert rate == pytest.approx(0.4, rel=0.2) and max(excess.values()) == 0
 
 
+def test_tables_that_compare_leave_out_what_was_run_without_adamw(tmp_path: Path) -> None:
+    store, tasks, training = module("store"), module("tasks"), module("training")
+    scores = tasks.Scores(1.0, 0.5)
+    runs = [("beside", "adamw", 0.1), ("beside", "spectral", 0.05), ("alone", "spectral", 0.1)]
+    for condition, method, lr in runs:
+        key = training.Key("t", condition, 4, method, lr, 0)
+        store.write(tmp_path, key, training.Result(validation=scores, test=scores, curve=[(1, 1.0, 0.5)]), "command")
+    table = "\n".join(module("report").quality_table(tmp_path))
+    assert "| t beside, r = 4 | 1.000 (lr 0.1, 1 tried) |" in table and "alone" not in table
+    run("report", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "### t alone, r = 4" in text  # the report itself shows everything
+    assert "| PSILoRA spectral | 0.0566 | 0.0% | t beside, r = 4 |" in text.partition("## One rate for every task")[2]
+
+
 def test_the_schedule_warms_up_and_ends_at_zero() -> None:
     schedule = module("schedule").schedule
     values = [schedule(step, 100) for step in range(101)]
