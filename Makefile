@@ -23,10 +23,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: help install demo demo-short mnist test lint typecheck format clean
+.PHONY: help install demo demo-short mnist test test-all test-fast lint typecheck format clean
 
 help:
-	@echo "make test | demo | demo-short | mnist | lint | typecheck | format | install | clean"
+	@echo "make test | test-all | test-fast | demo | demo-short | mnist | lint | typecheck | format | install | clean"
 
 # The marks below make a second run install nothing. $(VENV)/.torch: an environment with torch and the build tools.
 $(VENV)/.torch:
@@ -61,8 +61,19 @@ mnist:
 
 # The pytest program, not `python -m pytest`: that would put this folder on sys.path, where other libraries would
 # find ours when they look for a package called triton_kernels.
+PYTEST := $(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+
 test: install
-	$(VENV)/bin/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal $(ARGS)
+	$(PYTEST) $(ARGS)
+
+# With every variant of every kernel for every target.
+test-all: install
+	$(PYTEST) --sweep $(ARGS)
+
+# What computes without kernels, in one process and without other libraries' training loops.
+NOT_FAST := backends bench distributed examples experiments scenarios triton_kernels test_gpu.py test_doctor.py
+test-fast: install
+	$(PYTEST) -m "not slow and not gpu" -k "not triton and not kernels" $(addprefix --ignore=tests/,$(NOT_FAST)) $(ARGS)
 
 lint: install typecheck
 	$(VENV)/bin/ruff check .

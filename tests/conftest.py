@@ -40,7 +40,15 @@ def checkout_on_path() -> Iterator[None]:
     sys.path.remove(root)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--sweep", action="store_true", help="run the tests marked `sweep`, too")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--sweep"):
+        left_out = [item for item in items if "sweep" in item.keywords]
+        items[:] = [item for item in items if "sweep" not in item.keywords]
+        config.hook.pytest_deselected(items=left_out)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

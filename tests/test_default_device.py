@@ -74,7 +74,7 @@ def test_a_step_does_not_depend_on_the_default_device(name: str, elsewhere: Any)
     dtype = torch.float32
     model = plain_mlp(dtype=dtype)
     model.l3.base.bias.requires_grad_()
-    twin, batches = copy.deepcopy(model), [data(dtype=dtype) for _ in range(3)]
+    twin, batches = copy.deepcopy(model), [data(dtype=dtype) for _ in range(2)]
     train(twin, OPTIMIZERS[name](twin), batches)
     before = copy.deepcopy(model)
     elsewhere()

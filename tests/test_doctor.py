@@ -37,7 +37,7 @@ def test_the_self_test_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch, caps
         return result if dtype == torch.float64 else [t * 1.01 for t in result]
 
     monkeypatch.setattr(self_test, "_train", broken)
-    assert doctor.main(["--self-test"]) == 1
+    assert doctor.main(["--self-test", "--backend", "reference"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
 

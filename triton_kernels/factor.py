@@ -244,7 +244,7 @@ def _variants() -> list[Variant]:
                 "HAS_MOMENTUM": True, "TANGENT": True, "OWN_TANGENT": True,
             }  # fmt: skip
             name = f"factor_{'ab'[side]}"
-            found.append(variant(name, _factor_kernel, padded, factor_warps(padded), constexprs, 255, slow=True))
+            found.append(variant(name, _factor_kernel, padded, factor_warps(padded), constexprs, 255))
     return found
 
 

@@ -126,7 +126,6 @@ def variant(
     warps: int,
     constexprs: Mapping[str, Any],
     registers: int,
-    slow: bool = False,
     targets: tuple[int, ...] = TARGETS,
 ) -> Variant:
     """Return a variant of a kernel of a step, whose whole-tensor arguments are aligned as torch aligns them."""
@@ -143,5 +142,4 @@ def variant(
         max_registers=registers,
         targets=targets,
         maxnreg=registers,
-        slow=slow,
     )

@@ -315,12 +315,12 @@ def _variants() -> list[Variant]:
             for name, case in (("plain", plain), ("exact", exact), ("tangent", tangent)):
                 blocks = {"SIDE": side, "BN": BN, "KS": KS, "CHECK": True, "EMIT": True}
                 types = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.float32}
-                title, slow = f"solve_{'ab'[side]}_{name}", name != "plain"
-                found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255, slow))
+                title = f"solve_{'ab'[side]}_{name}"
+                found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255))
                 if name == "exact" and padded <= FP32_UP_TO:
                     title, fp32 = f"{title}_fp32", {**blocks, **types, **case, "PARAM_TYPE": tl.float32}
                     targets = (SLOW_TARGET,)
-                    found.append(variant(title, _solve_kernel, padded, warps, fp32, 255, slow, targets))
+                    found.append(variant(title, _solve_kernel, padded, warps, fp32, 255, targets))
     return found
 
 

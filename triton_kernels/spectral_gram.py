@@ -347,7 +347,6 @@ def _variant(name: str, kernel: Any, padded: int, warps: int, constexprs: dict[s
         num_stages=1,
         max_registers=REGISTERS,
         maxnreg=REGISTERS if bounded else None,
-        slow=kernel is _span_kernel,
         targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
     )
 

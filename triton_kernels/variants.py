@@ -8,7 +8,7 @@ from typing import Any
 
 #: Compute capabilities that every kernel must compile for.
 TARGETS = (80, 89, 90, 100)
-#: The one that a variant marked as slow is always compiled for.
+#: The one for which also variants are compiled that would take too long for all.
 SLOW_TARGET = 90
 #: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts and
 #: are compiled for SLOW_TARGET alone, since all together would take minutes.
@@ -31,7 +31,6 @@ class Variant:
         max_registers: Budget of registers per thread.
         targets: Compute capabilities to compile for.
         maxnreg: The launch's bound on registers per thread, where it has one.
-        slow: Compiles for many seconds: where slow tests are left out, it is compiled for SLOW_TARGET alone.
     """
 
     name: str
@@ -45,4 +44,12 @@ class Variant:
     streaming: bool = False
     targets: tuple[int, ...] = TARGETS
     maxnreg: int | None = None
-    slow: bool = False
+
+    def sampled(self, target: int) -> bool:
+        """Whether an ordinary run of the tests compiles it for `target`: else only the sweep of all variants does.
+
+        What depends on the target shows at the least padded rank, what grows with the rank at the largest.
+        """
+        least, largest = EVERYWHERE
+        padded = self.constexprs.get("RP", least)
+        return bool(padded == least or (padded == largest and target == SLOW_TARGET))

@@ -99,7 +99,7 @@ def test_the_steps_after_it_are_those_of_the_factors_as_they_were(
     plain, start = copy.deepcopy(model), copy.deepcopy(model)
     for each, balance in ((model, True), (plain, False)):
         ridge = {"prox": 1e-11} if kind.get("step") != "gradient" and dtype == FP64 else {}
-        trained(each, PSILoRA(each, 0.02, backend=backend, balance=balance, **{**ridge, **kind}), burn_in + 3)
+        trained(each, PSILoRA(each, 0.02, backend=backend, balance=balance, **{**ridge, **kind}), max(3, burn_in + 2))
     for i in (0, 2):
         assert apart(model[i]) < 0.5 * apart(plain[i])
         moved = (weight(plain[i]) - weight(start[i])).norm()
@@ -112,10 +112,12 @@ def test_the_steps_after_it_are_those_of_the_factors_as_they_were(
 def test_a_step_that_changes_nothing_balances_nothing(
     cause: str, kind: dict[str, Any], backend: str, burn_in: int
 ) -> None:
+    if backend == "triton" and cause == "lr" and kind not in (KINDS[0], KINDS[4]):
+        pytest.skip("the rate reaches the kernels of a step in one place, whatever else is set")
     model = layers()
     optimizer = PSILoRA(model, 0.0 if cause == "lr" else 0.05, backend=backend, **kind)
     before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(burn_in + 2):
+    for _ in range(burn_in + 1):
         optimizer.zero_grad()
         (mse(model, (torch.randn(24, 12), torch.randn(24, 10))) * (0.0 if cause == "gradient" else 1.0)).backward()
         optimizer.step()

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from models import randomise_B
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 
@@ -31,6 +30,8 @@ def peft_convnet(
     **config: Any,
 ) -> nn.Module:
     """A `ConvNet`, the same on every call, under PEFT LoRA; B is random so that every gradient is non-zero."""
+    from peft import LoraConfig, get_peft_model  # see models.py
+
     torch.manual_seed(0)
     settings = {"r": 4, "lora_alpha": 8, "target_modules": list(targets), **config}
     model = get_peft_model(ConvNet() if net is None else net, LoraConfig(**settings)).to(dtype)

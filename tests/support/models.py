@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -38,6 +37,8 @@ class Checkpointed(nn.Module):
 
 def peft_mlp(dims: Sequence[int] = (24, 20, 16, 6), *, dtype: torch.dtype = torch.float64, **config: Any) -> nn.Module:
     """An MLP under PEFT LoRA on all layers; B starts random so that every gradient is non-zero."""
+    from peft import LoraConfig, get_peft_model  # takes longer to import than torch: worlds do without it
+
     settings = {"r": 4, "lora_alpha": 8, "target_modules": ["l1", "l2", "l3"], **config}
     model = get_peft_model(MLP(dims), LoraConfig(**settings)).to(dtype)
     randomise_B(model)

@@ -15,6 +15,7 @@ from problems import in_float64, make_problem
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from psilora import LoRALinear
 from psilora.backends import dispatch
 from psilora.backends.triton import backend as triton_backend
 from psilora.steps.gradient.reference import reference_update
@@ -226,7 +227,7 @@ def test_many_layers_and_one_layer_agree_bitwise() -> None:
 
 @pytest.mark.parametrize("settings", [{}, {"num_iters": 2, "metric": "kfac"}, {"gradient": "tangent", "first": "B"}])
 def test_repeated_runs_are_bitwise_equal(settings: dict[str, Any]) -> None:
-    problems = [make_problem((300, 260, 6), momentum_rank=6, rows=(40, 9), device=DEVICE, **settings)]
+    problems = [make_problem((200, 150, 6), momentum_rank=6, rows=(40, 9), device=DEVICE, **settings)]
     backends: triton_backend.Backends = {}
     first = steps(triton_backend.compute(problems, Scales(), backends)[0])
     (backend,) = backends.values()
@@ -346,10 +347,14 @@ def test_what_the_kernels_keep_goes_with_the_optimizer(settings: dict[str, Any])
     assert all(ref() is None for ref in parameters)
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient": "tangent", "metric": "kfac"}, {"step": "spectral"}], ids=str)
-@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [({}, FP32), ({}, BF16), ({"gradient": "tangent", "metric": "kfac"}, FP32), ({"step": "spectral"}, BF16)],
+    ids=str,
+)
 def test_a_step_lets_go_of_its_gradients(settings: dict[str, Any], dtype: torch.dtype) -> None:
-    model = plain_mlp((12, 10, 8, 6), dtype=dtype).to(DEVICE)
+    model = torch.nn.Sequential(LoRALinear(torch.nn.Linear(12, 8), 4), LoRALinear(torch.nn.Linear(8, 6), 4))
+    model = model.to(DEVICE, dtype)
     optimizer = bare(model, 0.1, backend="triton", **settings)
     x, y = data(9, 12, 6, dtype)
     for rows in (9, 5):  # a run for each is kept
@@ -431,11 +436,12 @@ def test_a_commit_that_does_not_compile_leaves_everything_as_it_was(monkeypatch:
 
 def test_steps_of_every_length_share_one_scratch() -> None:
     """No memory is asked for after the longest batch, and a shared scratch changes no bit."""
-    model = plain_mlp((40, 33, 20, 16), dtype=torch.float32).to(DEVICE)
+    model = torch.nn.Sequential(LoRALinear(torch.nn.Linear(40, 33), 4), LoRALinear(torch.nn.Linear(33, 16), 4))
+    model = model.to(DEVICE)
     twin = copy.deepcopy(model)
     settings: dict[str, Any] = {"backend": "triton", "momentum": 0.9, "metric": "kfac"}
     ours, theirs = bare(model, 0.1, **settings), bare(twin, 0.1, **settings)
-    sizes = [300, 700, 7, 650, 300, 64, 700]
+    sizes = [300, 700, 7, 650]
     batches = [tuple(t.to(DEVICE) for t in data(n, 40, 16, torch.float32)) for n in sizes]
     held = []
     for batch in batches:

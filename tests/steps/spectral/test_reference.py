@@ -565,14 +565,14 @@ def test_a_layer_without_a_gradient_comes_to_rest_and_holds_up_no_other(joint: b
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     model = Gated().to(device)
     x, y = torch.randn(32, 8, device=device), torch.randn(32, 8, device=device)
-    optimizer = PSILoRA(model, 0.05, step="spectral", joint=joint, metric=None, backend=backend, momentum=0.02)
+    optimizer = PSILoRA(model, 0.05, step="spectral", joint=joint, metric=None, backend=backend, momentum=1e-3)
     resting = others = torch.zeros(())
-    for step in range(34):  # 0.02^29 is no number of fp32
-        model.gate = 1.0 if step < 4 else 0.0
+    for step in range(19):  # 1e-3^16 is no number of fp32
+        model.gate = 1.0 if step < 2 else 0.0
         optimizer.zero_grad(set_to_none=False)
         (model(x) - y).square().mean().backward()
         optimizer.step()
-        if step == 12:
+        if step == 6:
             resting, others = model.delta(), model.b.lora_B.weight.detach().clone()
     torch.testing.assert_close(model.delta(), resting, rtol=0, atol=1e-6)
     assert float((model.b.lora_B.weight - others).detach().norm()) > 1e-3
