@@ -1,4 +1,4 @@
-"""The interpreter of the tests computes what Triton's does, and leaves the language as it was."""
+"""The interpreter of the tests computes what Triton's does, finds the same faults, and leaves the language alone."""
 
 from __future__ import annotations
 
@@ -14,9 +14,13 @@ if not _compat.available():
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("kernels are compiled here", allow_module_level=True)
 
+import quick_interpreter
 import triton
 import triton.language as tl
 from triton.runtime import interpreter
+
+if not quick_interpreter.known():
+    pytest.skip(f"the interpreter of Triton {triton.__version__} is left as it is", allow_module_level=True)
 
 
 @triton.jit
@@ -32,13 +36,17 @@ def _kernel(x_ptr, y_ptr, FAILS: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + offs)
     for _ in tl.range(0, 3):
         x = _halved(x, FAILS)
-    tl.store(y_ptr + offs, x)
+    tl.store(y_ptr + offs, x + tl.sum(x, axis=0))
+
+
+@triton.jit
+def _arithmetic_kernel(out_ptr, n, PRODUCT: tl.constexpr):
+    n += tl.arange(0, 2)
+    tl.store(out_ptr + tl.arange(0, 2), n * 2 if PRODUCT else n + n)
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_launch_restores_the_language(fails: bool) -> None:
-    if not hasattr(interpreter, "_LangPatchScope"):
-        pytest.skip("this Triton's interpreter is not changed")
     names = {name: getattr(tl, name) for name in dir(tl)}
     x, y = torch.randn(16), torch.full((16,), torch.nan)
     for _ in range(2):
@@ -47,15 +55,42 @@ def test_a_launch_restores_the_language(fails: bool) -> None:
                 _kernel[(1,)](x, y, fails, 16)
         else:
             _kernel[(1,)](x, y, fails, 16)
-            torch.testing.assert_close(y, torch.where(x > 0, x, x / 8), rtol=0, atol=0)
+            halved = torch.where(x > 0, x, x / 8)
+            torch.testing.assert_close(y, halved + halved.sum())
         assert all(getattr(tl, name) is value for name, value in names.items())
 
 
 def test_device_functions_of_a_launch_replace_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not hasattr(interpreter, "_LangPatchScope"):
-        pytest.skip("this Triton's interpreter is not changed")
+    x, y = torch.randn(16), torch.empty(16)
+    _kernel[(1,)](x, y, False, 16)
     searched = []
     search = interpreter._patch_builtin
     monkeypatch.setattr(interpreter, "_patch_builtin", lambda pkg, *rest: searched.append(pkg) or search(pkg, *rest))
-    _kernel[(1,)](torch.randn(16), torch.empty(16), False, 16)
+    _kernel[(1,)](x, y, False, 16)
     assert searched and len(searched) == len(set(searched))
+
+
+@pytest.mark.parametrize("product", [False, True])
+def test_int32_overflow_is_found(product: bool) -> None:
+    out = torch.zeros(2, dtype=torch.int32)
+    _arithmetic_kernel[(1,)](out, 2**30 - 2, product)
+    assert out.tolist() == [2**31 - 4, 2**31 - 2]
+    with pytest.raises(interpreter.InterpreterError, match="int32 overflow detected"):
+        _arithmetic_kernel[(1,)](out, 2**30 - 1, product)
+    _arithmetic_kernel[(1,)](out, -(2**30), product)
+    assert out.tolist() == [-(2**31), -(2**31) + 2]
+    with pytest.raises(interpreter.InterpreterError, match="int32 overflow detected"):
+        _arithmetic_kernel[(1,)](out, -(2**30) - 1, product)
+
+
+def test_tuples_have_their_types() -> None:
+    found = tl.core.tuple([tl.core.constexpr(3), 2.0])
+    assert str(found.type) == str(tl.core._type_for_tuple_values(found.values)) and len(found.type.types) == 2
+    assert tl.core.tuple([1, 2], found.type).type is found.type
+
+
+def test_dtypes_are_those_of_the_table() -> None:
+    for dtype, expected in ((tl.float32, "float32"), (tl.bfloat16, "uint16"), (tl.int1, "bool")):
+        assert interpreter._get_np_dtype(dtype) == interpreter._get_np_dtype(tl.block_type(dtype, [16])) == expected
+    pointer = tl.pointer_type(tl.float32)
+    assert interpreter._get_np_dtype(pointer) == interpreter._get_np_dtype(tl.block_type(pointer, [16])) == "uint64"
