@@ -326,7 +326,7 @@ class PSILoRA(torch.optim.Optimizer):
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
         results = [tensor for bucket in buckets for tensor in bucket.tensors()]
-        finite = all_finite([local(grad) for grad in grads] + results, device)
+        finite = all_finite([local(grad) for grad in self._unchecked(buckets)] + results, device)
         overflow = self._overflow(device)
         if communicator is not None or self._sharded:
             wrong, found = self.communicator.sums([(~finite).float(), overflow.float()])
@@ -349,6 +349,11 @@ class PSILoRA(torch.optim.Optimizer):
         self._counters.add(events)
         if wanted:
             self._observer.after(seen, scales)
+
+    def _unchecked(self, buckets: Sequence[dispatch.Bucket]) -> list[Tensor]:
+        """The gradients that no backend has looked at for numbers that are not finite."""
+        problems = [p for bucket in buckets if not bucket.update.bounded for p in bucket.problems]
+        return [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
 
     @property
     def _shared(self) -> Communicator | None:

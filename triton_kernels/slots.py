@@ -36,3 +36,33 @@ SIGN = 9
 RATE = 10
 CAP = 11
 NUMBERS = 12
+
+# Columns of the addresses of a joint spectral step (int64, one row per layer), side A before side B where there are two.
+J_FACTOR = 0
+J_GRAD = 2
+J_MOMENTUM = 4
+J_METRIC = 6  # √D, fp32
+J_FRESH = 8  # workspace: the root of this step's second moments (d,), fp32
+J_STEPS = 10  # where increments go that are only asked for: rows (r, d), fp32
+J_COUNT = 12  # the state's "step", fp32
+J_NORMS = 14  # t, n̂ and n̄, fp64
+J_LR = 15  # η, fp32: the caller's own device tensor, or one of this table
+J_ADDRESSES = 16
+
+# Columns of its settings (fp32, one row per layer).
+S_BETA = 0
+S_BETA_REST = 1  # 1 − β₂
+S_DAMPING = 2
+S_POWER = 3
+S_MU = 4
+S_MU_REST = 5  # 1 − μ
+S_FRESH = 6
+S_DECAY = 7
+S_RIDGE = 8
+S_FACTOR = 9
+S_SCALING = 10
+S_SIGN = 11
+S_CAP = 12
+S_RATE = 13
+S_LOOSE = 14  # 1/√v at most
+S_SETTINGS = 16

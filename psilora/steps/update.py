@@ -39,6 +39,7 @@ class Update:
     rest_B: Tensor | None = None
     rest_A: Tensor | None = None
     norms: Tensor | None = None
+    bounded = False
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
@@ -111,6 +112,11 @@ class Computed(Protocol):
     problems: list[Problem]
 
     @property
+    def bounded(self) -> bool:
+        """Whether `tensors` also tell of gradients, and of sums beyond the range of the parameters' dtypes."""
+        ...
+
+    @property
     def repaired(self) -> Tensor:
         """Number of r×r solves with a repaired pivot, 0-d int64."""
         ...
@@ -158,6 +164,8 @@ class Bucket:
         A sum in 16 bits is bounded by the largest entries of parameter and increment together.
         """
         found = self.update.tensors()
+        if self.update.bounded:
+            return found
         sides = [[p.pair.lora_B for p in self.problems], [p.pair.lora_A for p in self.problems]]
         if all(parameters[0].dtype.itemsize > 2 for parameters in sides):
             return found

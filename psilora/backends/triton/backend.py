@@ -18,7 +18,6 @@ from torch import Tensor
 from psilora.backends.triton.launch import PADDED_RANKS
 from psilora.options import GradientOptions, SpectralOptions
 from psilora.runtime import capturing
-from psilora.steps import gauge
 from psilora.steps.problem import Problem, Scales
 
 if TYPE_CHECKING:
@@ -26,9 +25,11 @@ if TYPE_CHECKING:
     from psilora.backends.triton.gradient.plan import Layer
     from psilora.backends.triton.gradient.ritz import Products, RitzUpdate
     from psilora.backends.triton.gradient.run import Run
+    from psilora.backends.triton.joint import JointRun
     from psilora.backends.triton.spectral import SpectralRun
     from psilora.triton_kernels.tables import Scratch
 
+    Spectral: TypeAlias = JointRun | SpectralRun
 
 #: The update of problems that share their launches.
 Computed: TypeAlias = "Execution | RitzUpdate"
@@ -36,6 +37,8 @@ Computed: TypeAlias = "Execution | RitzUpdate"
 Backends: TypeAlias = "dict[torch.device, Backend]"
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16
+#: Runs of spectral steps kept: adapters that take turns each have their own.
+KEPT_SPECTRAL = 4
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -140,7 +143,7 @@ class Execution:
         problems: The bucket's problems, in order.
     """
 
-    def __init__(self, run: Run | SpectralRun, index: int, problems: list[Problem]) -> None:
+    def __init__(self, run: Run | Spectral, index: int, problems: list[Problem]) -> None:
         self.problems = problems
         self._run, self._index = run, index
 
@@ -169,7 +172,12 @@ class Execution:
     @functools.cached_property
     def shifts(self) -> Tensor | None:
         """See `psilora.steps.update.Computed`."""
-        return gauge.shifts(self.problems, self._run.moved(self._index), self._run.squares(self._index))
+        return self._run.shifts(self._index)
+
+    @property
+    def bounded(self) -> bool:
+        """See `psilora.steps.update.Computed`."""
+        return self._run.bounded
 
     def commit(self, ok: Tensor, shifts: Tensor | None = None) -> None:
         """Write parameters and state where `ok`, a 0-d bool on the same device, holds.
@@ -198,10 +206,10 @@ class Backend:
     def __init__(self) -> None:
         self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
         self._workspaces: dict[object, list[Workspace]] = {}
-        self._spectral: dict[object, tuple[object, SpectralRun]] = {}
+        self._spectral: collections.OrderedDict[object, Spectral] = collections.OrderedDict()
         self._products: Products | None = None
         self._scratch: Scratch | None = None
-        self._captured: list[Run | SpectralRun] = []  # a CUDA graph replays with their memory
+        self._captured: list[Run | Spectral] = []  # a CUDA graph replays with their memory
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
         """See the function `compute`."""
@@ -230,19 +238,19 @@ class Backend:
             groups.setdefault(_spectral_key(problem), []).append(problem)
         executions: list[Computed] = []
         for key, members in groups.items():
-            shapes = tuple((p.pair.d_out, p.pair.d_in) for p in members)
-            kept, run = self._spectral.get(key, (None, None))
-            if run is None or kept != shapes:  # one run per key: its workspaces are as large as the state
-                from psilora.backends.triton.spectral import SpectralRun
-
-                run = SpectralRun(members)
-                self._spectral[key] = (shapes, run)
+            whole = (key, tuple((p.pair.d_out, p.pair.d_in) for p in members))
+            run = self._spectral.get(whole)
+            if run is None:
+                run = self._spectral[whole] = _spectral_run(members)
+                while len(self._spectral) > max(KEPT_SPECTRAL, len(groups)):
+                    self._spectral.popitem(last=False)
+            self._spectral.move_to_end(whole)
             self._note_capture(run)
             run.start(members, scales)
             executions.append(Execution(run, 0, members))
         return executions
 
-    def _note_capture(self, run: Run | SpectralRun) -> None:
+    def _note_capture(self, run: Run | Spectral) -> None:
         if capturing(run.device):
             self._captured.append(run)
 
@@ -286,7 +294,17 @@ _KERNELS = {SpectralOptions.step: Backend._spectral_kind, GradientOptions.step: 
 def _spectral_key(problem: Problem) -> tuple[object, ...]:
     """What spectral steps that share their launches have in common."""
     pair = problem.pair
-    return (pair.rank, pair.lora_A.dtype, pair.lora_B.dtype, problem.options.structure)
+    types = (pair.lora_A.dtype, pair.lora_B.dtype, problem.dA.dtype, problem.dB.dtype)
+    return (pair.rank, *types, problem.options.structure)
+
+
+def _spectral_run(problems: Sequence[Problem]) -> Spectral:
+    """Return a run of the kernels for spectral steps of these settings."""
+    from psilora.backends.triton import joint
+    from psilora.backends.triton.spectral import SpectralRun
+
+    of_default = joint.takes(SpectralOptions.of(problems[0].options))
+    return joint.JointRun(problems) if of_default else SpectralRun(problems)
 
 
 def _captured(problem: Problem) -> tuple[object, ...]:

@@ -24,12 +24,15 @@ Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...]
 Parts: TypeAlias = tuple[tuple[int, int], ...]
 
 
-def tile_map(sizes: Sequence[Sequence[int]], padded: int) -> tuple[Tiles, tuple[Parts, Parts]]:
-    """Cut the columns of layers with d_in = sizes[0] and d_out = sizes[1] into tiles; see `BucketPlan`."""
+def tile_map(sizes: Sequence[Sequence[int]], block: int, longest: int = MAX_SPAN) -> tuple[Tiles, tuple[Parts, Parts]]:
+    """Cut the columns of layers with d_in = sizes[0] and d_out = sizes[1] into tiles; see `BucketPlan`.
+
+    A tile is of whole blocks of columns, but for the last of a layer, and of at most `longest` columns.
+    """
     tiles: list[tuple[int, int, int, int]] = []
     parts: list[Parts] = []
     for side in (0, 1):
-        span = _span(sum(sizes[side]), BLOCK_COLUMNS[padded])
+        span = _span(sum(sizes[side]), block, longest)
         ranges = []
         for i, size in enumerate(sizes[side]):
             cut = list(_cut(size, span))
@@ -39,10 +42,10 @@ def tile_map(sizes: Sequence[Sequence[int]], padded: int) -> tuple[Tiles, tuple[
     return tuple(tiles), (parts[0], parts[1])
 
 
-def _span(total: int, block: int) -> int:
+def _span(total: int, block: int, longest: int) -> int:
     """Columns per program: whole blocks, more of them only where there are programs enough."""
     wanted = -(-total // TARGET_PROGRAMS)
-    return min(MAX_SPAN, -(-wanted // block) * block)
+    return min(longest // block, -(-wanted // block)) * block
 
 
 def _cut(size: int, span: int) -> Iterator[tuple[int, int]]:

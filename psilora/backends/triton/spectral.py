@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from psilora.backends.triton.launch import device_rates, note_written, on, tile_map
+from psilora.backends.triton.launch import BLOCK_COLUMNS, device_rates, note_written, on, tile_map
 from psilora.lowrank.spectral import (
     Coefficients,
     Numbers,
@@ -26,6 +26,7 @@ from psilora.lowrank.spectral import (
     spectral_step,
 )
 from psilora.options import SpectralOptions
+from psilora.steps import gauge
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.spectral.reference import factor_ridge, rate_factor
 from psilora.triton_kernels import commit as commit_kernels
@@ -50,7 +51,7 @@ class SpectralRun:
         self.kinds = (spectral_gram.PLAIN, spectral_gram.SINGLE, spectral_gram.FULL)[self.own]
         self.sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
         self.padded = padded(self.rank)
-        tiles, parts = tile_map(self.sizes, self.padded)
+        tiles, parts = tile_map(self.sizes, BLOCK_COLUMNS[self.padded])
         self.tiles = int32_table(tiles, int(layout.TILE.value), self.device)
         self.parts = torch.stack([int32_table(side, 2, self.device) for side in parts])
         longest = max(count for side in parts for _, count in side)
@@ -282,13 +283,13 @@ class SpectralRun:
         """√s times the increments of A, and those of B as rows (r, d_out)."""
         return self.steps[0], self.steps[1]
 
-    def moved(self, index: int) -> Tensor:
-        """(L,) bool: whether any coefficient of an increment is not zero."""
-        return (self.coefficients[:, :, : self.rank] != 0).flatten(2).any(2).any(0)
+    #: See `psilora.steps.update.Computed`.
+    bounded = False
 
-    def squares(self, index: int) -> Tensor | None:
-        """‖A‖² and ‖B‖² before the step, (2, L)."""
-        return self.traces
+    def shifts(self, index: int) -> Tensor | None:
+        """See `psilora.steps.gauge`; a layer moves where any coefficient of an increment is not zero."""
+        moved = (self.coefficients[:, :, : self.rank] != 0).flatten(2).any(2).any(0)
+        return gauge.shifts(self.problems, moved, self.traces)
 
     def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from psilora.backends.triton.gradient.bucket import BucketRun, Workspace
 from psilora.backends.triton.gradient.plan import PRODUCT, SIDES, StepPlan, Turn, columns
 from psilora.backends.triton.launch import on
+from psilora.steps import gauge
 from psilora.steps.problem import Problem, Scales
 from psilora.triton_kernels.squares import SquaresPlan
 from psilora.triton_kernels.stz import STZPlan
@@ -97,12 +98,13 @@ class Run:
         steps_A, steps_B = self.buckets[index].workspace.steps
         return steps_A, steps_B
 
-    def moved(self, index: int) -> Tensor:
-        """(L,) bool: whether a solve of the weight's projection had a right-hand side that is not zero."""
-        return self.buckets[index].busy[:, 0].any(0)
+    #: See `psilora.steps.update.Computed`.
+    bounded = False
 
-    def squares(self, index: int) -> None:
-        """The squared norms of the factors are not kept."""
+    def shifts(self, index: int) -> Tensor | None:
+        """See `psilora.steps.gauge`; a layer moves where a solve of its projection had a right-hand side."""
+        bucket = self.buckets[index]
+        return gauge.shifts(bucket.problems, bucket.busy[:, 0].any(0))
 
     def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit of a bucket."""

@@ -1,0 +1,241 @@
+"""The default spectral step on the Triton backend in eight launches, whatever the number of layers and their widths.
+
+Gram of the factors, their roots, moments of the gradient, Gram of all rows, then the algebra in three launches, and one
+that writes. Beside tables and small matrices nothing is as large as the state: parameters, momentum and metric are
+updated in place, once it is known that the whole step is finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from psilora.backends.triton.launch import device_rates, note_written, on, tile_map
+from psilora.linalg.polar import SMALLEST, newton_schulz_coefficients
+from psilora.linalg.polar import STEPS as SCHULZ_STEPS
+from psilora.options import SpectralOptions
+from psilora.steps.problem import Problem, Scales
+from psilora.steps.spectral.reference import factor_ridge, rate_factor
+from psilora.triton_kernels import joint_apply, joint_core, joint_gram, joint_layout, slots
+from psilora.triton_kernels.split import TRITON_DTYPES
+from psilora.triton_kernels.tables import PointerTable, int32_table
+
+#: Columns of a tile, at most, in units of r: the partial Grams of a tile are then small beside the momentum it covers.
+SPAN_PER_RANK = 96
+
+
+def takes(options: SpectralOptions) -> bool:
+    """Whether these settings have the default's structure, whatever their numbers."""
+    return options.joint and options.momentum > 0 and options.metric == "lora" and options.num_iters == 1
+
+
+class JointRun:
+    """Tables and workspaces of layers of one rank and equal settings, of any widths; kept from step to step.
+
+    Args:
+        problems: A first step's problems, for their shapes.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        pairs = [p.pair for p in problems]
+        self.rank, self.count, self.device = pairs[0].rank, len(pairs), pairs[0].lora_A.device
+        self.options = options = SpectralOptions.of(problems[0].options)
+        self.follows = options.follows
+        self.padded = padded = max(8, 1 << (self.rank - 1).bit_length())
+        sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
+        longest = max(joint_gram.CHUNK * 16, SPAN_PER_RANK * self.rank)
+        tiles, parts = tile_map(sizes, joint_gram.CHUNK, longest)
+        device, count = self.device, self.count
+        self.tiles = int32_table(tiles, 4, device)
+        self.parts = torch.stack([int32_table(side, 2, device) for side in parts])
+        dims = [(self.rank, 2 * self.rank, pair.d_in, pair.d_out) for pair in pairs]
+        self.dims = int32_table(dims, 4, device)
+        self.types = tuple(
+            TRITON_DTYPES[t.dtype] for t in (pairs[0].lora_A, pairs[0].lora_B, problems[0].dA, problems[0].dB)
+        )
+        most = {torch.float16: 65504.0}
+        self.most = tuple(most.get(p.dtype, 3e38) for p in (pairs[0].lora_A, pairs[0].lora_B))
+        self.table = PointerTable(device)
+        self.addresses = self.table.reserve(count, slots.J_ADDRESSES)
+        self.settings = self.table.reserve(count, slots.S_SETTINGS // 2)
+
+        def ints(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        def floats(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float32, device=device)
+
+        self.alone = joint_gram.pairs_table(padded, 1, device)
+        self.pairs = joint_gram.pairs_table(padded, 4, device)
+        self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
+        self.partials, self.exponents, self.flags_found = self._partials(len(tiles), 4, self.pairs)
+        self.sums = floats(len(tiles), int(joint_layout.SUMS.value))
+        self.frozen, self.seen = ints(count), floats(count, int(joint_layout.SEEN.value))
+        self.roots, self.traces = floats(2, count, padded, padded), floats(2, count, 2)
+        self.gram = floats(2, count, 2, 4 * padded, 4 * padded)
+        self.small = floats(2, count, 2, int(joint_core.SMALL.value), padded, padded)
+        self.known, self.outcome = ints(2, count, int(joint_core.KNOWN.value)), ints(count, int(joint_core.OUTCOME.value))
+        self.polar = floats(count, 4, 2 * padded, 2 * padded)
+        self.coefficients = floats(2, count, 3 * padded, 4 * padded)
+        self.schulz = torch.tensor(newton_schulz_coefficients(SMALLEST, SCHULZ_STEPS), dtype=torch.float32).to(device)
+        self.fresh = self._rows(sizes, 1)
+        self.sizes = sizes
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.yes = torch.ones((), dtype=torch.uint8, device=device)
+        self.problems: list[Problem] = []
+        self.kept: list[object] = []
+
+    def _partials(self, tiles: int, blocks: int, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Partial Grams of every tile, the exponents of its rows, and flags."""
+        square = joint_gram.square_of(self.padded, blocks)
+        groups = -(-self.padded * blocks // square)
+        shape = (tiles, pairs.shape[0], 2, square, square)
+        partials = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        exponents = torch.zeros(tiles, groups, square, dtype=torch.int32, device=self.device)
+        return partials, exponents, torch.zeros(tiles, groups, dtype=torch.int32, device=self.device)
+
+    def _rows(self, sizes: Sequence[Sequence[int]], rows: int) -> list[list[Tensor]]:
+        """Fp32 rows of the sizes of each side, each aligned to 16 bytes."""
+        lengths = [-(-rows * size // 4) * 4 for side in sizes for size in side]
+        pool = torch.empty(sum(lengths), dtype=torch.float32, device=self.device).split(lengths)
+        flat = [piece[: rows * size] for piece, size in zip(pool, (s for side in sizes for s in side), strict=True)]
+        return [flat[: self.count], flat[self.count :]]
+
+    def workspace_bytes(self) -> int:
+        """Return the bytes held beside parameters and state."""
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor)) + sum(
+            t.nbytes for side in self.fresh for t in side
+        )
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def start(self, problems: Sequence[Problem], scales: Scales) -> None:
+        """Launch everything but what writes."""
+        self.problems = list(problems)
+        with on(self.device):
+            self._stage()
+            self.table.upload()
+            clip = self.one if scales.clip is None else scales.clip.to(self.device, torch.float32)
+            addresses, settings = self.addresses.device, self.settings.device.view(torch.float32)
+            self.views = addresses, settings
+            joint_gram.gram(
+                addresses, settings, self.dims, self.tiles, self.parts, self.alone, self.sums, self.frozen,
+                self.partials_alone, self.exponents_alone, self.flags_alone,
+                padded=self.padded, alone=True, follows=False, types=self.types,
+            )  # fmt: skip
+            joint_core.roots(
+                settings, self.dims, self.parts, self.alone, self.partials_alone, self.exponents_alone, self.small,
+                self.roots, self.traces, self.frozen,
+            )  # fmt: skip
+            joint_gram.moments(
+                addresses, settings, self.dims, self.tiles, self.roots, clip, self.sums,
+                padded=self.padded, types=self.types,
+            )  # fmt: skip
+            joint_gram.gram(
+                addresses, settings, self.dims, self.tiles, self.parts, self.pairs, self.sums, self.frozen,
+                self.partials, self.exponents, self.flags_found,
+                padded=self.padded, alone=False, follows=self.follows, types=self.types,
+            )  # fmt: skip
+            joint_core.collect(
+                addresses, settings, self.dims, self.parts, self.pairs, self.sums, self.frozen, self.partials,
+                self.exponents, self.flags_found, self.gram, self.small, self.known, self.seen,
+                follows=self.follows, fades=self.options.fade,
+            )  # fmt: skip
+            joint_core.tangent(
+                settings, self.dims, self.parts, self.sums, clip, self.seen, self.gram, self.small, self.known,
+                self.coefficients,
+                nesterov=self.options.nesterov,
+            )  # fmt: skip
+            joint_core.finish(
+                addresses, settings, self.dims, self.parts, self.sums, self.seen, self.traces, self.gram, self.small,
+                self.known, self.polar, self.schulz, self.coefficients, self.outcome,
+                first=self.options.first, decay=self.options.weight_decay > 0, balance=self.options.balance,
+                most=self.most,
+            )  # fmt: skip
+
+    def _stage(self) -> None:
+        """Put the addresses and numbers of a step into the table."""
+        problems = self.problems
+        gradients = [[p.dA.contiguous() for p in problems], [p.dB.contiguous() for p in problems]]
+        self.kept = [gradients]
+        put = self.addresses.set
+        for side in (0, 1):
+            states = [p.state_B if side else p.state_A for p in problems]
+            put(slots.J_FACTOR + side, [p.pair.lora_B if side else p.pair.lora_A for p in problems])
+            put(slots.J_GRAD + side, gradients[side])
+            put(slots.J_MOMENTUM + side, [state["momentum"] for state in states])
+            put(slots.J_METRIC + side, [state["metric"] for state in states])
+            put(slots.J_COUNT + side, [state["step"] for state in states])
+            put(slots.J_FRESH + side, self.fresh[side])
+        if self.follows:
+            put(slots.J_NORMS, [p.state_B["norms"] for p in problems])
+        self._stage_settings()
+
+    def _stage_settings(self) -> None:
+        block = self.settings
+        staged = self.table.staged(block.offset, block.rows, block.columns).view(np.float32)
+        for row, p in zip(staged, self.problems, strict=True):
+            o = SpectralOptions.of(p.options)
+            row[slots.S_BETA], row[slots.S_BETA_REST] = o.metric_beta, 1 - o.metric_beta
+            row[slots.S_DAMPING], row[slots.S_POWER] = o.delta, o.gamma
+            row[slots.S_MU], row[slots.S_MU_REST], row[slots.S_FRESH] = o.momentum, 1 - o.momentum, 1 - o.tau
+            row[slots.S_DECAY], row[slots.S_RIDGE] = o.weight_decay, factor_ridge(p)
+            row[slots.S_FACTOR] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank) * o.factor
+            row[slots.S_SCALING], row[slots.S_SIGN] = p.pair.scaling, -1.0 if o.maximize else 1.0
+            row[slots.S_CAP], row[slots.S_RATE] = o.largest, 0.0 if isinstance(o.lr, Tensor) else o.lr
+            least = min(1.0, o.delta**o.gamma)
+            row[slots.S_LOOSE] = 1 / math.sqrt(least) if least > 0 else 1.0
+        rates = device_rates([p.options.lr for p in self.problems], self.device)
+        self.kept.append(rates)
+        base = self.settings.device.data_ptr()
+        stride = 4 * slots.S_SETTINGS
+        own = [base + stride * i + 4 * slots.S_RATE for i in range(self.count)]
+        column = self.table.staged(self.addresses.offset, self.addresses.rows, self.addresses.columns)
+        column[:, slots.J_LR] = [at if t is None else t.data_ptr() for at, t in zip(own, rates, strict=True)]
+
+    def _apply(self, ok: Tensor, commit: bool) -> None:
+        addresses, settings = self.views
+        joint_apply.apply(
+            addresses, settings, self.dims, self.tiles, self.coefficients, self.seen, self.frozen, self.outcome, ok,
+            commit=commit, follows=self.follows, types=self.types,
+        )  # fmt: skip
+
+    # ---- what an Execution asks for -----------------------------------------------------------------------------
+
+    #: `flags` cover gradients, and sums in the parameters' own dtypes.
+    bounded = True
+
+    def flags(self, index: int) -> Tensor:
+        """(L,) int32: above 0 where a gradient or result of the layer is not finite."""
+        return self.outcome[:, 0]
+
+    def repaired(self, index: int) -> Tensor:
+        """Number of factorisations that failed, 0-d int64."""
+        return self.outcome[:, 1].sum()
+
+    def shifts(self, index: int) -> Tensor | None:
+        """(L,) int32, see `psilora.steps.gauge`; None where nothing is to be balanced."""
+        return self.outcome[:, 3] if self.options.balance else None
+
+    def increments(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
+        """√s times the increments of A, and those of B as rows (r, d_out); computed for this call."""
+        steps = self._rows(self.sizes, self.rank)
+        roots = [math.sqrt(p.pair.scaling) for p in self.problems]
+        with on(self.device):
+            for side in (0, 1):
+                self.addresses.set(slots.J_STEPS + side, steps[side])
+            self.table.upload()
+            self._apply(self.yes, False)
+        found = [[t.view(self.rank, -1) * root for t, root in zip(side, roots, strict=True)] for side in steps]
+        return found[0], found[1]
+
+    def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
+        """Launch what writes; the shifts are the kernels' own."""
+        with on(self.device):
+            self._apply(ok.view(torch.uint8), True)
+        note_written(self.problems)
+        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step

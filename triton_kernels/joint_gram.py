@@ -1,0 +1,334 @@
+"""Grams of the joint spectral step without float64: exact sums of products of fp32 rows, on tensor cores.
+
+A chunk of columns of each row is written as 2^e·(s₁/2⁷ + s₂/2¹⁵ + s₃/2²³) with integers |s| ≤ 128, e from the row's
+largest entry there. bf16 holds such integers exactly, and sums of 128 products of them stay below 2²⁴, so that fp32
+accumulators are exact: what is summed is the Gram matrix of rows that are off by 2⁻²⁴ of a chunk's largest entry, not a
+Gram matrix that is off. Chunks are added as twofold numbers, in units 2^(E_i + E_j) with E the largest e so far.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from psilora.triton_kernels._compat import INTERPRET, tl, triton
+from psilora.triton_kernels.joint_layout import (
+    ADDRESSES,
+    FACTOR,
+    FRESH_ROOT,
+    GRAD,
+    METRIC,
+    NEW_UNIT,
+    OLD_UNIT,
+    SCALING,
+    SETTINGS,
+    SUMS,
+    WEIGHT_SUM,
+    rows_of,
+    seen,
+    weights,
+)
+from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
+from psilora.triton_kernels.twofold import exponent_of, power, two_sum
+
+#: Columns of a chunk: sums of three products of two slices must stay below 2²⁴.
+CHUNK = 128
+WARPS = 4
+#: Adding and subtracting it rounds an fp32 number below 2²² to an integer.
+_ROUND = tl.constexpr(12582912.0)
+
+
+def square_of(padded: int, blocks: int) -> int:
+    """Return the rows of a square of Γ that one program forms."""
+    return min(32, max(16, padded * blocks))
+
+
+@triton.jit
+def _slices(z, e):
+    """Return integers s₁, s₂, s₃ with z ≈ 2^e·(s₁/2⁷ + s₂/2¹⁵ + s₃/2²³), as operands of a product."""
+    x = z * power(7 - e)
+    s1 = (x + _ROUND) - _ROUND
+    x = (x - s1) * 256.0
+    s2 = (x + _ROUND) - _ROUND
+    x = (x - s2) * 256.0
+    s3 = (x + _ROUND) - _ROUND
+    if INTERPRET:  # whose products of bf16 are wrong
+        return s1, s2, s3
+    else:
+        return s1.to(tl.bfloat16), s2.to(tl.bfloat16), s3.to(tl.bfloat16)
+
+
+@triton.jit
+def _whitened(
+    addresses_ptr, dims_ptr, problem, row, n, end, v,
+    SIDE: tl.constexpr, RP: tl.constexpr, ALONE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+):  # fmt: skip
+    if ALONE:
+        r, _, d = sizes(dims_ptr, problem, SIDE)
+        at = element(row, n, d if SIDE == 0 else r, SIDE == 1)
+        f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
+        return tl.load(f + at, mask=(row < r) & (n < end), other=0.0).to(tl.float32)
+    else:
+        first, others = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, F_TYPE, G_TYPE)
+        root = tl.sqrt_rn(v)
+        return first * root + others / root
+
+
+@triton.jit
+def _gram_side(
+    addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, weight_sum_ptr,
+    taken, sigma, frozen, problem, start, end, left, right,
+    SIDE: tl.constexpr, RP: tl.constexpr, SQUARE: tl.constexpr, KC: tl.constexpr, ALONE: tl.constexpr,
+    F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+):  # fmt: skip
+    i = left * SQUARE + tl.arange(0, SQUARE)
+    j = right * SQUARE + tl.arange(0, SQUARE)
+    top_i = tl.full((SQUARE,), -126, tl.int32)
+    top_j = tl.full((SQUARE,), -126, tl.int32)
+    hi = tl.zeros((SQUARE, SQUARE), tl.float32)
+    lo = tl.zeros((SQUARE, SQUARE), tl.float32)
+    bad = tl.full((), 0, tl.int32)
+    weight = tl.zeros((KC,), tl.float32)
+    for begin in range(start, end, KC):
+        n = begin + tl.arange(0, KC)
+        v = tl.full((KC,), 1.0, tl.float32)
+        if not ALONE:
+            v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
+            weight += tl.where(n < end, v, 0.0)
+        x = _whitened(
+            addresses_ptr, dims_ptr, problem, i[:, None], n[None, :], end, v[None, :],
+            SIDE, RP, ALONE, F_TYPE, G_TYPE,
+        )  # fmt: skip
+        y = _whitened(
+            addresses_ptr, dims_ptr, problem, j[None, :], n[:, None], end, v[:, None],
+            SIDE, RP, ALONE, F_TYPE, G_TYPE,
+        )  # fmt: skip
+        bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0))
+        e_i = exponent_of(tl.max(tl.abs(x), axis=1))
+        e_j = exponent_of(tl.max(tl.abs(y), axis=0))
+        x1, x2, x3 = _slices(x, e_i[:, None])
+        y1, y2, y3 = _slices(y, e_j[None, :])
+        # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
+        first = tl.dot(x1, y1)
+        second = tl.fma(tl.dot(x1, y2), 1.0, tl.dot(x2, y1))
+        third = tl.fma(tl.dot(x2, y2), 1.0, tl.fma(tl.dot(x1, y3), 1.0, tl.dot(x3, y1)))
+        fourth = tl.fma(tl.dot(x2, y3), 1.0, tl.dot(x3, y2))
+        fifth = tl.dot(x3, y3)
+        h, low = two_sum(first, second * (1.0 / 256))
+        h, rest = two_sum(h, third * (1.0 / 65536))
+        low += rest
+        h, rest = two_sum(h, fourth * (1.0 / 16777216))
+        low += rest + fifth * (1.0 / 4294967296)
+        new_i = tl.maximum(top_i, e_i)
+        new_j = tl.maximum(top_j, e_j)
+        kept = power(top_i - new_i)[:, None] * power(top_j - new_j)[None, :]
+        fresh = power(e_i - new_i)[:, None] * power(e_j - new_j)[None, :]
+        hi, rest = two_sum(hi * kept, h * fresh)
+        lo = lo * kept + (rest + low * fresh)
+        top_i = new_i
+        top_j = new_j
+    at = out_ptr + tl.arange(0, SQUARE)[:, None] * SQUARE + tl.arange(0, SQUARE)[None, :]
+    tl.store(at, hi * (1.0 / 16384))
+    tl.store(at + plane, lo * (1.0 / 16384))
+    if left == right:
+        tl.store(exponents_ptr + i, top_i)
+        tl.store(flags_ptr + left, bad)
+        if not ALONE:
+            if left == 0:
+                tl.store(weight_sum_ptr, tl.sum(weight, axis=0))
+
+
+@triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
+def _gram_kernel(
+    addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, parts_ptr, pairs_ptr, sums_ptr, frozen_ptr, out_ptr,
+    exponents_ptr, flags_ptr, layers,
+    RP: tl.constexpr, SQUARE: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr, KC: tl.constexpr,
+    ALONE: tl.constexpr, FOLLOWS: tl.constexpr, F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr,
+    G_B: tl.constexpr,
+):  # fmt: skip
+    """One square of the partial Gram matrix of a tile's columns per program, and the exponents of its rows."""
+    job = tl.program_id(0).to(tl.int64)
+    tile = job // PAIRS
+    pair = job % PAIRS
+    left = tl.load(pairs_ptr + pair * 2)
+    right = tl.load(pairs_ptr + pair * 2 + 1)
+    side, problem, start, end = tile_at(tiles_ptr, tile)
+    out = out_ptr + job * (2 * SQUARE * SQUARE)
+    exponents = exponents_ptr + tile * (GROUPS * SQUARE)
+    flags = flags_ptr + tile * GROUPS
+    weight_sum = sums_ptr + tile * SUMS + WEIGHT_SUM
+    taken = tl.full((), 1.0, tl.float32)
+    sigma_a = taken
+    sigma_b = taken
+    if not ALONE:
+        taken, _, sigma_a, sigma_b, _, _, _ = seen(
+            addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, frozen_ptr, layers, problem, FOLLOWS, False
+        )
+    if side == 0:
+        frozen = taken < 0.0
+        if not ALONE:
+            frozen = tl.load(frozen_ptr + problem) != 0
+        _gram_side(
+            addresses_ptr, settings_ptr, dims_ptr, out, SQUARE * SQUARE, exponents, flags, weight_sum,
+            taken, sigma_a, frozen, problem, start, end, left, right, 0, RP, SQUARE, KC, ALONE, F_A, G_A,
+        )  # fmt: skip
+    else:
+        _gram_side(
+            addresses_ptr, settings_ptr, dims_ptr, out, SQUARE * SQUARE, exponents, flags, weight_sum,
+            taken, sigma_b, taken < 0.0, problem, start, end, left, right, 1, RP, SQUARE, KC, ALONE, F_B, G_B,
+        )  # fmt: skip
+
+
+@triton.jit
+def _moments_side(
+    addresses_ptr, settings_ptr, dims_ptr, roots_ptr, scale, sums_ptr, problem, start, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, G_TYPE: tl.constexpr,
+):  # fmt: skip
+    r, _, d = sizes(dims_ptr, problem, SIDE)
+    g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
+    old_ptr = address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES)
+    fresh = address(addresses_ptr, problem, FRESH_ROOT + SIDE, tl.float32, ADDRESSES)
+    K: tl.constexpr = RP if RP > 16 else 16
+    C: tl.constexpr = K if K < 32 else 32
+    new_unit = tl.full((), 0.0, tl.float32)
+    new_sum = tl.full((), 0.0, tl.float32)
+    old_unit = tl.full((), 0.0, tl.float32)
+    old_sum = tl.full((), 0.0, tl.float32)
+    for begin in range(start, end, BN):
+        n = begin + tl.arange(0, BN)
+        inside = n < end
+        # A row of `.grad` times the triangular root: the columns of the root in chunks, each with its rows in chunks.
+        top = tl.zeros((BN,), tl.float32)
+        squares = tl.zeros((BN,), tl.float32)
+        for first in range(0, K, C):
+            c = first + tl.arange(0, C)
+            t = tl.zeros((C, BN), tl.float32) if SIDE == 0 else tl.zeros((BN, C), tl.float32)
+            for k0 in range(0, K, 16):
+                k = k0 + tl.arange(0, 16)
+                if SIDE == 0:
+                    root = tl.load(
+                        roots_ptr + c[:, None] * RP + k[None, :], mask=(c[:, None] < r) & (k[None, :] < r), other=0.0
+                    )
+                    z = tl.load(
+                        g + k[:, None] * d + n[None, :], mask=(k[:, None] < r) & inside[None, :], other=0.0
+                    ).to(tl.float32)
+                    t = tl.fma(tl.dot(root, z, input_precision="ieee"), 1.0, t)
+                else:
+                    root = tl.load(
+                        roots_ptr + c[None, :] * RP + k[:, None], mask=(c[None, :] < r) & (k[:, None] < r), other=0.0
+                    )
+                    z = tl.load(
+                        g + n[:, None] * r + k[None, :], mask=inside[:, None] & (k[None, :] < r), other=0.0
+                    ).to(tl.float32)
+                    t = tl.fma(tl.dot(z, root, input_precision="ieee"), 1.0, t)
+            # Σ t² with a power of two taken out, so that neither tiny nor huge gradients leave the range of fp32.
+            largest = tl.max(tl.abs(t), axis=SIDE)
+            grown = tl.maximum(top, largest)
+            unit = power(-exponent_of(grown))
+            scaled = t * (unit[None, :] if SIDE == 0 else unit[:, None])
+            before = power(exponent_of(top) - exponent_of(grown))
+            squares = squares * before * before + tl.sum(scaled * scaled, axis=SIDE)
+            top = grown
+        root_new = tl.sqrt_rn(squares / r) * power(exponent_of(top)) * scale
+        root_new = tl.where(inside, root_new, 0.0)
+        tl.store(fresh + n, root_new, mask=inside)
+        root_old = tl.load(old_ptr + n, mask=inside, other=0.0)
+        new_unit, new_sum = _grown(new_unit, new_sum, root_new)
+        old_unit, old_sum = _grown(old_unit, old_sum, root_old)
+    tl.store(sums_ptr + NEW_UNIT, new_unit)
+    tl.store(sums_ptr + NEW_UNIT + 1, new_sum)
+    tl.store(sums_ptr + OLD_UNIT, old_unit)
+    tl.store(sums_ptr + OLD_UNIT + 1, old_sum)
+
+
+@triton.jit
+def _grown(unit, total, roots):
+    """Return (unit', Σ/unit'²) with the squares of `roots` added, unit' a power of two above them all."""
+    top = tl.max(roots, axis=0)
+    new = tl.maximum(unit, tl.where(top > 0.0, power(exponent_of(top)), 0.0))
+    safe = tl.where(new > 0.0, new, 1.0)
+    share = unit / safe
+    scaled = roots / safe
+    return new, total * share * share + tl.sum(scaled * scaled, axis=0)
+
+
+@triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
+def _moments_kernel(
+    addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, roots_ptr, clip_ptr, sums_ptr, layers,
+    RP: tl.constexpr, BN: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
+):  # fmt: skip
+    """√mean_k (g_k)² per column of a tile, g the gradient in the orthonormal basis of the other factor; tile sums."""
+    tile = tl.program_id(0).to(tl.int64)
+    side, problem, start, end = tile_at(tiles_ptr, tile)
+    scale = tl.abs(tl.load(clip_ptr)) / tl.load(settings_ptr + problem * SETTINGS + SCALING)
+    sums = sums_ptr + tile * SUMS
+    if side == 0:
+        roots = roots_ptr + (layers + problem) * RP * RP
+        _moments_side(
+            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 0, RP, BN, G_A
+        )  # fmt: skip
+    else:
+        roots = roots_ptr + problem * RP * RP
+        _moments_side(
+            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 1, RP, BN, G_B
+        )  # fmt: skip
+
+
+def pairs_table(padded: int, blocks: int, device: torch.device) -> Tensor:
+    """Return the squares of the lower triangle of Γ, (pairs, 2) int32."""
+    groups = -(-padded * blocks // square_of(padded, blocks))
+    return torch.tensor([(i, j) for i in range(groups) for j in range(i + 1)], dtype=torch.int32, device=device)
+
+
+def gram(
+    addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, pairs: Tensor, sums: Tensor,
+    frozen: Tensor, out: Tensor, exponents: Tensor, flags: Tensor, *, padded: int, alone: bool, follows: bool,
+    types: tuple[Any, Any, Any, Any],
+) -> None:  # fmt: skip
+    """Launch `_gram_kernel`: of F alone, unweighted, or of all rows of a side, whitened.
+
+    Args:
+        addresses: (L, 16) int64, see `slots`.
+        settings: (L, 16) fp32.
+        dims: (L, 4) int32, r, rows of the momentum, d_in and d_out.
+        tiles: (tiles, 4) int32, side, layer, first and end column.
+        parts: (2, L, 2) int32, per side and layer the first of its tiles and their number.
+        pairs: What `pairs_table` returns.
+        sums: (tiles, 8) fp32, what `moments` has left; Σ v is added.
+        frozen: (L,) int32, whether A's metric waits because B = 0.
+        out: (tiles, pairs, 2, SQUARE, SQUARE) fp32, hi and lo of the squares in units of the rows' 2^E, written.
+        exponents: (tiles, groups, SQUARE) int32, E of every row, written.
+        flags: (tiles, groups) int32, 1 where an entry is not finite, written.
+        padded: r padded to a power of two of at least 8.
+        alone: Whether F alone is summed.
+        follows: Whether an outlier among the gradients is scaled down.
+        types: Triton's types of A, B, dA and dB.
+    """
+    square = out.shape[-1]
+    _gram_kernel[(tiles.shape[0] * pairs.shape[0],)](
+        addresses, settings, dims, tiles, parts, pairs, sums, frozen, out, exponents, flags, dims.shape[0],
+        RP=padded, SQUARE=square, PAIRS=pairs.shape[0], GROUPS=exponents.shape[1], KC=CHUNK, ALONE=alone,
+        FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def moments(
+    addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, roots: Tensor, clip: Tensor, sums: Tensor,
+    *, padded: int, types: tuple[Any, Any, Any, Any],
+) -> None:  # fmt: skip
+    """Launch `_moments_kernel`.
+
+    Args:
+        addresses, settings, dims, tiles, padded, types: As for `gram`.
+        roots: (2, L, RP, RP) fp32, L⁻¹ of AAᵀ and of BᵀB.
+        clip: 0-d fp32, what multiplies `.grad`.
+        sums: (tiles, 8) fp32, written.
+    """
+    _moments_kernel[(tiles.shape[0],)](
+        addresses, settings, dims, tiles, roots, clip, sums, dims.shape[0],
+        RP=padded, BN=64 if padded <= 32 else 32, G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
+    )  # fmt: skip

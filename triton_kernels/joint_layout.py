@@ -1,0 +1,192 @@
+"""What the kernels of the joint spectral step share: their tables, the rows of a side, and the weights of its columns.
+
+A side of a layer has the rows Y = [F·v; M₁; M₂; D] (4r, d): the factor F, A or Bᵀ; the two halves of its momentum; and
+the gradient of F; v > 0 are the squared weights of the d columns. Whitened they are Z = Y/√v. A row of block b and
+number k has index b·RP + k, where RP is r padded to a power of two.
+"""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
+from __future__ import annotations
+
+from psilora.triton_kernels import slots
+from psilora.triton_kernels._compat import tl, triton
+from psilora.triton_kernels.layout import address, element, sizes
+
+# Columns of the address table (int64, one row per layer); column c of A's side is c, of B's side c + 1.
+FACTOR = tl.constexpr(slots.J_FACTOR)
+GRAD = tl.constexpr(slots.J_GRAD)
+MOMENTUM = tl.constexpr(slots.J_MOMENTUM)
+METRIC = tl.constexpr(slots.J_METRIC)
+FRESH_ROOT = tl.constexpr(slots.J_FRESH)
+STEPS = tl.constexpr(slots.J_STEPS)
+COUNT = tl.constexpr(slots.J_COUNT)
+NORMS = tl.constexpr(slots.J_NORMS)
+LR = tl.constexpr(slots.J_LR)
+ADDRESSES = tl.constexpr(slots.J_ADDRESSES)
+
+# Columns of the settings (fp32, one row per layer).
+BETA = tl.constexpr(slots.S_BETA)
+BETA_REST = tl.constexpr(slots.S_BETA_REST)
+DAMPING = tl.constexpr(slots.S_DAMPING)
+POWER = tl.constexpr(slots.S_POWER)
+MU = tl.constexpr(slots.S_MU)
+MU_REST = tl.constexpr(slots.S_MU_REST)
+FRESH = tl.constexpr(slots.S_FRESH)
+DECAY = tl.constexpr(slots.S_DECAY)
+RIDGE = tl.constexpr(slots.S_RIDGE)
+RATE_FACTOR = tl.constexpr(slots.S_FACTOR)
+SCALING = tl.constexpr(slots.S_SCALING)
+SIGN = tl.constexpr(slots.S_SIGN)
+CAP = tl.constexpr(slots.S_CAP)
+LOOSE = tl.constexpr(slots.S_LOOSE)
+SETTINGS = tl.constexpr(slots.S_SETTINGS)
+
+# Columns of a tile's sums (fp32).
+NEW_UNIT = tl.constexpr(0)  # a power of two above every root in the tile, and Σ (root/unit)²
+NEW_SUM = tl.constexpr(1)
+OLD_UNIT = tl.constexpr(2)
+OLD_SUM = tl.constexpr(3)
+WEIGHT_SUM = tl.constexpr(4)  # Σ v
+SUMS = tl.constexpr(8)
+
+# Columns of what is found out about a layer's gradient (fp32, one row per layer).
+TAKEN = tl.constexpr(0)  # κ
+SHARE = tl.constexpr(1)  # φ
+SIGMA = tl.constexpr(2)  # √mean(D⁺) of sides A and B, 2 and 3; 1 where D⁺ = 0
+NEW_STEPS = tl.constexpr(4)  # t, n̂ and n̄
+SEEN = tl.constexpr(8)
+
+#: A mean gradient norm below which a layer counts as one without a gradient.
+LEAST_NORM = tl.constexpr(2.0**-120)
+#: The largest gradient norm that is counted, in units of the mean.
+LARGEST = tl.constexpr(4.0)
+
+
+@triton.jit
+def parts_of(parts_ptr, layers, problem, SIDE: tl.constexpr):
+    """Return the first tile of a side of a layer, and how many there are."""
+    at = parts_ptr + (SIDE * layers + problem) * 2
+    return tl.load(at), tl.load(at + 1)
+
+
+@triton.jit
+def _gathered(sums_ptr, parts_ptr, layers, problem, SIDE: tl.constexpr, COLUMN: tl.constexpr):
+    """Return (unit, Σ/unit²) of a side from the units and sums of its tiles."""
+    first, count = parts_of(parts_ptr, layers, problem, SIDE)
+    unit = tl.full((), 0.0, tl.float32)
+    for t in range(count):
+        unit = tl.maximum(unit, tl.load(sums_ptr + (first + t) * SUMS + COLUMN))
+    total = tl.full((), 0.0, tl.float32)
+    safe = tl.where(unit > 0.0, unit, 1.0)
+    for t in range(count):
+        share = tl.load(sums_ptr + (first + t) * SUMS + COLUMN) / safe
+        total += tl.load(sums_ptr + (first + t) * SUMS + COLUMN + 1) * share * share
+    return unit, total
+
+
+@triton.jit
+def _hypot(a, b):
+    """Return √(a² + b²) for a, b ≥ 0 of any magnitude."""
+    top = tl.maximum(a, b)
+    unit = tl.where(top > 0.0, top, 1.0)
+    return top * tl.sqrt_rn((a / unit) * (a / unit) + (b / unit) * (b / unit))
+
+
+@triton.jit
+def _raised(base, exponent):
+    """Return base^exponent for an integer exponent ≥ 0 by repeated squares."""
+    result = tl.full((), 1.0, tl.float32)
+    for _ in range(25):
+        result = tl.where((exponent & 1) == 1, result * base, result)
+        base = base * base
+        exponent = exponent >> 1
+    return result
+
+
+@triton.jit
+def seen(
+    addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, frozen_ptr, layers, problem,
+    FOLLOWS: tl.constexpr, FADES: tl.constexpr,
+):  # fmt: skip
+    """Return κ, φ, √mean(D⁺) of A and of B, and the new t, n̂, n̄ of a layer: see `psilora.lowrank.spectral.followed`."""
+    r, _, d_in = sizes(dims_ptr, problem, 0)
+    _, _, d_out = sizes(dims_ptr, problem, 1)
+    own = settings_ptr + problem * SETTINGS
+    new_unit_a, new_sum_a = _gathered(sums_ptr, parts_ptr, layers, problem, 0, NEW_UNIT)
+    new_unit_b, new_sum_b = _gathered(sums_ptr, parts_ptr, layers, problem, 1, NEW_UNIT)
+    old_unit_a, old_sum_a = _gathered(sums_ptr, parts_ptr, layers, problem, 0, OLD_UNIT)
+    old_unit_b, old_sum_b = _gathered(sums_ptr, parts_ptr, layers, problem, 1, OLD_UNIT)
+    new_a = new_unit_a * tl.sqrt_rn(new_sum_a)
+    new_b = new_unit_b * tl.sqrt_rn(new_sum_b)
+    taken = tl.full((), 1.0, tl.float32)
+    share = tl.full((), 1.0, tl.float32)
+    t = tl.full((), 0.0, tl.float32)
+    recent = tl.full((), 0.0, tl.float32)
+    mean = tl.full((), 0.0, tl.float32)
+    if FOLLOWS:
+        norm = _hypot(new_a, new_b) * tl.sqrt_rn(r.to(tl.float32))
+        norms = address(addresses_ptr, problem, NORMS, tl.float64, ADDRESSES)
+        t = tl.load(norms).to(tl.float32)
+        recent = tl.load(norms + 1).to(tl.float32)
+        mean = tl.load(norms + 2).to(tl.float32)
+        begun = mean >= LEAST_NORM
+        cap = tl.load(own + CAP)
+        taken = tl.where(begun & (norm > cap * mean), cap * mean / norm, 1.0)
+        norm = tl.where(begun, tl.minimum(norm, LARGEST * mean), norm)
+        t = tl.where(begun, t + 1.0, 1.0)
+        mu = tl.load(own + MU)
+        recent = mu * recent + tl.load(own + MU_REST) * norm
+        mean = tl.where(begun, mean + (norm - mean) / t, norm)
+        if FADES:
+            size = recent / (1.0 - _raised(mu, t.to(tl.int32)))
+            counts = mean >= LEAST_NORM
+            share = tl.where(counts, tl.minimum(size / tl.where(counts, mean, 1.0), 1.0), 0.0)
+    fresh = tl.sqrt_rn(tl.load(own + BETA_REST)) * taken
+    beta = tl.sqrt_rn(tl.load(own + BETA))
+    old_a = old_unit_a * tl.sqrt_rn(old_sum_a)
+    old_b = old_unit_b * tl.sqrt_rn(old_sum_b)
+    sigma_a = tl.where(tl.load(frozen_ptr + problem) != 0, old_a, _hypot(beta * old_a, fresh * new_a))
+    sigma_b = _hypot(beta * old_b, fresh * new_b)
+    sigma_a /= tl.sqrt_rn(d_in.to(tl.float32))
+    sigma_b /= tl.sqrt_rn(d_out.to(tl.float32))
+    sigma_a = tl.where(sigma_a > 0.0, sigma_a, 1.0)
+    sigma_b = tl.where(sigma_b > 0.0, sigma_b, 1.0)
+    return taken, share, sigma_a, sigma_b, t, recent, mean
+
+
+@triton.jit
+def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, inside, SIDE: tl.constexpr):
+    """Return v = (D⁺/mean(D⁺) + δ)^γ of columns n, 1 on a frozen side, and √(D⁺)."""
+    own = settings_ptr + problem * SETTINGS
+    old = tl.load(address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
+    new = tl.load(address(addresses_ptr, problem, FRESH_ROOT + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
+    a = old / sigma
+    b = new / sigma * taken
+    ratio = tl.load(own + BETA) * (a * a) + tl.load(own + BETA_REST) * (b * b)
+    base = ratio + tl.load(own + DAMPING)
+    gamma = tl.load(own + POWER)
+    raised = tl.where(gamma == 1.0, base, tl.exp2(gamma * tl.log2(base)))
+    v = tl.where(frozen, 1.0, raised)
+    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio))
+
+
+@triton.jit
+def rows_of(
+    addresses_ptr, dims_ptr, problem, row, n, end,
+    SIDE: tl.constexpr, RP: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, in two parts: F, and the others."""
+    r, _, d = sizes(dims_ptr, problem, SIDE)
+    T: tl.constexpr = SIDE == 1
+    f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
+    g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
+    m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+    block = row // RP
+    k = row % RP
+    inside = (k < r) & (n < end)
+    at = element(k, n, r if T else d, T)
+    first = tl.load(f + at, mask=inside & (block == 0), other=0.0).to(tl.float32)
+    last = tl.load(g + at, mask=inside & (block == 3), other=0.0).to(tl.float32)
+    at = element((block - 1) * r + k, n, 2 * r if T else d, T)
+    middle = tl.load(m + at, mask=inside & (block > 0) & (block < 3), other=0.0)
+    return first, last + middle
