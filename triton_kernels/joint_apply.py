@@ -31,6 +31,7 @@ from psilora.triton_kernels.joint_layout import (
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.split import rounded
 from psilora.triton_kernels.twofold import power
+from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
 #: Columns of a block and warps, by padded rank.
 BLOCKS = {8: (64, 4), 16: (64, 4), 32: (64, 4), 64: (32, 8), 128: (16, 8)}
@@ -139,8 +140,7 @@ def apply(
 ) -> None:  # fmt: skip
     """Launch `_apply_kernel`.
 
-    Args:
-        addresses, settings, dims, tiles, frozen, types: As for `joint_gram.gram`.
+    Takes, beside what `joint_gram.gram` describes:
         coefficients: (2, L, 3·RP, 4·RP) fp32, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D.
         found, outcome: What `joint_core.collect` and `joint_core.finish` have left.
         ok: 0-d uint8, whether anything is written.
@@ -154,3 +154,33 @@ def apply(
         RP=padded, BN=BN, COMMIT=commit, FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
         num_warps=warps, num_stages=1,
     )  # fmt: skip
+
+
+def _variants() -> list[Variant]:
+    found = []
+    types = {
+        "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "c_ptr": "*fp32",
+        "seen_ptr": "*fp32", "frozen_ptr": "*i32", "outcome_ptr": "*i32", "ok_ptr": "*u8", "layers": "i32",
+    }  # fmt: skip
+    for padded, (BN, warps) in BLOCKS.items():
+        constexprs = {
+            "RP": padded, "BN": BN, "COMMIT": True, "FOLLOWS": True, "F_A": tl.bfloat16, "F_B": tl.float32,
+            "G_A": tl.bfloat16, "G_B": tl.float32,
+        }  # fmt: skip
+        found.append(
+            Variant(
+                name=f"joint_apply_r{padded}",
+                kernel=_apply_kernel,
+                signature=types,
+                constexprs=constexprs,
+                aligned=("dims_ptr", "tiles_ptr", "c_ptr", "seen_ptr", "frozen_ptr", "outcome_ptr"),
+                num_warps=warps,
+                num_stages=1,
+                max_registers=255,
+                targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+            )
+        )
+    return found
+
+
+VARIANTS = _variants()

@@ -13,9 +13,12 @@ FFᵀ + λI, T = L⁻ᵀ, and Q = L⁻¹·F has orthonormal rows. All is twofold
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
+from psilora.triton_kernels.joint_gram import COLUMNS, pieces_of, rows_of_piece
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     DECAY,
@@ -49,6 +52,7 @@ from psilora.triton_kernels.twofold import (
     product,
     store,
 )
+from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
 # Matrices of RP × RP among the small ones of a side, as offsets in that unit; those of 4r rows take four.
 LINV = tl.constexpr(0)
@@ -185,34 +189,34 @@ def _exponent(exponents_ptr, first, count, start, STRIDE: tl.constexpr, RP: tl.c
 
 @triton.jit
 def _gather(
-    out_ptr, out_plane, n, partials_ptr, exponents_ptr, pairs_ptr, first, count, e0, e1, e2, e3,
-    RP: tl.constexpr, SQUARE: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
+    out_ptr, out_plane, n, partials_ptr, exponents_ptr, pieces_ptr, first, count, e0, e1, e2, e3,
+    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
+    SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Write Γ (ROWS, ROWS) of a side, in units of the exponents of its blocks, from the squares of its tiles in order."""
-    i0 = tl.arange(0, SQUARE)
-    inner = i0[:, None] * SQUARE + i0[None, :]
-    for pair in range(PAIRS):
-        left = tl.load(pairs_ptr + pair * 2)
-        right = tl.load(pairs_ptr + pair * 2 + 1)
-        i = left * SQUARE + i0
-        j = right * SQUARE + i0
+    """Write Γ (SIZE, SIZE) of a side, in units of its blocks' exponents, from the pieces of its tiles in order."""
+    i0 = tl.arange(0, ROWS)
+    j0 = tl.arange(0, COLUMNS)
+    inner = i0[:, None] * COLUMNS + j0[None, :]
+    for piece in range(PIECES):
+        i = tl.load(pieces_ptr + piece * 2) * ROWS + i0
+        j = tl.load(pieces_ptr + piece * 2 + 1) * COLUMNS + j0
         b = i // RP
-        unit_i = tl.where(b == 0, e0, tl.where(b == 1, e1, tl.where(b == 2, e2, e3)))
+        unit_i = 7 + tl.where(b == 0, e0, tl.where(b == 1, e1, tl.where(b == 2, e2, e3)))
         b = j // RP
-        unit_j = tl.where(b == 0, e0, tl.where(b == 1, e1, tl.where(b == 2, e2, e3)))
-        hi = tl.zeros((SQUARE, SQUARE), tl.float32)
-        lo = tl.zeros((SQUARE, SQUARE), tl.float32)
+        unit_j = 7 + tl.where(b == 0, e0, tl.where(b == 1, e1, tl.where(b == 2, e2, e3)))
+        hi = tl.zeros((ROWS, COLUMNS), tl.float32)
+        lo = tl.zeros((ROWS, COLUMNS), tl.float32)
         for t in range(count):
             tile = (first + t).to(tl.int64)
             ph, pl = load(
-                partials_ptr + (tile * PAIRS + pair) * (2 * SQUARE * SQUARE) + inner, SQUARE * SQUARE, inner >= 0
+                partials_ptr + (tile * PIECES + piece) * (2 * ROWS * COLUMNS) + inner, ROWS * COLUMNS, inner >= 0
             )
             f = power(tl.load(exponents_ptr + tile * STRIDE + i) - unit_i)[:, None]
             f = f * power(tl.load(exponents_ptr + tile * STRIDE + j) - unit_j)[None, :]
             hi, lo = add(hi, lo, ph * f, pl * f)
         row = i[:, None]
         col = j[None, :]
-        inside = (row < ROWS) & (col < ROWS)
+        inside = (row < SIZE) & (col < SIZE)
         store(out_ptr + row * n + col, out_plane, hi, lo, inside & (row >= col))
         store(out_ptr + col * n + row, out_plane, hi, lo, inside & (row > col))
     tl.debug_barrier()
@@ -220,9 +224,9 @@ def _gather(
 
 @triton.jit(do_not_specialize=["layers"])
 def _roots_kernel(
-    settings_ptr, dims_ptr, parts_ptr, pairs_ptr, partials_ptr, exponents_ptr, work_ptr, roots_ptr, traces_ptr,
+    settings_ptr, dims_ptr, parts_ptr, pieces_ptr, partials_ptr, exponents_ptr, work_ptr, roots_ptr, traces_ptr,
     frozen_ptr, layers,
-    RP: tl.constexpr, SQUARE: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """L⁻¹ of FFᵀ + λI as it is, in fp32, ‖F‖² and, for B, whether it is 0."""
     job = tl.program_id(0).to(tl.int64)
@@ -235,20 +239,18 @@ def _roots_kernel(
     PLANE: tl.constexpr = SMALL * RP * RP
     top = _exponent(exponents_ptr, first, count, 0, STRIDE, RP)
     _gather(
-        own + ONE * RP * RP, PLANE, RP, partials_ptr, exponents_ptr, pairs_ptr, first, count, top, top, top, top,
-        RP, SQUARE, PAIRS, STRIDE, RP,
+        own + ONE * RP * RP, PLANE, RP, partials_ptr, exponents_ptr, pieces_ptr, first, count, top, top, top, top,
+        RP, ROWS, COLUMNS, PIECES, STRIDE, RP,
     )  # fmt: skip
     mean = _mean_diagonal(own + ONE * RP * RP, RP, r, RP)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + RP * UNIT) * mean
-    _factor(
-        own + LINV * RP * RP, PLANE, own + ONE * RP * RP, PLANE, RP, own + TWO * RP * RP, ridge, mean > 0.0, r, RP
-    )
+    _factor(own + LINV * RP * RP, PLANE, own + ONE * RP * RP, PLANE, RP, own + TWO * RP * RP, ridge, mean > 0.0, r, RP)
     # F = 2^E·F′: L⁻¹ of F is 2^(−E) times that of F′.
     unit = power(-top)
-    ROWS: tl.constexpr = RP if RP < 16 else 16
+    HEIGHT: tl.constexpr = RP if RP < 16 else 16
     col = tl.arange(0, RP)[None, :]
-    for start in range(0, RP, ROWS):
-        row = start + tl.arange(0, ROWS)[:, None]
+    for start in range(0, RP, HEIGHT):
+        row = start + tl.arange(0, HEIGHT)[:, None]
         value = tl.load(own + LINV * RP * RP + row * RP + col)
         tl.store(roots_ptr + job * RP * RP + row * RP + col, value * unit)
     tl.store(traces_ptr + job * 2 + TRACE, mean * r)
@@ -259,10 +261,10 @@ def _roots_kernel(
 
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
 def _collect_kernel(
-    addresses_ptr, settings_ptr, dims_ptr, parts_ptr, pairs_ptr, sums_ptr, frozen_ptr, partials_ptr, exponents_ptr,
+    addresses_ptr, settings_ptr, dims_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, partials_ptr, exponents_ptr,
     flags_ptr, gram_ptr, small_ptr, known_ptr, seen_ptr, layers,
-    RP: tl.constexpr, SQUARE: tl.constexpr, PAIRS: tl.constexpr, STRIDE: tl.constexpr, FOLLOWS: tl.constexpr,
-    FADES: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
+    FOLLOWS: tl.constexpr, FADES: tl.constexpr,
 ):  # fmt: skip
     """Γ, L⁻¹ and W of a side of a layer; with A's side, what the size of its gradient means."""
     job = tl.program_id(0).to(tl.int64)
@@ -280,20 +282,19 @@ def _collect_kernel(
     e1 = _exponent(exponents_ptr, first, count, RP, STRIDE, RP)
     e2 = _exponent(exponents_ptr, first, count, 2 * RP, STRIDE, RP)
     e3 = _exponent(exponents_ptr, first, count, 3 * RP, STRIDE, RP)
-    GROUPS: tl.constexpr = STRIDE // SQUARE
+    GROUPS: tl.constexpr = STRIDE // ROWS
     bad = tl.full((), 0, tl.int32)
     for f in range(count * GROUPS):
         bad = tl.maximum(bad, tl.load(flags_ptr + first * GROUPS + f))
     _gather(
-        gram, N * N, N, partials_ptr, exponents_ptr, pairs_ptr, first, count, e0, e1, e2, e3,
-        RP, SQUARE, PAIRS, STRIDE, N,
+        gram, N * N, N, partials_ptr, exponents_ptr, pieces_ptr, first, count, e0, e1, e2, e3,
+        RP, ROWS, COLUMNS, PIECES, STRIDE, N,
     )  # fmt: skip
     mean = _mean_diagonal(gram, N, r, RP)
     alive = mean > power(LEAST_EXPONENT - 2 * e0)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + N * UNIT) * mean
     failed = _factor(own + LINV * Q, PLANE, gram, N * N, N, own + ONE * Q, ridge, alive, r, RP)
-    product(
-        own + W * Q, PLANE, RP, gram, N * N, N, 1, own + LINV * Q, PLANE, 1, RP, N, RP, 1.0, RP, False)
+    product(own + W * Q, PLANE, RP, gram, N * N, N, 1, own + LINV * Q, PLANE, 1, RP, N, RP, 1.0, RP, False)
     known = known_ptr + job * KNOWN
     tl.store(known + EXPONENT, tl.where(e0 == -126, 0, e0))
     tl.store(known + EXPONENT + 1, e1)
@@ -385,7 +386,7 @@ def _tangent_kernel(
     settings_ptr, dims_ptr, parts_ptr, sums_ptr, clip_ptr, seen_ptr, gram_ptr, small_ptr, known_ptr, out_ptr, layers,
     RP: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
-    """h outside the factor's span and its basis, what a turn with this side fixed needs, and the new momentum."""
+    """Find h outside the factor's span and its basis, what a turn with this side fixed needs, and the new momentum."""
     job = tl.program_id(0).to(tl.int64)
     side = job // layers
     problem = job % layers
@@ -417,14 +418,12 @@ def _tangent_kernel(
                 hi, lo = load(its + W * Q + (block * RP + row) * RP + col, PLANE, row >= 0)
                 hi, lo = _scaled(hi, lo, e + tl.load(its_known + EXPONENT + block) - unit)
             store(own + CAR * Q + ((block - 1) * RP + row) * RP + col, PLANE, hi, lo, row >= 0)
-    product(
-        own + V * Q, PLANE, RP, gram + RP, N * N, N, 1, own + CAR * Q, PLANE, RP, 1, N, 2 * RP, 1.0, RP, False)
+    product(own + V * Q, PLANE, RP, gram + RP, N * N, N, 1, own + CAR * Q, PLANE, RP, 1, N, 2 * RP, 1.0, RP, False)
     product(
         own + OUT * Q, PLANE, RP, gram + 3 * RP, N * N, N, 1, own + (CAR + 2) * Q, PLANE, RP, 1, N, RP, 1.0,
         RP, False,
     )  # fmt: skip
-    product(
-        own + ONE * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + V * Q, PLANE, RP, 1, RP, RP, 1.0, RP, False)
+    product(own + ONE * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + V * Q, PLANE, RP, 1, RP, RP, 1.0, RP, False)
     product(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + OUT * Q, PLANE, RP, 1, RP, RP, 1.0,
         RP, False,
@@ -447,26 +446,19 @@ def _tangent_kernel(
     )  # fmt: skip
     _combine(own + (OUT + 1) * Q, own + CAR * Q, of_old, own + CAR * Q, 0.0, PLANE, 2 * RP, RP, 1)
     _combine(own + (OUT + 3) * Q, own + (CAR + 2) * Q, of_new, own + CAR * Q, 0.0, PLANE, RP, RP, 1)
-    product(
-        own + V * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + ALONG * Q, PLANE, RP, 1, N, RP, -1.0, RP, True)
-    product(
-        own + TWO * Q, PLANE, RP, own + OUT * Q, PLANE, 1, RP, own + V * Q, PLANE, RP, 1, RP, N, 1.0, RP, False)
+    product(own + V * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + ALONG * Q, PLANE, RP, 1, N, RP, -1.0, RP, True)
+    product(own + TWO * Q, PLANE, RP, own + OUT * Q, PLANE, 1, RP, own + V * Q, PLANE, RP, 1, RP, N, 1.0, RP, False)
     size = tl.maximum(size, 0.0)
     ridge = RESIDUAL_RIDGE * size + N * UNIT * (_terms_of(own + OUT * Q, gram, N, RP) / r)
-    failed = _factor(
-        own + RES * Q, PLANE, own + TWO * Q, PLANE, RP, own + ONE * Q, ridge, size > 0.0, r, RP
-    )
+    failed = _factor(own + RES * Q, PLANE, own + TWO * Q, PLANE, RP, own + ONE * Q, ridge, size > 0.0, r, RP)
     product(
         own + LRES * Q, PLANE, RP, own + TWO * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, RP, RP, 1.0,
         RP, False,
     )  # fmt: skip
-    product(
-        own + BASIS * Q, PLANE, RP, own + OUT * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, N, RP, 1.0, RP, False)
+    product(own + BASIS * Q, PLANE, RP, own + OUT * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, N, RP, 1.0, RP, False)
     # [Q; basis]·Fᵀ·T, then ·Tᵀ; and FFᵀ·T·Tᵀ.
-    product(
-        own + STEP * Q, PLANE, RP, own + W * Q, PLANE, 1, RP, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False)
-    product(
-        own + ONE * Q, PLANE, RP, own + RES * Q, PLANE, RP, 1, own + V * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False)
+    product(own + STEP * Q, PLANE, RP, own + W * Q, PLANE, 1, RP, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False)
+    product(own + ONE * Q, PLANE, RP, own + RES * Q, PLANE, RP, 1, own + V * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False)
     product(
         own + (STEP + 1) * Q, PLANE, RP, own + ONE * Q, PLANE, RP, 1, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0,
         RP, False,
@@ -484,7 +476,7 @@ def _tangent_kernel(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, 1, RP, own + FOUR * Q, PLANE, RP, 1, RP, RP, -1.0,
         RP, False,
     )  # fmt: skip
-    # The weights are normalised to a mean square of 1: Q counts √v̄ less, and m what the other side's weights count more.
+    # The weights are normalised to a mean square of 1: Q counts √v̄ less, m what the other side's count more.
     _, _, d_in = sizes(dims_ptr, problem, 0)
     _, _, d_out = sizes(dims_ptr, problem, 1)
     v_a = tl.sqrt_rn(_weight_of(sums_ptr, parts_ptr, layers, problem, d_in, 0))
@@ -519,7 +511,9 @@ def _square(
             for first in range(0, SIZE, 16):
                 k = first + tl.arange(0, 16)
                 x = tl.load(x_ptr + row * SIZE + k[None, :])
-                y = tl.load(y_ptr + (column[None, :] * SIZE + k[:, None] if FLIP else k[:, None] * SIZE + column[None, :]))
+                y = tl.load(
+                    y_ptr + (column[None, :] * SIZE + k[:, None] if FLIP else k[:, None] * SIZE + column[None, :])
+                )
                 total = tl.fma(tl.dot(x, y, input_precision="ieee"), 1.0, total)
             at = row * SIZE + column[None, :]
             total *= b
@@ -700,16 +694,12 @@ def _finish_kernel(
     known_fixed = known_b if FIRST == 0 else known_a
     gram = gram_ptr + (problem if FIRST == 0 else layers + problem) * (2 * N * N)
     GRAM_PLANE: tl.constexpr = N * N
-    _spread(
-        moving, TURN, fixed, P, P_PLANE, 1 if FIRST == 0 else S, S if FIRST == 0 else 1, rate, PLANE, RP
-    )
+    _spread(moving, TURN, fixed, P, P_PLANE, 1 if FIRST == 0 else S, S if FIRST == 0 else 1, rate, PLANE, RP)
     bound_moving = rate * _norm_bound(moving + FOUR * Q, S, RP)
     if HAS_DECAY:
-        _combine(
-            moving + STEP * Q, moving + STEP * Q, 1.0, fixed + TURN_DECAY * Q, decay, PLANE, RP, RP, 2
-        )
-        bound_moving += tl.abs(decay) * _norm_bound(fixed + TURN_DECAY * Q, RP, RP) * tl.sqrt_rn(
-            _mean_diagonal(gram, N, r, RP) * r
+        _combine(moving + STEP * Q, moving + STEP * Q, 1.0, fixed + TURN_DECAY * Q, decay, PLANE, RP, RP, 2)
+        bound_moving += (
+            tl.abs(decay) * _norm_bound(fixed + TURN_DECAY * Q, RP, RP) * tl.sqrt_rn(_mean_diagonal(gram, N, r, RP) * r)
         )
         tl.debug_barrier()
     _single(moving + STEP * Q, PLANE, N, RP)
@@ -734,9 +724,7 @@ def _finish_kernel(
     terms += tl.sum(diagonal * (1.0 + 2.0 * tl.load(moving + STEP * Q + k * (RP + 1))), axis=0)
     alive = mean > power(LEAST_EXPONENT - 2 * tl.load(known_moving + EXPONENT))
     ridge = tl.load(own + RIDGE) * mean + N * UNIT * (terms / r)
-    failed = _factor(
-        moving + ONE * Q, PLANE, moving + TWO * Q, PLANE, RP, moving + W * Q, ridge, alive, r, RP
-    )
+    failed = _factor(moving + ONE * Q, PLANE, moving + TWO * Q, PLANE, RP, moving + W * Q, ridge, alive, r, RP)
     product(moving + (FOUR + 2) * Q, PLANE, RP, moving + LINV * Q, PLANE, RP, 1, moving + NEXT * Q, PLANE, RP, 1,
             RP, RP, 1.0, RP, False)  # fmt: skip
     product(moving + (FOUR + 3) * Q, PLANE, RP, moving + BASIS * Q, PLANE, 1, RP, moving + NEXT * Q, PLANE, RP, 1,
@@ -751,9 +739,7 @@ def _finish_kernel(
             RP, RP, 1.0, RP, False)  # fmt: skip
     # E is read before FOUR, which the same rows of `fixed` hold, is written: it is copied to `moving` first.
     _combine(moving + (FOUR + 2) * Q, fixed + (FOUR + 2) * Q, 1.0, fixed, 0.0, PLANE, S, RP, 1)
-    _spread(
-        fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP
-    )
+    _spread(fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP)
     _combine(fixed + STEP * Q, fixed + STEP * Q, 1.0, moving + (W + 3) * Q, 1.0, PLANE, RP, RP, 2)
     bound_fixed = rate * _norm_bound(fixed + FOUR * Q, S, RP)
     gram_fixed = gram_ptr + (layers + problem if FIRST == 0 else problem) * (2 * N * N)
@@ -791,14 +777,13 @@ def _finish_kernel(
 
 
 def roots(
-    settings: Tensor, dims: Tensor, parts: Tensor, pairs: Tensor, partials: Tensor, exponents: Tensor, small: Tensor,
+    settings: Tensor, dims: Tensor, parts: Tensor, pieces: Tensor, partials: Tensor, exponents: Tensor, small: Tensor,
     out: Tensor, traces: Tensor, frozen: Tensor,
 ) -> None:  # fmt: skip
     """Launch `_roots_kernel`.
 
-    Args:
-        settings, dims, parts: As for `joint_gram.gram`.
-        pairs, partials, exponents: Of the Grams of F alone, as `joint_gram.gram` has left them.
+    Takes, beside what `joint_gram.gram` describes:
+        pieces, partials, exponents: Of the Grams of F alone, as `joint_gram.gram` has left them.
         small: (2, L, 2, SMALL, RP, RP) fp32, scratch.
         out: (2, L, RP, RP) fp32, L⁻¹ of FFᵀ, written.
         traces: (2, L, 2) fp32, Σ F² in units of 4^E, and E, written.
@@ -806,22 +791,21 @@ def roots(
     """
     layers = dims.shape[0]
     _roots_kernel[(2 * layers,)](
-        settings, dims, parts, pairs, partials, exponents, small, out, traces, frozen, layers,
-        RP=out.shape[-1], SQUARE=partials.shape[-1], PAIRS=pairs.shape[0],
+        settings, dims, parts, pieces, partials, exponents, small, out, traces, frozen, layers,
+        RP=out.shape[-1], ROWS=partials.shape[-2], COLUMNS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 def collect(
-    addresses: Tensor, settings: Tensor, dims: Tensor, parts: Tensor, pairs: Tensor, sums: Tensor, frozen: Tensor,
+    addresses: Tensor, settings: Tensor, dims: Tensor, parts: Tensor, pieces: Tensor, sums: Tensor, frozen: Tensor,
     partials: Tensor, exponents: Tensor, flags: Tensor, gram: Tensor, small: Tensor, known: Tensor, found: Tensor,
     *, follows: bool, fades: bool,
 ) -> None:  # fmt: skip
     """Launch `_collect_kernel`.
 
-    Args:
-        addresses, settings, dims, parts, sums, frozen: As for `joint_gram.gram`.
-        pairs, partials, exponents, flags: Of the Grams of all rows, as `joint_gram.gram` has left them.
+    Takes, beside what `joint_gram.gram` describes:
+        pieces, partials, exponents, flags: Of the Grams of all rows, as `joint_gram.gram` has left them.
         gram: (2, L, 2, 4·RP, 4·RP) fp32, Γ, written.
         small: (2, L, 2, SMALL, RP, RP) fp32, written in part.
         known: (2, L, 8) int32, exponents and flags of each side, written.
@@ -830,8 +814,8 @@ def collect(
     """
     layers = dims.shape[0]
     _collect_kernel[(2 * layers,)](
-        addresses, settings, dims, parts, pairs, sums, frozen, partials, exponents, flags, gram, small, known, found,
-        layers, RP=small.shape[-1], SQUARE=partials.shape[-1], PAIRS=pairs.shape[0],
+        addresses, settings, dims, parts, pieces, sums, frozen, partials, exponents, flags, gram, small, known, found,
+        layers, RP=small.shape[-1], ROWS=partials.shape[-2], COLUMNS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], FOLLOWS=follows, FADES=fades,
         num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -843,8 +827,7 @@ def tangent(
 ) -> None:  # fmt: skip
     """Launch `_tangent_kernel`.
 
-    Args:
-        settings, dims, parts, sums: As for `joint_gram.gram`.
+    Takes, beside what `joint_gram.gram` describes:
         clip: 0-d fp32, what multiplies `.grad`.
         found, gram, small, known: What `collect` has left; `small` and `known` are extended.
         out: (2, L, 3·RP, 4·RP) fp32, coefficients C; the rows of the new momentum are written.
@@ -864,14 +847,13 @@ def finish(
 ) -> None:  # fmt: skip
     """Launch `_finish_kernel`.
 
-    Args:
-        addresses, settings, dims, parts, sums: As for `joint_gram.gram`.
+    Takes, beside what `joint_gram.gram` describes:
         found, gram, small, known: What `collect` and `tangent` have left; `small` is written.
         traces: What `roots` has left.
         polar: (L, 4, 2·RP, 2·RP) fp32, scratch whose last matrix is 0.
         schulz: (steps, 2) fp32, the coefficients of Newton–Schulz.
         out: C, of which the rows of ΔF are written.
-        outcome: (L, 4) int32, whether the step is not finite, failed factorisations, whether F moves, its shift k; written.
+        outcome: (L, 4) int32, whether the step is not finite, failed factorisations, whether F moves, its shift k.
         first: "A" or "B".
         decay, balance: Whether there is weight decay, and whether factors are balanced.
         most: The largest numbers of the dtypes of A and B.
@@ -882,3 +864,49 @@ def finish(
         RP=small.shape[-1], STEPS=schulz.shape[0], FIRST=0 if first == "A" else 1, HAS_DECAY=decay, BALANCE=balance,
         MOST_A=most[0], MOST_B=most[1], num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+_TYPES = {
+    "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "parts_ptr": "*i32", "pieces_ptr": "*i32",
+    "sums_ptr": "*fp32", "frozen_ptr": "*i32", "partials_ptr": "*fp32", "exponents_ptr": "*i32", "flags_ptr": "*i32",
+    "gram_ptr": "*fp32", "small_ptr": "*fp32", "work_ptr": "*fp32", "known_ptr": "*i32", "seen_ptr": "*fp32",
+    "roots_ptr": "*fp32", "traces_ptr": "*fp32", "clip_ptr": "*fp32", "out_ptr": "*fp32", "polar_ptr": "*fp32",
+    "schulz_ptr": "*fp32", "outcome_ptr": "*i32", "layers": "i32",
+}  # fmt: skip
+
+
+def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any]) -> Variant:
+    signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
+    return Variant(
+        name=f"{name}_r{padded}",
+        kernel=kernel,
+        signature=signature,
+        constexprs={"RP": padded, **constexprs},
+        aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
+        num_warps=WARPS,
+        num_stages=1,
+        max_registers=255,
+        fusion=False,
+        targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+    )
+
+
+def _variants() -> list[Variant]:
+    found = []
+    for padded in (8, 16, 32, 64, 128):
+        for name, kernel, blocks, more in (
+            ("joint_roots", _roots_kernel, 1, {}),
+            ("joint_collect", _collect_kernel, 4, {"FOLLOWS": True, "FADES": True}),
+        ):
+            rows, pieces = rows_of_piece(padded, blocks), pieces_of(padded, blocks)
+            tiled = {"ROWS": rows, "COLUMNS": COLUMNS, "PIECES": len(pieces), "STRIDE": (1 + pieces[-1][0]) * rows}
+            found.append(_variant(name, kernel, padded, {**tiled, **more}))
+        found.append(_variant("joint_tangent", _tangent_kernel, padded, {"NESTEROV": True}))
+        constexprs = {
+            "STEPS": 11, "FIRST": 0, "HAS_DECAY": True, "BALANCE": True, "MOST_A": 65504.0, "MOST_B": 3e38,
+        }  # fmt: skip
+        found.append(_variant("joint_finish", _finish_kernel, padded, constexprs))
+    return found
+
+
+VARIANTS = _variants()

@@ -1,9 +1,9 @@
 """Grams of the joint spectral step without float64: exact sums of products of fp32 rows, on tensor cores.
 
-A chunk of columns of each row is written as 2^e·(s₁/2⁷ + s₂/2¹⁵ + s₃/2²³) with integers |s| ≤ 128, e from the row's
-largest entry there. bf16 holds such integers exactly, and sums of 128 products of them stay below 2²⁴, so that fp32
-accumulators are exact: what is summed is the Gram matrix of rows that are off by 2⁻²⁴ of a chunk's largest entry, not a
-Gram matrix that is off. Chunks are added as twofold numbers, in units 2^(E_i + E_j) with E the largest e so far.
+Each row is written as 2^E·(s₁/2⁷ + s₂/2¹⁵ + s₃/2²³) with integers |s| ≤ 128, E from the row's largest entry so far.
+bf16 holds such integers exactly, and sums of 256 products of them stay below 2²⁴, so that fp32 accumulators are exact:
+what is summed is the Gram matrix of rows that are off by 2⁻²⁴ of their largest entry, not a Gram matrix that is off.
+These sums are added to twofold ones, in units 2^(E_i + E_j); where E grows, both go on in the new units.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -33,16 +33,23 @@ from psilora.triton_kernels.joint_layout import (
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.twofold import exponent_of, power, two_sum
+from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
 
-#: Columns of a chunk: sums of three products of two slices must stay below 2²⁴.
-CHUNK = 128
-WARPS = 4
+#: Columns of a chunk.
+CHUNK = 32
+#: Columns after which the integer sums are added to the twofold ones: sums of three products stay below 2²⁴.
+FULL = tl.constexpr(256)
+WARPS = 2
 #: Adding and subtracting it rounds an fp32 number below 2²² to an integer.
 _ROUND = tl.constexpr(12582912.0)
 
 
-def square_of(padded: int, blocks: int) -> int:
-    """Return the rows of a square of Γ that one program forms."""
+#: Columns of a piece of Γ that one program forms; more, and its five sums do not fit the registers.
+COLUMNS = 16
+
+
+def rows_of_piece(padded: int, blocks: int) -> int:
+    """Return the rows of a piece of Γ that one program forms."""
     return min(32, max(16, padded * blocks))
 
 
@@ -78,26 +85,46 @@ def _whitened(
 
 
 @triton.jit
+def _flush(at, plane, first, second, third, fourth, fifth, kept, unit):
+    """Add sums of integers in units of `unit` to the twofold ones in memory, which are multiplied by `kept`."""
+    h, low = two_sum(first, second * (1.0 / 256))
+    h, rest = two_sum(h, third * (1.0 / 65536))
+    low += rest
+    h, rest = two_sum(h, fourth * (1.0 / 16777216))
+    low += rest + fifth * (1.0 / 4294967296)
+    hi, rest = two_sum(tl.load(at) * kept, h * unit)
+    lo = tl.load(at + plane) * kept + (rest + low * unit)
+    tl.store(at, hi)
+    tl.store(at + plane, lo)
+    return hi
+
+
+@triton.jit
 def _gram_side(
     addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, weight_sum_ptr,
     taken, sigma, frozen, problem, start, end, left, right,
-    SIDE: tl.constexpr, RP: tl.constexpr, SQUARE: tl.constexpr, KC: tl.constexpr, ALONE: tl.constexpr,
-    F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KC: tl.constexpr,
+    ALONE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
-    i = left * SQUARE + tl.arange(0, SQUARE)
-    j = right * SQUARE + tl.arange(0, SQUARE)
-    top_i = tl.full((SQUARE,), -126, tl.int32)
-    top_j = tl.full((SQUARE,), -126, tl.int32)
-    hi = tl.zeros((SQUARE, SQUARE), tl.float32)
-    lo = tl.zeros((SQUARE, SQUARE), tl.float32)
-    bad = tl.full((), 0, tl.int32)
-    weight = tl.zeros((KC,), tl.float32)
+    i = left * ROWS + tl.arange(0, ROWS)
+    j = right * COLUMNS + tl.arange(0, COLUMNS)
+    top_i = tl.full((ROWS,), -126, tl.int32)
+    top_j = tl.full((COLUMNS,), -126, tl.int32)
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    third = tl.zeros((ROWS, COLUMNS), tl.float32)
+    fourth = tl.zeros((ROWS, COLUMNS), tl.float32)
+    fifth = tl.zeros((ROWS, COLUMNS), tl.float32)
+    held = tl.full((), 0, tl.int32)
+    # The twofold sums are in memory: they are touched only every FULL columns, or where an entry is too large.
+    at = out_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    tl.store(at, first)
+    tl.store(at + plane, first)
     for begin in range(start, end, KC):
         n = begin + tl.arange(0, KC)
         v = tl.full((KC,), 1.0, tl.float32)
         if not ALONE:
             v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
-            weight += tl.where(n < end, v, 0.0)
         x = _whitened(
             addresses_ptr, dims_ptr, problem, i[:, None], n[None, :], end, v[None, :],
             SIDE, RP, ALONE, F_TYPE, G_TYPE,
@@ -106,58 +133,71 @@ def _gram_side(
             addresses_ptr, dims_ptr, problem, j[None, :], n[:, None], end, v[:, None],
             SIDE, RP, ALONE, F_TYPE, G_TYPE,
         )  # fmt: skip
-        bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0))
         e_i = exponent_of(tl.max(tl.abs(x), axis=1))
         e_j = exponent_of(tl.max(tl.abs(y), axis=0))
-        x1, x2, x3 = _slices(x, e_i[:, None])
-        y1, y2, y3 = _slices(y, e_j[None, :])
+        over = tl.maximum(tl.max(e_i - top_i, axis=0), tl.max(e_j - top_j, axis=0))
+        if (over > 0) | (held == FULL):
+            new_i = tl.maximum(e_i, top_i)
+            new_j = tl.maximum(e_j, top_j)
+            kept = power(top_i - new_i)[:, None] * power(top_j - new_j)[None, :]
+            tl.debug_barrier()
+            _flush(at, plane, first, second, third, fourth, fifth, kept, kept)
+            tl.debug_barrier()
+            top_i = new_i
+            top_j = new_j
+            first = tl.zeros((ROWS, COLUMNS), tl.float32)
+            second = tl.zeros((ROWS, COLUMNS), tl.float32)
+            third = tl.zeros((ROWS, COLUMNS), tl.float32)
+            fourth = tl.zeros((ROWS, COLUMNS), tl.float32)
+            fifth = tl.zeros((ROWS, COLUMNS), tl.float32)
+            held = tl.full((), 0, tl.int32)
+        x1, x2, x3 = _slices(x, top_i[:, None])
+        y1, y2, y3 = _slices(y, top_j[None, :])
         # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
-        first = tl.dot(x1, y1)
-        second = tl.fma(tl.dot(x1, y2), 1.0, tl.dot(x2, y1))
-        third = tl.fma(tl.dot(x2, y2), 1.0, tl.fma(tl.dot(x1, y3), 1.0, tl.dot(x3, y1)))
-        fourth = tl.fma(tl.dot(x2, y3), 1.0, tl.dot(x3, y2))
-        fifth = tl.dot(x3, y3)
-        h, low = two_sum(first, second * (1.0 / 256))
-        h, rest = two_sum(h, third * (1.0 / 65536))
-        low += rest
-        h, rest = two_sum(h, fourth * (1.0 / 16777216))
-        low += rest + fifth * (1.0 / 4294967296)
-        new_i = tl.maximum(top_i, e_i)
-        new_j = tl.maximum(top_j, e_j)
-        kept = power(top_i - new_i)[:, None] * power(top_j - new_j)[None, :]
-        fresh = power(e_i - new_i)[:, None] * power(e_j - new_j)[None, :]
-        hi, rest = two_sum(hi * kept, h * fresh)
-        lo = lo * kept + (rest + low * fresh)
-        top_i = new_i
-        top_j = new_j
-    at = out_ptr + tl.arange(0, SQUARE)[:, None] * SQUARE + tl.arange(0, SQUARE)[None, :]
-    tl.store(at, hi * (1.0 / 16384))
-    tl.store(at + plane, lo * (1.0 / 16384))
-    if left == right:
+        first = tl.dot(x1, y1, first)
+        second = tl.dot(x1, y2, second)
+        third = tl.dot(x2, y2, third)
+        fourth = tl.dot(x2, y3, fourth)
+        fifth = tl.dot(x3, y3, fifth)
+        second = tl.fma(tl.dot(x2, y1), 1.0, second)
+        third = tl.fma(tl.dot(x1, y3), 1.0, third)
+        fourth = tl.fma(tl.dot(x3, y2), 1.0, fourth)
+        third = tl.fma(tl.dot(x3, y1), 1.0, third)
+        held += KC
+    one = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
+    tl.debug_barrier()
+    hi = _flush(at, plane, first, second, third, fourth, fifth, one, one)
+    if right == 0:
         tl.store(exponents_ptr + i, top_i)
-        tl.store(flags_ptr + left, bad)
+        # An entry that is not finite has made all that it was multiplied with NaN.
+        tl.store(flags_ptr + left, tl.max(tl.max(tl.where(tl.abs(hi) < float("inf"), 0, 1), axis=1), axis=0))
         if not ALONE:
             if left == 0:
-                tl.store(weight_sum_ptr, tl.sum(weight, axis=0))
+                total = tl.zeros((KC,), tl.float32)
+                for begin in range(start, end, KC):
+                    n = begin + tl.arange(0, KC)
+                    v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
+                    total += tl.where(n < end, v, 0.0)
+                tl.store(weight_sum_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
 def _gram_kernel(
-    addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, parts_ptr, pairs_ptr, sums_ptr, frozen_ptr, out_ptr,
+    addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, out_ptr,
     exponents_ptr, flags_ptr, layers,
-    RP: tl.constexpr, SQUARE: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr, KC: tl.constexpr,
-    ALONE: tl.constexpr, FOLLOWS: tl.constexpr, F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr,
+    KC: tl.constexpr, ALONE: tl.constexpr, FOLLOWS: tl.constexpr, F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr,
     G_B: tl.constexpr,
 ):  # fmt: skip
-    """One square of the partial Gram matrix of a tile's columns per program, and the exponents of its rows."""
+    """One piece of the partial Gram matrix of a tile's columns per program, and the exponents of its rows."""
     job = tl.program_id(0).to(tl.int64)
-    tile = job // PAIRS
-    pair = job % PAIRS
-    left = tl.load(pairs_ptr + pair * 2)
-    right = tl.load(pairs_ptr + pair * 2 + 1)
+    tile = job // PIECES
+    piece = job % PIECES
+    left = tl.load(pieces_ptr + piece * 2)
+    right = tl.load(pieces_ptr + piece * 2 + 1)
     side, problem, start, end = tile_at(tiles_ptr, tile)
-    out = out_ptr + job * (2 * SQUARE * SQUARE)
-    exponents = exponents_ptr + tile * (GROUPS * SQUARE)
+    out = out_ptr + job * (2 * ROWS * COLUMNS)
+    exponents = exponents_ptr + tile * (GROUPS * ROWS)
     flags = flags_ptr + tile * GROUPS
     weight_sum = sums_ptr + tile * SUMS + WEIGHT_SUM
     taken = tl.full((), 1.0, tl.float32)
@@ -172,13 +212,13 @@ def _gram_kernel(
         if not ALONE:
             frozen = tl.load(frozen_ptr + problem) != 0
         _gram_side(
-            addresses_ptr, settings_ptr, dims_ptr, out, SQUARE * SQUARE, exponents, flags, weight_sum,
-            taken, sigma_a, frozen, problem, start, end, left, right, 0, RP, SQUARE, KC, ALONE, F_A, G_A,
+            addresses_ptr, settings_ptr, dims_ptr, out, ROWS * COLUMNS, exponents, flags, weight_sum,
+            taken, sigma_a, frozen, problem, start, end, left, right, 0, RP, ROWS, COLUMNS, KC, ALONE, F_A, G_A,
         )  # fmt: skip
     else:
         _gram_side(
-            addresses_ptr, settings_ptr, dims_ptr, out, SQUARE * SQUARE, exponents, flags, weight_sum,
-            taken, sigma_b, taken < 0.0, problem, start, end, left, right, 1, RP, SQUARE, KC, ALONE, F_B, G_B,
+            addresses_ptr, settings_ptr, dims_ptr, out, ROWS * COLUMNS, exponents, flags, weight_sum,
+            taken, sigma_b, taken < 0.0, problem, start, end, left, right, 1, RP, ROWS, COLUMNS, KC, ALONE, F_B, G_B,
         )  # fmt: skip
 
 
@@ -212,17 +252,17 @@ def _moments_side(
                     root = tl.load(
                         roots_ptr + c[:, None] * RP + k[None, :], mask=(c[:, None] < r) & (k[None, :] < r), other=0.0
                     )
-                    z = tl.load(
-                        g + k[:, None] * d + n[None, :], mask=(k[:, None] < r) & inside[None, :], other=0.0
-                    ).to(tl.float32)
+                    z = tl.load(g + k[:, None] * d + n[None, :], mask=(k[:, None] < r) & inside[None, :], other=0.0).to(
+                        tl.float32
+                    )
                     t = tl.fma(tl.dot(root, z, input_precision="ieee"), 1.0, t)
                 else:
                     root = tl.load(
                         roots_ptr + c[None, :] * RP + k[:, None], mask=(c[None, :] < r) & (k[:, None] < r), other=0.0
                     )
-                    z = tl.load(
-                        g + n[:, None] * r + k[None, :], mask=inside[:, None] & (k[None, :] < r), other=0.0
-                    ).to(tl.float32)
+                    z = tl.load(g + n[:, None] * r + k[None, :], mask=inside[:, None] & (k[None, :] < r), other=0.0).to(
+                        tl.float32
+                    )
                     t = tl.fma(tl.dot(z, root, input_precision="ieee"), 1.0, t)
             # Σ t² with a power of two taken out, so that neither tiny nor huge gradients leave the range of fp32.
             largest = tl.max(tl.abs(t), axis=SIDE)
@@ -277,14 +317,19 @@ def _moments_kernel(
         )  # fmt: skip
 
 
-def pairs_table(padded: int, blocks: int, device: torch.device) -> Tensor:
-    """Return the squares of the lower triangle of Γ, (pairs, 2) int32."""
-    groups = -(-padded * blocks // square_of(padded, blocks))
-    return torch.tensor([(i, j) for i in range(groups) for j in range(i + 1)], dtype=torch.int32, device=device)
+def pieces_table(padded: int, blocks: int, device: torch.device) -> Tensor:
+    """Return the pieces that cover the lower triangle of Γ, (pieces, 2) int32: of rows, and of columns."""
+    return torch.tensor(pieces_of(padded, blocks), dtype=torch.int32, device=device)
+
+
+def pieces_of(padded: int, blocks: int) -> list[tuple[int, int]]:
+    """Return the pieces that cover the lower triangle of Γ: of rows, and of columns."""
+    rows = rows_of_piece(padded, blocks)
+    return [(i, j) for i in range(-(-padded * blocks // rows)) for j in range((i + 1) * rows // COLUMNS)]
 
 
 def gram(
-    addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, pairs: Tensor, sums: Tensor,
+    addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, pieces: Tensor, sums: Tensor,
     frozen: Tensor, out: Tensor, exponents: Tensor, flags: Tensor, *, padded: int, alone: bool, follows: bool,
     types: tuple[Any, Any, Any, Any],
 ) -> None:  # fmt: skip
@@ -296,24 +341,28 @@ def gram(
         dims: (L, 4) int32, r, rows of the momentum, d_in and d_out.
         tiles: (tiles, 4) int32, side, layer, first and end column.
         parts: (2, L, 2) int32, per side and layer the first of its tiles and their number.
-        pairs: What `pairs_table` returns.
+        pieces: What `pieces_table` returns.
         sums: (tiles, 8) fp32, what `moments` has left; Σ v is added.
         frozen: (L,) int32, whether A's metric waits because B = 0.
-        out: (tiles, pairs, 2, SQUARE, SQUARE) fp32, hi and lo of the squares in units of the rows' 2^E, written.
-        exponents: (tiles, groups, SQUARE) int32, E of every row, written.
+        out: (tiles, pieces, 2, ROWS, 16) fp32, hi and lo in units of the rows' 2^(E − 7), written.
+        exponents: (tiles, groups, ROWS) int32, E of every row, written.
         flags: (tiles, groups) int32, 1 where an entry is not finite, written.
         padded: r padded to a power of two of at least 8.
         alone: Whether F alone is summed.
         follows: Whether an outlier among the gradients is scaled down.
         types: Triton's types of A, B, dA and dB.
     """
-    square = out.shape[-1]
-    _gram_kernel[(tiles.shape[0] * pairs.shape[0],)](
-        addresses, settings, dims, tiles, parts, pairs, sums, frozen, out, exponents, flags, dims.shape[0],
-        RP=padded, SQUARE=square, PAIRS=pairs.shape[0], GROUPS=exponents.shape[1], KC=CHUNK, ALONE=alone,
-        FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
+    _gram_kernel[(tiles.shape[0] * pieces.shape[0],)](
+        addresses, settings, dims, tiles, parts, pieces, sums, frozen, out, exponents, flags, dims.shape[0],
+        RP=padded, ROWS=out.shape[-2], COLUMNS=COLUMNS, PIECES=pieces.shape[0], GROUPS=exponents.shape[1],
+        KC=CHUNK, ALONE=alone, FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
         enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def moments_block(padded: int) -> int:
+    """Return the columns of a block of `moments`."""
+    return 32
 
 
 def moments(
@@ -322,13 +371,58 @@ def moments(
 ) -> None:  # fmt: skip
     """Launch `_moments_kernel`.
 
-    Args:
-        addresses, settings, dims, tiles, padded, types: As for `gram`.
+    Takes, beside what `joint_gram.gram` describes:
         roots: (2, L, RP, RP) fp32, L⁻¹ of AAᵀ and of BᵀB.
         clip: 0-d fp32, what multiplies `.grad`.
         sums: (tiles, 8) fp32, written.
     """
     _moments_kernel[(tiles.shape[0],)](
         addresses, settings, dims, tiles, roots, clip, sums, dims.shape[0],
-        RP=padded, BN=64 if padded <= 32 else 32, G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
+        RP=padded, BN=moments_block(padded), G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
     )  # fmt: skip
+
+
+_TYPES = {
+    "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",
+    "pieces_ptr": "*i32", "sums_ptr": "*fp32", "frozen_ptr": "*i32", "out_ptr": "*fp32", "exponents_ptr": "*i32",
+    "flags_ptr": "*i32", "roots_ptr": "*fp32", "clip_ptr": "*fp32", "layers": "i32",
+}  # fmt: skip
+
+
+def _variant(name: str, kernel: Any, padded: int, registers: int, fusion: bool, constexprs: dict[str, Any]) -> Variant:
+    signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
+    return Variant(
+        name=f"{name}_r{padded}",
+        kernel=kernel,
+        signature=signature,
+        constexprs={"RP": padded, **constexprs},
+        aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
+        num_warps=WARPS,
+        num_stages=1,
+        max_registers=registers,
+        fusion=fusion,
+        targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+    )
+
+
+def _variants() -> list[Variant]:
+    found = []
+    for padded in (8, 16, 32, 64, 128):
+        types = {"G_A": tl.float32, "G_B": tl.bfloat16}
+        found.append(
+            _variant("joint_moments", _moments_kernel, padded, 168, True, {"BN": moments_block(padded), **types})
+        )
+        for name, blocks in (("joint_gram", 4), ("joint_gram_alone", 1)):
+            rows = rows_of_piece(padded, blocks)
+            constexprs = {
+                "ROWS": rows, "COLUMNS": COLUMNS, "GROUPS": -(-padded * blocks // rows),
+                "PIECES": len(pieces_of(padded, blocks)), "KC": CHUNK, "ALONE": blocks == 1,
+                "FOLLOWS": blocks == 4, "F_A": tl.bfloat16, "F_B": tl.float32, **types,
+            }  # fmt: skip
+            found.append(_variant(name, _gram_kernel, padded, 255, False, constexprs))
+            plain = dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32)
+            found.append(_variant(f"{name}_fp32", _gram_kernel, padded, 255, False, {**constexprs, **plain}))
+    return found
+
+
+VARIANTS = _variants()

@@ -178,15 +178,27 @@ def rows_of(
     """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, in two parts: F, and the others."""
     r, _, d = sizes(dims_ptr, problem, SIDE)
     T: tl.constexpr = SIDE == 1
-    f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
-    g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
-    m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
     block = row // RP
     k = row % RP
     inside = (k < r) & (n < end)
-    at = element(k, n, r if T else d, T)
-    first = tl.load(f + at, mask=inside & (block == 0), other=0.0).to(tl.float32)
-    last = tl.load(g + at, mask=inside & (block == 3), other=0.0).to(tl.float32)
-    at = element((block - 1) * r + k, n, 2 * r if T else d, T)
-    middle = tl.load(m + at, mask=inside & (block > 0) & (block < 3), other=0.0)
-    return first, last + middle
+    own = (block > 0) & (block < 3)
+    if F_TYPE == tl.float32 and G_TYPE == tl.float32:
+        f = tl.load(addresses_ptr + problem * ADDRESSES + FACTOR + SIDE)
+        g = tl.load(addresses_ptr + problem * ADDRESSES + GRAD + SIDE)
+        m = tl.load(addresses_ptr + problem * ADDRESSES + MOMENTUM + SIDE)
+        start = tl.where(block == 0, f, tl.where(block == 3, g, m))
+        index = tl.where(own, (block - 1) * r + k, k)
+        leading = tl.where(own, 2 * r, r) if T else d
+        start = start.to(tl.pointer_type(tl.float32))
+        z = tl.load(start + element(index, n, leading, T), mask=inside, other=0.0)
+        return tl.where(block == 0, z, 0.0), tl.where(block == 0, 0.0, z)
+    else:
+        f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
+        g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
+        m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
+        at = element(k, n, r if T else d, T)
+        first = tl.load(f + at, mask=inside & (block == 0), other=0.0).to(tl.float32)
+        last = tl.load(g + at, mask=inside & (block == 3), other=0.0).to(tl.float32)
+        at = element((block - 1) * r + k, n, 2 * r if T else d, T)
+        middle = tl.load(m + at, mask=inside & own, other=0.0)
+        return first, last + middle

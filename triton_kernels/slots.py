@@ -37,7 +37,7 @@ RATE = 10
 CAP = 11
 NUMBERS = 12
 
-# Columns of the addresses of a joint spectral step (int64, one row per layer), side A before side B where there are two.
+# Columns of the addresses of a joint spectral step (int64, one row per layer), A's before B's where there are two.
 J_FACTOR = 0
 J_GRAD = 2
 J_MOMENTUM = 4

@@ -214,17 +214,11 @@ def invert_factor_at(matrix_ptr, plane, work_ptr, work_plane, SIZE: tl.constexpr
         left = matrix_ptr + H * SIZE
         corner = left + H
         good = eliminate_at(matrix_ptr, plane, SIZE, H)
-        product(
-            work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, 1, SIZE, H, H, 1.0, H, False
-        )
-        product(
-            corner, plane, SIZE, work_ptr, work_plane, H, 1, work_ptr, work_plane, 1, H, H, H, -1.0, H, True
-        )
+        product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, 1, SIZE, H, H, 1.0, H, False)
+        product(corner, plane, SIZE, work_ptr, work_plane, H, 1, work_ptr, work_plane, 1, H, H, H, -1.0, H, True)
         good = good & eliminate_at(corner, plane, SIZE, H)
         product(left, plane, SIZE, corner, plane, SIZE, 1, work_ptr, work_plane, H, 1, H, H, 1.0, H, False)
-        product(
-            work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, SIZE, 1, H, H, -1.0, H, False
-        )
+        product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, SIZE, 1, H, H, -1.0, H, False)
         row = tl.arange(0, 32)[:, None]
         col = tl.arange(0, H)[None, :]
         for top in range(0, H, 32):

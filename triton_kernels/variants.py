@@ -31,6 +31,7 @@ class Variant:
         max_registers: Budget of registers per thread.
         targets: Compute capabilities to compile for.
         maxnreg: The launch's bound on registers per thread, where it has one.
+        fusion: Whether products and sums may be contracted.
     """
 
     name: str
@@ -44,7 +45,8 @@ class Variant:
     streaming: bool = False
     targets: tuple[int, ...] = TARGETS
     maxnreg: int | None = None
-
+    fusion: bool = True
+    slow: bool = False
     def sampled(self, target: int) -> bool:
         """Whether an ordinary run of the tests compiles it for `target`: else only the sweep of all variants does.
 
@@ -53,3 +55,4 @@ class Variant:
         least, largest = EVERYWHERE
         padded = self.constexprs.get("RP", least)
         return bool(padded == least or (padded == largest and target == SLOW_TARGET))
+

@@ -97,6 +97,8 @@ def compile_variant(variant: Any, target: int) -> dict[str, Any]:
         hints = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name in variant.aligned}
         source = ASTSource(kernel, signature, dict(variant.constexprs), hints)
         options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+        if not variant.fusion:
+            options["enable_fp_fusion"] = False
         if variant.maxnreg is not None:
             options["maxnreg"] = variant.maxnreg
         start = time.perf_counter()

@@ -69,16 +69,19 @@ class JointRun:
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.alone = joint_gram.pairs_table(padded, 1, device)
-        self.pairs = joint_gram.pairs_table(padded, 4, device)
+        self.alone = joint_gram.pieces_table(padded, 1, device)
+        self.pieces = joint_gram.pieces_table(padded, 4, device)
         self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
-        self.partials, self.exponents, self.flags_found = self._partials(len(tiles), 4, self.pairs)
+        self.partials, self.exponents, self.flags_found = self._partials(len(tiles), 4, self.pieces)
         self.sums = floats(len(tiles), int(joint_layout.SUMS.value))
         self.frozen, self.seen = ints(count), floats(count, int(joint_layout.SEEN.value))
         self.roots, self.traces = floats(2, count, padded, padded), floats(2, count, 2)
         self.gram = floats(2, count, 2, 4 * padded, 4 * padded)
         self.small = floats(2, count, 2, int(joint_core.SMALL.value), padded, padded)
-        self.known, self.outcome = ints(2, count, int(joint_core.KNOWN.value)), ints(count, int(joint_core.OUTCOME.value))
+        self.known, self.outcome = (
+            ints(2, count, int(joint_core.KNOWN.value)),
+            ints(count, int(joint_core.OUTCOME.value)),
+        )
         self.polar = floats(count, 4, 2 * padded, 2 * padded)
         self.coefficients = floats(2, count, 3 * padded, 4 * padded)
         self.schulz = torch.tensor(newton_schulz_coefficients(SMALLEST, SCHULZ_STEPS), dtype=torch.float32).to(device)
@@ -89,13 +92,13 @@ class JointRun:
         self.problems: list[Problem] = []
         self.kept: list[object] = []
 
-    def _partials(self, tiles: int, blocks: int, pairs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _partials(self, tiles: int, blocks: int, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Partial Grams of every tile, the exponents of its rows, and flags."""
-        square = joint_gram.square_of(self.padded, blocks)
-        groups = -(-self.padded * blocks // square)
-        shape = (tiles, pairs.shape[0], 2, square, square)
+        rows = joint_gram.rows_of_piece(self.padded, blocks)
+        groups = -(-self.padded * blocks // rows)
+        shape = (tiles, pieces.shape[0], 2, rows, joint_gram.COLUMNS)
         partials = torch.zeros(shape, dtype=torch.float32, device=self.device)
-        exponents = torch.zeros(tiles, groups, square, dtype=torch.int32, device=self.device)
+        exponents = torch.zeros(tiles, groups, rows, dtype=torch.int32, device=self.device)
         return partials, exponents, torch.zeros(tiles, groups, dtype=torch.int32, device=self.device)
 
     def _rows(self, sizes: Sequence[Sequence[int]], rows: int) -> list[list[Tensor]]:
@@ -136,12 +139,12 @@ class JointRun:
                 padded=self.padded, types=self.types,
             )  # fmt: skip
             joint_gram.gram(
-                addresses, settings, self.dims, self.tiles, self.parts, self.pairs, self.sums, self.frozen,
+                addresses, settings, self.dims, self.tiles, self.parts, self.pieces, self.sums, self.frozen,
                 self.partials, self.exponents, self.flags_found,
                 padded=self.padded, alone=False, follows=self.follows, types=self.types,
             )  # fmt: skip
             joint_core.collect(
-                addresses, settings, self.dims, self.parts, self.pairs, self.sums, self.frozen, self.partials,
+                addresses, settings, self.dims, self.parts, self.pieces, self.sums, self.frozen, self.partials,
                 self.exponents, self.flags_found, self.gram, self.small, self.known, self.seen,
                 follows=self.follows, fades=self.options.fade,
             )  # fmt: skip

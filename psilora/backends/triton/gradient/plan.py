@@ -284,5 +284,7 @@ def _bucket(members: Sequence[int], layers: Sequence[Layer]) -> BucketPlan:
     padded = layers[0].padded
     if padded is None:
         raise ValueError(f"rank {layers[0].rank} is above {PADDED_RANKS[-1]}, the largest that the kernels take")
-    tiles, parts = tile_map([[layer.d_in for layer in layers], [layer.d_out for layer in layers]], BLOCK_COLUMNS[padded])
+    tiles, parts = tile_map(
+        [[layer.d_in for layer in layers], [layer.d_out for layer in layers]], BLOCK_COLUMNS[padded]
+    )
     return BucketPlan(tuple(members), tuple(layers), padded, course(layers[0].structure, padded), tiles, parts)
