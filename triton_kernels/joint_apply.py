@@ -125,7 +125,9 @@ def _apply_kernel(
         if COMMIT:
             if start == 0:
                 count = tl.load(addresses_ptr + problem * ADDRESSES + COUNT + side).to(tl.pointer_type(tl.float32))
-                tl.store(count, tl.load(count) + 1.0)
+                steps = tl.load(count) + 1.0
+                tl.debug_barrier()
+                tl.store(count, steps)
                 if FOLLOWS:
                     if side == 1:
                         norms = address(addresses_ptr, problem, NORMS, tl.float64, ADDRESSES)

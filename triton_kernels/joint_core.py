@@ -78,6 +78,7 @@ EXPONENT = tl.constexpr(0)  # of F, M₁, M₂, D
 ALIVE = tl.constexpr(4)
 FAILED = tl.constexpr(5)
 BAD = tl.constexpr(6)
+FAILED_OUTSIDE = tl.constexpr(7)
 KNOWN = tl.constexpr(8)
 
 # Columns of a layer's outcome (int32).
@@ -172,6 +173,7 @@ def _factor(
         row = top + tl.arange(0, ROWS)[:, None]
         at = out_ptr + row * RP + col
         hi, lo = load(at, plane, (row < limit) & (col < limit))
+        tl.debug_barrier()  # several threads may hold an entry
         store(at, plane, hi, lo, row >= 0)
     tl.debug_barrier()
     return tl.where(alive & (good == 0), 1, 0)
@@ -493,7 +495,7 @@ def _tangent_kernel(
         e = unit - tl.load(known + EXPONENT + block)
         _write_block(out, own + (CAR + block - 1) * Q, PLANE, RP, 1, factor, e, moved, block, RP)
         _write_block(out, own + CAR * Q, PLANE, RP, 1, 0.0, 0, basis, block, RP)
-    tl.store(known + FAILED, tl.load(known + FAILED) + failed)
+    tl.store(known + FAILED_OUTSIDE, failed)
 
 
 @triton.jit
@@ -769,6 +771,7 @@ def _finish_kernel(
     if BALANCE:
         shift = tl.where(moved != 0, _shift(traces_ptr, layers, problem), 0)
     failed += tl.load(known_a + FAILED) + tl.load(known_b + FAILED)
+    failed += tl.load(known_a + FAILED_OUTSIDE) + tl.load(known_b + FAILED_OUTSIDE)
     outcome = outcome_ptr + problem * OUTCOME
     tl.store(outcome + OUT_BAD, bad)
     tl.store(outcome + OUT_FAILED, failed)

@@ -103,8 +103,8 @@ def _flush(at, plane, first, second, third, fourth, fifth, kept, unit):
 def _gram_side(
     addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, weight_sum_ptr,
     taken, sigma, frozen, problem, start, end, left, right,
-    SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KC: tl.constexpr,
-    ALONE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    KC: tl.constexpr, ALONE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
     i = left * ROWS + tl.arange(0, ROWS)
     j = right * COLUMNS + tl.arange(0, COLUMNS)
@@ -186,8 +186,8 @@ def _gram_kernel(
     addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, out_ptr,
     exponents_ptr, flags_ptr, layers,
     RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr,
-    KC: tl.constexpr, ALONE: tl.constexpr, FOLLOWS: tl.constexpr, F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr,
-    G_B: tl.constexpr,
+    KC: tl.constexpr, ALONE: tl.constexpr, FOLLOWS: tl.constexpr,
+    F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
 ):  # fmt: skip
     """One piece of the partial Gram matrix of a tile's columns per program, and the exponents of its rows."""
     job = tl.program_id(0).to(tl.int64)
@@ -354,9 +354,9 @@ def gram(
     """
     _gram_kernel[(tiles.shape[0] * pieces.shape[0],)](
         addresses, settings, dims, tiles, parts, pieces, sums, frozen, out, exponents, flags, dims.shape[0],
-        RP=padded, ROWS=out.shape[-2], COLUMNS=COLUMNS, PIECES=pieces.shape[0], GROUPS=exponents.shape[1],
-        KC=CHUNK, ALONE=alone, FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
-        enable_fp_fusion=False,
+        RP=padded, ROWS=out.shape[-2], COLUMNS=COLUMNS, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=CHUNK,
+        ALONE=alone, FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3], num_warps=WARPS,
+        num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 

@@ -143,6 +143,8 @@ def product(
                 hi, lo = dot_columns(
                     x_ptr, x_plane, x_row, x_step, y_ptr, y_plane, y_step, y_column, row, column, size, hi, lo
                 )
+                if ADD:
+                    tl.debug_barrier()  # several threads may hold an entry: none writes it before all have read it
                 store(at, out_plane, hi * sign, lo * sign, row >= 0)
     tl.debug_barrier()
 
