@@ -287,7 +287,7 @@ def _collect_kernel(
     GROUPS: tl.constexpr = STRIDE // ROWS
     bad = tl.full((), 0, tl.int32)
     for f in range(count * GROUPS):
-        bad = tl.maximum(bad, tl.load(flags_ptr + first * GROUPS + f))
+        bad = bad | tl.load(flags_ptr + first * GROUPS + f)
     _gather(
         gram, N * N, N, partials_ptr, exponents_ptr, pieces_ptr, first, count, e0, e1, e2, e3,
         RP, ROWS, COLUMNS, PIECES, STRIDE, N,
@@ -589,8 +589,8 @@ def _emit_step(out_ptr, step_ptr, plane, known, RP: tl.constexpr):
             x = tl.load(step_ptr + (block * RP + i) * RP + j)
             x, _ = _scaled(x, x, e)
             tl.store(out_ptr + j * N + block * RP + i, x)
-            moved = tl.maximum(moved, tl.max(tl.max(tl.where(x != 0.0, 1, 0), axis=1), axis=0))
-            bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0))
+            moved = moved | tl.max(tl.max(tl.where(x != 0.0, 1, 0), axis=1), axis=0)
+            bad = bad | tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0)
     return moved, bad
 
 
@@ -599,7 +599,7 @@ def _any_bad(ptr, rows: tl.constexpr, columns: tl.constexpr):
     bad = tl.full((), 0, tl.int32)
     for top in range(0, rows, 16):
         x = tl.load(ptr + (top + tl.arange(0, 16))[:, None] * columns + tl.arange(0, columns)[None, :])
-        bad = tl.maximum(bad, tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0))
+        bad = bad | tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0)
     return bad
 
 
@@ -753,10 +753,8 @@ def _finish_kernel(
     out_fixed = out_ptr + (layers + problem if FIRST == 0 else problem) * (3 * RP * N)
     moved, bad = _emit_step(out_moving, moving + STEP * Q, PLANE, known_moving, RP)
     moved_too, bad_too = _emit_step(out_fixed, fixed + STEP * Q, PLANE, known_fixed, RP)
-    bad = tl.maximum(bad, bad_too)
-    bad = tl.maximum(bad, _any_bad(out_moving + RP * N, S, N))
-    bad = tl.maximum(bad, _any_bad(out_fixed + RP * N, S, N))
-    bad = tl.maximum(bad, tl.maximum(tl.load(known_a + BAD), tl.load(known_b + BAD)))
+    bad = bad | bad_too | _any_bad(out_moving + RP * N, S, N) | _any_bad(out_fixed + RP * N, S, N)
+    bad = bad | tl.load(known_a + BAD) | tl.load(known_b + BAD)
     # An entry of the new factor is at most the old one's largest and the norm of its row's increment.
     loose = tl.load(own + LOOSE)
     step_moving, _ = _scaled(bound_moving * loose, 0.0, tl.load(known_moving + EXPONENT))
@@ -766,7 +764,7 @@ def _finish_kernel(
     fits_a = old_a + (step_moving if FIRST == 0 else step_fixed) <= MOST_A
     fits_b = old_b + (step_fixed if FIRST == 0 else step_moving) <= MOST_B
     bad = tl.where(fits_a & fits_b, bad, 1)
-    moved = tl.maximum(moved, moved_too)
+    moved = moved | moved_too
     shift = moved * 0
     if BALANCE:
         shift = tl.where(moved != 0, _shift(traces_ptr, layers, problem), 0)

@@ -131,7 +131,7 @@ def seen(
         mean = tl.load(norms + 2).to(tl.float32)
         begun = mean >= LEAST_NORM
         cap = tl.load(own + CAP)
-        taken = tl.where(begun & (norm > cap * mean), cap * mean / norm, 1.0)
+        taken = tl.where(begun & (norm > cap * mean), cap * mean / tl.where(norm > 0.0, norm, 1.0), 1.0)
         norm = tl.where(begun, tl.minimum(norm, LARGEST * mean), norm)
         t = tl.where(begun, t + 1.0, 1.0)
         mu = tl.load(own + MU)

@@ -155,15 +155,31 @@ def _pick(values, at, axis: tl.constexpr):
 
 
 @triton.jit
-def eliminate(hi, lo, SIZE: tl.constexpr):
+def eliminate(hi, lo, SIZE: tl.constexpr, LOOPS: tl.constexpr = False):
     """Return (L⁻¹ hi, lo, good) for a matrix LLᵀ (SIZE, SIZE): elimination on [matrix | I], both halves in one square.
 
-    `good` is 1 if every pivot was positive and finite. What ends up above the diagonal is meaningless.
+    `good` is 1 if every pivot was positive and finite. What ends up above the diagonal is meaningless. The interpreter
+    works in float64 unless LOOPS: see `product`.
     """
     index = tl.arange(0, SIZE)
     row = index[:, None]
     col = index[None, :]
     good = tl.full((), 1, tl.int32)
+    if INTERPRET and not LOOPS:
+        work = hi.to(tl.float64) + lo
+        for k in range(SIZE):
+            column = _pick(work, col == k, 1)
+            across = _pick(work, row == k, 0)
+            pivot = tl.sum(tl.where(index == k, column, 0.0), axis=0)
+            usable = (pivot > 0.0) & (pivot < float("inf"))
+            good = tl.where(usable, good, 0)
+            root = 1.0 / tl.sqrt(tl.where(usable, pivot, 1.0))
+            across = tl.where(index == k, 1.0, across) * root
+            below = tl.where(index > k, column, 0.0) * root
+            work = tl.where(col == k, 0.0, work) - below[:, None] * across[None, :]
+            work = tl.where(row == k, across[None, :], work)
+        hi = work.to(tl.float32)
+        return hi, (work - hi).to(tl.float32), good
     for k in range(SIZE):
         column_h = _pick(hi, col == k, 1)
         column_l = _pick(lo, col == k, 1)
@@ -188,14 +204,14 @@ def eliminate(hi, lo, SIZE: tl.constexpr):
 
 
 @triton.jit
-def eliminate_at(matrix_ptr, plane, leading, SIZE: tl.constexpr):
+def eliminate_at(matrix_ptr, plane, leading, SIZE: tl.constexpr, LOOPS: tl.constexpr = False):
     """Replace a square matrix in memory by L⁻¹, its upper triangle by 0, and return whether every pivot was good."""
     tl.debug_barrier()
     row = tl.arange(0, SIZE)[:, None]
     col = tl.arange(0, SIZE)[None, :]
     at = matrix_ptr + row * leading + col
     hi, lo = load(at, plane, row >= 0)
-    hi, lo, good = eliminate(hi, lo, SIZE)
+    hi, lo, good = eliminate(hi, lo, SIZE, LOOPS)
     tl.debug_barrier()
     store(at, plane, tl.where(row >= col, hi, 0.0), tl.where(row >= col, lo, 0.0), row >= 0)
     tl.debug_barrier()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from psilora import PSILoRA
 from psilora.adapters import LoRAPair
 from psilora.backends.triton import backend as triton_backend
+from psilora.backends.triton.joint import JointRun
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.spectral.reference import spectral_updates
 
@@ -191,9 +192,13 @@ def test_nothing_is_read_before_it_is_written(settings: dict[str, Any]) -> None:
     (execution,) = triton_backend.compute(problems, Scales(), backends)
     before = [step.clone() for pair in execution.increments() for step in pair]
     run = execution._run
-    for tensors in (*run.steps, *run.rows, *run.averages, *run.weights, [run.partials, run.sums[:-1]]):
-        for tensor in tensors:
-            tensor.fill_(float("nan"))
+    if isinstance(run, JointRun):
+        held = [run.partials, run.partials_alone, run.sums, run.small, run.gram, run.roots, run.traces, run.seen]
+        held += [run.coefficients, run.polar[:, :3], *run.fresh[0], *run.fresh[1]]
+    else:
+        held = [*run.steps[0], *run.steps[1], *run.rows[0], *run.rows[1], run.partials, run.sums[:-1]]
+    for tensor in held:
+        tensor.fill_(float("nan"))
     (execution,) = triton_backend.compute(problems, Scales(), backends)
     assert execution._run is run
     after = [step for pair in execution.increments() for step in pair]
