@@ -96,7 +96,7 @@ def _hypot(a, b):
 def _raised(base, exponent):
     """Return base^exponent for an integer exponent ≥ 0 by repeated squares."""
     result = tl.full((), 1.0, tl.float32)
-    for _ in range(25):
+    while exponent > 0:
         result = tl.where((exponent & 1) == 1, result * base, result)
         base = base * base
         exponent = exponent >> 1
