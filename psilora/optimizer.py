@@ -40,6 +40,8 @@ from psilora.steps.verify import external_scale
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from psilora.steps.update import Bucket
+
 
 class PSILoRA(torch.optim.Optimizer):
     r"""A full step on the weight of every LoRA pair, cut back to rank r by LoRSum (see `psilora.lorsum`).
@@ -350,7 +352,7 @@ class PSILoRA(torch.optim.Optimizer):
         if wanted:
             self._observer.after(seen, scales)
 
-    def _unchecked(self, buckets: Sequence[dispatch.Bucket]) -> list[Tensor]:
+    def _unchecked(self, buckets: Sequence[Bucket]) -> list[Tensor]:
         """The gradients that no backend has looked at for numbers that are not finite."""
         problems = [p for bucket in buckets if not bucket.update.bounded for p in bucket.problems]
         return [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients

@@ -31,7 +31,7 @@ from psilora.triton_kernels.joint_layout import (
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.split import rounded
 from psilora.triton_kernels.twofold import power
-from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
+from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a block and warps, by padded rank.
 BLOCKS = {8: (64, 4), 16: (64, 4), 32: (64, 4), 64: (32, 8), 128: (16, 8)}
@@ -179,7 +179,7 @@ def _variants() -> list[Variant]:
                 num_warps=warps,
                 num_stages=1,
                 max_registers=255,
-                targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+                targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
             )
         )
     return found

@@ -52,7 +52,7 @@ from psilora.triton_kernels.twofold import (
     product,
     store,
 )
-from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
+from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 # Matrices of RP × RP among the small ones of a side, as offsets in that unit; those of 4r rows take four.
 LINV = tl.constexpr(0)
@@ -99,7 +99,9 @@ RESIDUAL_RIDGE = tl.constexpr(1e-12)
 LEAST_EXPONENT = tl.constexpr(-120)
 #: Norms further apart than 2⁴ are balanced, by at most 2¹⁴.
 LARGEST_SHIFT = tl.constexpr(14)
-WARPS = 4
+#: Warps by padded rank, and registers per thread: without a bound ptxas spills for the sake of occupancy.
+WARPS = {8: 4, 16: 4, 32: 4, 64: 8, 128: 8}
+REGISTERS = {8: 168, 16: 168, 32: 168, 64: 255, 128: 255}
 
 
 @triton.jit
@@ -777,6 +779,13 @@ def _finish_kernel(
     tl.store(outcome + OUT_SHIFT, shift)
 
 
+def _options(padded: int) -> dict[str, Any]:
+    """How the kernels are compiled."""
+    return {
+        "num_warps": WARPS[padded], "num_stages": 1, "maxnreg": REGISTERS[padded], "enable_fp_fusion": False,
+    }  # fmt: skip
+
+
 def roots(
     settings: Tensor, dims: Tensor, parts: Tensor, pieces: Tensor, partials: Tensor, exponents: Tensor, small: Tensor,
     out: Tensor, traces: Tensor, frozen: Tensor,
@@ -794,7 +803,7 @@ def roots(
     _roots_kernel[(2 * layers,)](
         settings, dims, parts, pieces, partials, exponents, small, out, traces, frozen, layers,
         RP=out.shape[-1], ROWS=partials.shape[-2], COLUMNS=partials.shape[-1], PIECES=pieces.shape[0],
-        STRIDE=exponents.shape[1] * exponents.shape[2], num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
+        STRIDE=exponents.shape[1] * exponents.shape[2], **_options(out.shape[-1]),
     )  # fmt: skip
 
 
@@ -818,7 +827,7 @@ def collect(
         addresses, settings, dims, parts, pieces, sums, frozen, partials, exponents, flags, gram, small, known, found,
         layers, RP=small.shape[-1], ROWS=partials.shape[-2], COLUMNS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], FOLLOWS=follows, FADES=fades,
-        num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
+        **_options(small.shape[-1]),
     )  # fmt: skip
 
 
@@ -837,7 +846,7 @@ def tangent(
     layers = dims.shape[0]
     _tangent_kernel[(2 * layers,)](
         settings, dims, parts, sums, clip, found, gram, small, known, out, layers,
-        RP=small.shape[-1], NESTEROV=nesterov, num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
+        RP=small.shape[-1], NESTEROV=nesterov, **_options(small.shape[-1]),
     )  # fmt: skip
 
 
@@ -863,7 +872,7 @@ def finish(
     _finish_kernel[(layers,)](
         addresses, settings, dims, parts, sums, found, traces, gram, small, known, polar, schulz, out, outcome, layers,
         RP=small.shape[-1], STEPS=schulz.shape[0], FIRST=0 if first == "A" else 1, HAS_DECAY=decay, BALANCE=balance,
-        MOST_A=most[0], MOST_B=most[1], num_warps=WARPS, num_stages=1, enable_fp_fusion=False,
+        MOST_A=most[0], MOST_B=most[1], **_options(small.shape[-1]),
     )  # fmt: skip
 
 
@@ -884,11 +893,12 @@ def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any]) ->
         signature=signature,
         constexprs={"RP": padded, **constexprs},
         aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
-        num_warps=WARPS,
+        num_warps=WARPS[padded],
         num_stages=1,
-        max_registers=255,
+        max_registers=REGISTERS[padded],
+        maxnreg=REGISTERS[padded],
         fusion=False,
-        targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+        targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
     )
 
 

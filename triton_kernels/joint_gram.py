@@ -33,7 +33,7 @@ from psilora.triton_kernels.joint_layout import (
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.twofold import exponent_of, power, two_sum
-from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Variant
+from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a chunk.
 CHUNK = 32
@@ -401,7 +401,7 @@ def _variant(name: str, kernel: Any, padded: int, registers: int, fusion: bool, 
         num_stages=1,
         max_registers=registers,
         fusion=fusion,
-        targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
+        targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
     )
 
 

@@ -10,6 +10,8 @@ from typing import Any
 TARGETS = (80, 89, 90, 100)
 #: The one for which also variants are compiled that would take too long for all.
 SLOW_TARGET = 90
+#: Those that the default step's kernels must compile for, consumer cards included, at the padded rank 16.
+JOINT_TARGETS = (80, 86, 89, 90, 100, 120)
 #: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts and
 #: are compiled for SLOW_TARGET alone, since all together would take minutes.
 EVERYWHERE = (16, 128)

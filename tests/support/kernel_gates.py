@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 #: Shared memory of one block, in bytes.
-SHARED_LIMIT = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 PACKAGE = "psilora.triton_kernels"
 

@@ -58,7 +58,7 @@ class JointRun:
             TRITON_DTYPES[t.dtype] for t in (pairs[0].lora_A, pairs[0].lora_B, problems[0].dA, problems[0].dB)
         )
         most = {torch.float16: 65504.0}
-        self.most = tuple(most.get(p.dtype, 3e38) for p in (pairs[0].lora_A, pairs[0].lora_B))
+        self.most = (most.get(pairs[0].lora_A.dtype, 3e38), most.get(pairs[0].lora_B.dtype, 3e38))
         self.table = PointerTable(device)
         self.addresses = self.table.reserve(count, slots.J_ADDRESSES)
         self.settings = self.table.reserve(count, slots.S_SETTINGS // 2)
@@ -84,7 +84,8 @@ class JointRun:
         )
         self.polar = floats(count, 4, 2 * padded, 2 * padded)
         self.coefficients = floats(2, count, 3 * padded, 4 * padded)
-        self.schulz = torch.tensor(newton_schulz_coefficients(SMALLEST, SCHULZ_STEPS), dtype=torch.float32).to(device)
+        schulz = newton_schulz_coefficients(SMALLEST, SCHULZ_STEPS)
+        self.schulz = torch.tensor(schulz, dtype=torch.float32, device=device)
         self.fresh = self._rows(sizes, 1)
         self.sizes = sizes
         self.one = torch.ones((), dtype=torch.float32, device=device)
