@@ -101,6 +101,8 @@ LEAST_EXPONENT = tl.constexpr(-120)
 LARGEST_SHIFT = tl.constexpr(14)
 #: Warps by padded rank, and registers per thread: without a bound ptxas spills for the sake of occupancy.
 WARPS = {8: 4, 16: 4, 32: 4, 64: 8, 128: 8}
+#: Bytes that are spilled nevertheless.
+SPILLED = {("joint_finish", 128): 64}
 REGISTERS = {8: 168, 16: 168, 32: 168, 64: 255, 128: 255}
 
 
@@ -599,8 +601,8 @@ def _emit_step(out_ptr, step_ptr, plane, known, RP: tl.constexpr):
 @triton.jit
 def _any_bad(ptr, rows: tl.constexpr, columns: tl.constexpr):
     bad = tl.full((), 0, tl.int32)
-    for top in range(0, rows, 16):
-        x = tl.load(ptr + (top + tl.arange(0, 16))[:, None] * columns + tl.arange(0, columns)[None, :])
+    for top in range(0, rows, 4):
+        x = tl.load(ptr + (top + tl.arange(0, 4))[:, None] * columns + tl.arange(0, columns)[None, :])
         bad = bad | tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0)
     return bad
 
@@ -699,12 +701,8 @@ def _finish_kernel(
     gram = gram_ptr + (problem if FIRST == 0 else layers + problem) * (2 * N * N)
     GRAM_PLANE: tl.constexpr = N * N
     _spread(moving, TURN, fixed, P, P_PLANE, 1 if FIRST == 0 else S, S if FIRST == 0 else 1, rate, PLANE, RP)
-    bound_moving = rate * _norm_bound(moving + FOUR * Q, S, RP)
     if HAS_DECAY:
         _combine(moving + STEP * Q, moving + STEP * Q, 1.0, fixed + TURN_DECAY * Q, decay, PLANE, RP, RP, 2)
-        bound_moving += (
-            tl.abs(decay) * _norm_bound(fixed + TURN_DECAY * Q, RP, RP) * tl.sqrt_rn(_mean_diagonal(gram, N, r, RP) * r)
-        )
         tl.debug_barrier()
     _single(moving + STEP * Q, PLANE, N, RP)
     tl.debug_barrier()
@@ -745,9 +743,6 @@ def _finish_kernel(
     _combine(moving + (FOUR + 2) * Q, fixed + (FOUR + 2) * Q, 1.0, fixed, 0.0, PLANE, S, RP, 1)
     _spread(fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP)
     _combine(fixed + STEP * Q, fixed + STEP * Q, 1.0, moving + (W + 3) * Q, 1.0, PLANE, RP, RP, 2)
-    bound_fixed = rate * _norm_bound(fixed + FOUR * Q, S, RP)
-    gram_fixed = gram_ptr + (layers + problem if FIRST == 0 else problem) * (2 * N * N)
-    bound_fixed += _norm_bound(moving + (W + 3) * Q, RP, RP) * tl.sqrt_rn(_mean_diagonal(gram_fixed, N, r, RP) * r)
     tl.debug_barrier()
     _single(fixed + STEP * Q, PLANE, N, RP)
     tl.debug_barrier()
@@ -757,6 +752,13 @@ def _finish_kernel(
     moved_too, bad_too = _emit_step(out_fixed, fixed + STEP * Q, PLANE, known_fixed, RP)
     bad = bad | bad_too | _any_bad(out_moving + RP * N, S, N) | _any_bad(out_fixed + RP * N, S, N)
     bad = bad | tl.load(known_a + BAD) | tl.load(known_b + BAD)
+    bound_moving = rate * _norm_bound(moving + FOUR * Q, S, RP)
+    if HAS_DECAY:
+        size = tl.sqrt_rn(_mean_diagonal(gram, N, r, RP) * r)
+        bound_moving += tl.abs(decay) * _norm_bound(fixed + TURN_DECAY * Q, RP, RP) * size
+    gram_fixed = gram_ptr + (layers + problem if FIRST == 0 else problem) * (2 * N * N)
+    size = tl.sqrt_rn(_mean_diagonal(gram_fixed, N, r, RP) * r)
+    bound_fixed = rate * _norm_bound(fixed + FOUR * Q, S, RP) + _norm_bound(moving + (W + 3) * Q, RP, RP) * size
     # An entry of the new factor is at most the old one's largest and the norm of its row's increment.
     loose = tl.load(own + LOOSE)
     step_moving, _ = _scaled(bound_moving * loose, 0.0, tl.load(known_moving + EXPONENT))
@@ -898,6 +900,7 @@ def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any]) ->
         max_registers=REGISTERS[padded],
         maxnreg=REGISTERS[padded],
         fusion=False,
+        spilled=SPILLED.get((name, padded), 0),
         targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
     )
 

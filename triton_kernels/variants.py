@@ -34,6 +34,7 @@ class Variant:
         targets: Compute capabilities to compile for.
         maxnreg: The launch's bound on registers per thread, where it has one.
         fusion: Whether products and sums may be contracted.
+        spilled: Bytes of stack that may be spilled.
     """
 
     name: str
@@ -48,7 +49,8 @@ class Variant:
     targets: tuple[int, ...] = TARGETS
     maxnreg: int | None = None
     fusion: bool = True
-    slow: bool = False
+    spilled: int = 0
+
     def sampled(self, target: int) -> bool:
         """Whether an ordinary run of the tests compiles it for `target`: else only the sweep of all variants does.
 
@@ -57,4 +59,3 @@ class Variant:
         least, largest = EVERYWHERE
         padded = self.constexprs.get("RP", least)
         return bool(padded == least or (padded == largest and target == SLOW_TARGET))
-

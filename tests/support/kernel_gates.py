@@ -145,7 +145,7 @@ def unused_stack(ptx: str) -> int:
 def over_limits(report: dict[str, Any], variant: Any) -> list[str]:
     """Problems with what a compiled kernel uses."""
     problems = []
-    if report["stack"] or report["local"]:
+    if report["stack"] > variant.spilled or report["local"]:
         problems.append(f"spills: {report['stack']} bytes of stack, {report['local']} of local memory")
     if report["registers"] > variant.max_registers:
         problems.append(f"{report['registers']} registers; its budget is {variant.max_registers}")
