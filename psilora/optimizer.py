@@ -327,24 +327,23 @@ class PSILoRA(torch.optim.Optimizer):
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
-        results = [tensor for bucket in buckets for tensor in bucket.tensors()]
-        finite = all_finite([local(grad) for grad in self._unchecked(buckets)] + results, device)
-        overflow = self._overflow(device)
+        finite, overflow = self._finite(buckets, device), self._overflow(device)
         if communicator is not None or self._sharded:
-            wrong, found = self.communicator.sums([(~finite).float(), overflow.float()])
-            finite, overflow = wrong == 0, found > 0
-        if self.nonfinite == "raise" and not bool(finite | overflow):
+            flags = [~finite] if overflow is None else [~finite, overflow]
+            sums = self.communicator.sums([flag.float() for flag in flags])
+            finite, overflow = sums[0] == 0, None if overflow is None else sums[1] > 0
+        if self.nonfinite == "raise" and not bool(finite if overflow is None else finite | overflow):
             names = dispatch.nonfinite(buckets)
             if not bool(all_finite([local(grad) for grad in self._others.gradients], device)):
                 names.append("parameters outside the LoRA pairs")
             raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
-        ok = finite & ~overflow
+        ok = finite if overflow is None else finite & ~overflow
         writes = [*dispatch.stage(buckets, ok), gathered.write_back]
         if controller is not None:
             writes.insert(0, controller.end(buckets, clip, ok, self.state))
-        repaired = [bucket.update.repaired.to(device) for bucket in buckets]
-        zero = torch.zeros((), dtype=torch.int64, device=device)
-        events = torch.stack([~(ok | overflow) + zero, torch.stack(repaired).sum() * ok if repaired else zero])
+        skipped = (~(ok if overflow is None else ok | overflow)).long()
+        repaired = [bucket.update.repaired.to(device) for bucket in buckets] or [torch.zeros_like(skipped)]
+        events = torch.stack([skipped, ok * (repaired[0] if len(repaired) == 1 else torch.stack(repaired).sum())])
         self._others.step(ok, clip)  # first: it may still ask for memory, the writes do not
         for write in writes:
             write()
@@ -352,10 +351,16 @@ class PSILoRA(torch.optim.Optimizer):
         if wanted:
             self._observer.after(seen, scales)
 
-    def _unchecked(self, buckets: Sequence[Bucket]) -> list[Tensor]:
-        """The gradients that no backend has looked at for numbers that are not finite."""
-        problems = [p for bucket in buckets if not bucket.update.bounded for p in bucket.problems]
-        return [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
+    def _finite(self, buckets: Sequence[Bucket], device: torch.device) -> Tensor:
+        """Whether all gradients, and all that will be written, are finite; a 0-d bool."""
+        own = [bucket for bucket in buckets if bucket.update.refused is None]
+        tensors = [local(grad) for bucket in own for p in bucket.problems for grad in (p.dA, p.dB)]
+        tensors += [local(grad) for grad in self._others.gradients]
+        tensors += [tensor for bucket in own for tensor in bucket.tensors()]
+        flags = [~bucket.update.refused.to(device) for bucket in buckets if bucket.update.refused is not None]
+        if tensors or not flags:
+            flags.append(all_finite(tensors, device))
+        return flags[0] if len(flags) == 1 else torch.stack(flags).all()
 
     @property
     def _shared(self) -> Communicator | None:
@@ -385,10 +390,10 @@ class PSILoRA(torch.optim.Optimizer):
     def _why_still(self, pair: LoRAPair, trained: bool) -> str:
         return why_still(pair, self._model(), self._capture.record(pair), trained)
 
-    def _overflow(self, device: torch.device) -> Tensor:
-        """Whether a GradScaler, which tells through `found_inf`, wants this step skipped; a 0-d bool."""
+    def _overflow(self, device: torch.device) -> Tensor | None:
+        """Whether a GradScaler, which tells through `found_inf`, wants this step skipped, a 0-d bool; None without."""
         found: Tensor | None = getattr(self, "found_inf", None)
-        return torch.zeros((), dtype=torch.bool, device=device) if found is None else found.to(device).sum() > 0
+        return None if found is None else found.to(device).sum() > 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""

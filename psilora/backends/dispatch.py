@@ -53,9 +53,13 @@ def compute(
     shared = communicator is not None and communicator.world_size > 1
     by_device: dict[torch.device, list[Problem]] = {}
     rest: list[Problem] = []
+    settled: dict[int, str | None] = {}
+    here: dict[torch.device, bool] = {}
     for problem in problems:
         device = problem.pair.lora_A.device
-        takes = _takes_kernels(backend, device) and triton_backend.unsupported(problem) is None
+        if device not in here:
+            here[device] = _takes_kernels(backend, device)
+        takes = here[device] and triton_backend.unsupported(problem, settled) is None
         takes = takes and not (shared and problem.record is not None)
         (by_device.setdefault(device, []) if takes else rest).append(problem)
     buckets: list[Bucket] = []

@@ -39,7 +39,7 @@ class Update:
     rest_B: Tensor | None = None
     rest_A: Tensor | None = None
     norms: Tensor | None = None
-    bounded = False
+    refused = None
 
     def increments(self) -> list[tuple[Tensor, Tensor]]:
         """Return (step of B (d_out, r), step of A (r, d_in)) per problem."""
@@ -112,8 +112,11 @@ class Computed(Protocol):
     problems: list[Problem]
 
     @property
-    def bounded(self) -> bool:
-        """Whether `tensors` also tell of gradients, and of sums beyond the range of the parameters' dtypes."""
+    def refused(self) -> Tensor | None:
+        """Whether anything is not finite, a 0-d bool: a gradient, or what will be written in the parameters' dtypes.
+
+        None where nobody has looked yet.
+        """
         ...
 
     @property
@@ -164,7 +167,7 @@ class Bucket:
         A sum in 16 bits is bounded by the largest entries of parameter and increment together.
         """
         found = self.update.tensors()
-        if self.update.bounded:
+        if self.update.refused is not None:
             return found
         sides = [[p.pair.lora_B for p in self.problems], [p.pair.lora_A for p in self.problems]]
         if all(parameters[0].dtype.itemsize > 2 for parameters in sides):

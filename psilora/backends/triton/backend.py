@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from psilora.backends.triton.launch import PADDED_RANKS
-from psilora.options import GradientOptions, SpectralOptions
+from psilora.options import GradientOptions, Options, SpectralOptions
 from psilora.runtime import capturing
 from psilora.steps.problem import Problem, Scales
 
@@ -54,36 +54,52 @@ def unavailable_reason() -> str | None:
     return reason
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Return why the kernels cannot take a problem, or None; such problems are left to the reference backend."""
+def unsupported(problem: Problem, settled: dict[int, str | None] | None = None) -> str | None:
+    """Return why the kernels cannot take a problem, or None; such problems are left to the reference backend.
+
+    Args:
+        problem: The problem.
+        settled: What is known of settings, by id, for the many problems that share theirs; extended.
+    """
+    options = problem.options
+    settled = {} if settled is None else settled
+    if id(options) not in settled:
+        settled[id(options)] = _settings_unsupported(options)
+    reason = settled[id(options)]
+    if reason is not None:
+        return reason
     pair = problem.pair
-    if problem.options.step not in _KERNELS:
-        return f"step={problem.options.step!r}"
-    if problem.dtype == torch.float64:
+    A, B, dA, dB = pair.lora_A, pair.lora_B, problem.dA, problem.dB
+    device = A.device
+    if A.dtype == torch.float64:
         return "fp64 parameters"
     if problem.exact and problem.holds != "rows":
         return "a gradient that is not kept as X and S"
-    tensors = [pair.lora_A, pair.lora_B, problem.dA, problem.dB]
-    if problem.exact and problem.record is not None:
-        tensors += [t for chunk in problem.record.chunks for t in chunk]
-    row = problem.options.metric_row
-    if row is not None and not row.kernels:
-        return f"metric={problem.options.metric!r}"
     if _ritz(problem) and not problem.exact:
         return "solver='ritz' without X and S"
-    if any(t.dtype not in _FLOATS for t in tensors):
-        return "a dtype other than fp32, bf16 and fp16"
-    chunks = problem.record.chunks if problem.exact and problem.record is not None else []
-    if len({(x.dtype, s.dtype) for x, s in chunks}) > 1:
-        return "captured calls of different dtypes"
-    if not (pair.lora_A.is_contiguous() and pair.lora_B.is_contiguous()):
+    tensors = [A, B, dA, dB]
+    if problem.exact and problem.record is not None:
+        chunks = problem.record.chunks
+        tensors += [t for chunk in chunks for t in chunk]
+        if len({(x.dtype, s.dtype) for x, s in chunks}) > 1:
+            return "captured calls of different dtypes"
+    for t in tensors:
+        if t.dtype not in _FLOATS:
+            return "a dtype other than fp32, bf16 and fp16"
+        if t.device != device:
+            return "tensors on several devices"
+    if not (A.is_contiguous() and B.is_contiguous()):
         return "parameters that are not contiguous"
     if max(pair.rank, _momentum_rank(problem)) > PADDED_RANKS[-1]:
         return f"a rank above {PADDED_RANKS[-1]}"
-    device = pair.lora_A.device
-    if any(t.device != device for t in tensors):
-        return "tensors on several devices"
     return None if device.type == ("cpu" if _interpreted() else "cuda") else f"device {device}"
+
+
+def _settings_unsupported(options: Options) -> str | None:
+    if options.step not in _KERNELS:
+        return f"step={options.step!r}"
+    row = options.metric_row
+    return None if row is None or row.kernels else f"metric={options.metric!r}"
 
 
 def _interpreted() -> bool:
@@ -174,10 +190,10 @@ class Execution:
         """See `psilora.steps.update.Computed`."""
         return self._run.shifts(self._index)
 
-    @property
-    def bounded(self) -> bool:
+    @functools.cached_property
+    def refused(self) -> Tensor | None:
         """See `psilora.steps.update.Computed`."""
-        return self._run.bounded
+        return self._run.refused(self._index)
 
     def commit(self, ok: Tensor, shifts: Tensor | None = None) -> None:
         """Write parameters and state where `ok`, a 0-d bool on the same device, holds.

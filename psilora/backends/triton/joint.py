@@ -33,6 +33,26 @@ def takes(options: SpectralOptions) -> bool:
     return options.joint and options.momentum > 0 and options.metric == "lora" and options.num_iters == 1
 
 
+def _numbers(o: SpectralOptions) -> tuple[tuple[int, float], ...]:
+    """Return what options are in the table, but for the rate, as pairs of a column and its number."""
+    least = min(1.0, o.delta**o.gamma)
+    return (
+        (slots.S_BETA, o.metric_beta),
+        (slots.S_BETA_REST, 1 - o.metric_beta),
+        (slots.S_DAMPING, o.delta),
+        (slots.S_POWER, o.gamma),
+        (slots.S_MU, o.momentum),
+        (slots.S_MU_REST, 1 - o.momentum),
+        (slots.S_FRESH, 1 - o.tau),
+        (slots.S_DECAY, o.weight_decay),
+        (slots.S_RIDGE, o.rho),
+        (slots.S_FACTOR, o.factor),
+        (slots.S_SIGN, -1.0 if o.maximize else 1.0),
+        (slots.S_CAP, o.largest),
+        (slots.S_LOOSE, 1 / math.sqrt(least) if least > 0 else 1.0),
+    )
+
+
 class JointRun:
     """Tables and workspaces of layers of one rank and equal settings, of any widths; kept from step to step.
 
@@ -90,8 +110,11 @@ class JointRun:
         self.sizes = sizes
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.yes = torch.ones((), dtype=torch.uint8, device=device)
+        for side in (0, 1):
+            self.addresses.set(slots.J_FRESH + side, self.fresh[side])
         self.problems: list[Problem] = []
         self.kept: list[object] = []
+        self.known_settings: list[object] = []
 
     def _partials(self, tiles: int, blocks: int, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Partial Grams of every tile, the exponents of its rows, and flags."""
@@ -174,32 +197,36 @@ class JointRun:
             put(slots.J_MOMENTUM + side, [state["momentum"] for state in states])
             put(slots.J_METRIC + side, [state["metric"] for state in states])
             put(slots.J_COUNT + side, [state["step"] for state in states])
-            put(slots.J_FRESH + side, self.fresh[side])
         if self.follows:
             put(slots.J_NORMS, [p.state_B["norms"] for p in problems])
         self._stage_settings()
 
     def _stage_settings(self) -> None:
-        block = self.settings
+        """Put the settings into the table; of those that a step usually leaves alone, only what has changed."""
+        block, problems = self.settings, self.problems
         staged = self.table.staged(block.offset, block.rows, block.columns).view(np.float32)
-        for row, p in zip(staged, self.problems, strict=True):
-            o = SpectralOptions.of(p.options)
-            row[slots.S_BETA], row[slots.S_BETA_REST] = o.metric_beta, 1 - o.metric_beta
-            row[slots.S_DAMPING], row[slots.S_POWER] = o.delta, o.gamma
-            row[slots.S_MU], row[slots.S_MU_REST], row[slots.S_FRESH] = o.momentum, 1 - o.momentum, 1 - o.tau
-            row[slots.S_DECAY], row[slots.S_RIDGE] = o.weight_decay, factor_ridge(p)
-            row[slots.S_FACTOR] = rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank) * o.factor
-            row[slots.S_SCALING], row[slots.S_SIGN] = p.pair.scaling, -1.0 if o.maximize else 1.0
-            row[slots.S_CAP], row[slots.S_RATE] = o.largest, 0.0 if isinstance(o.lr, Tensor) else o.lr
-            least = min(1.0, o.delta**o.gamma)
-            row[slots.S_LOOSE] = 1 / math.sqrt(least) if least > 0 else 1.0
-        rates = device_rates([p.options.lr for p in self.problems], self.device)
-        self.kept.append(rates)
-        base = self.settings.device.data_ptr()
-        stride = 4 * slots.S_SETTINGS
-        own = [base + stride * i + 4 * slots.S_RATE for i in range(self.count)]
+        options = {id(p.options): p.options for p in problems}
+        numbers = {name: _numbers(SpectralOptions.of(o)) for name, o in options.items()}
+        known = [(p.pair.scaling, numbers[id(p.options)]) for p in problems]
+        if known != self.known_settings:
+            self.known_settings = known
+            for row, p, (scaling, values) in zip(staged, problems, known, strict=True):
+                for column, value in values:
+                    row[column] = value
+                row[slots.S_RIDGE] = factor_ridge(p)
+                row[slots.S_FACTOR] *= rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank)
+                row[slots.S_SCALING] = scaling
+        rates = [p.options.lr for p in problems]
+        on_device = any(isinstance(rate, Tensor) for rate in rates)
+        staged[:, slots.S_RATE] = [0.0 if isinstance(rate, Tensor) else rate for rate in rates]
+        base, stride = self.settings.device.data_ptr() + 4 * slots.S_RATE, 4 * slots.S_SETTINGS
+        own = base + stride * np.arange(self.count, dtype=np.int64)
         column = self.table.staged(self.addresses.offset, self.addresses.rows, self.addresses.columns)
-        column[:, slots.J_LR] = [at if t is None else t.data_ptr() for at, t in zip(own, rates, strict=True)]
+        column[:, slots.J_LR] = own
+        if on_device:
+            held = device_rates(rates, self.device)
+            self.kept.append(held)
+            column[:, slots.J_LR] = [at if t is None else t.data_ptr() for at, t in zip(own, held, strict=True)]
 
     def _apply(self, ok: Tensor, commit: bool) -> None:
         addresses, settings = self.views
@@ -210,8 +237,9 @@ class JointRun:
 
     # ---- what an Execution asks for -----------------------------------------------------------------------------
 
-    #: `flags` cover gradients, and sums in the parameters' own dtypes.
-    bounded = True
+    def refused(self, index: int) -> Tensor:
+        """See `psilora.steps.update.Computed`."""
+        return self.outcome[:, 0].any()
 
     def flags(self, index: int) -> Tensor:
         """(L,) int32: above 0 where a gradient or result of the layer is not finite."""

@@ -283,8 +283,8 @@ class SpectralRun:
         """√s times the increments of A, and those of B as rows (r, d_out)."""
         return self.steps[0], self.steps[1]
 
-    #: See `psilora.steps.update.Computed`.
-    bounded = False
+    def refused(self, index: int) -> None:
+        """See `psilora.steps.update.Computed`."""
 
     def shifts(self, index: int) -> Tensor | None:
         """See `psilora.steps.gauge`; a layer moves where any coefficient of an increment is not zero."""

@@ -98,8 +98,8 @@ class Run:
         steps_A, steps_B = self.buckets[index].workspace.steps
         return steps_A, steps_B
 
-    #: See `psilora.steps.update.Computed`.
-    bounded = False
+    def refused(self, index: int) -> None:
+        """See `psilora.steps.update.Computed`."""
 
     def shifts(self, index: int) -> Tensor | None:
         """See `psilora.steps.gauge`; a layer moves where a solve of its projection had a right-hand side."""
