@@ -45,7 +45,7 @@ def _product(c_ptr, y, top, first, RP: tl.constexpr, SIDE: tl.constexpr):
     if SIDE == 0:
         return tl.dot(tl.load(c_ptr + o[:, None] * (4 * RP) + k[None, :]), y, input_precision="ieee")
     else:
-        return tl.dot(y, tl.load(c_ptr + o[None, :] * (4 * RP) + k[:, None]), input_precision="ieee")
+        return tl.dot(y, tl.load(c_ptr + o[None, :] + k[:, None] * (3 * RP)), input_precision="ieee")
 
 
 @triton.jit
@@ -72,8 +72,7 @@ def _apply_side(
         of_2 = tl.zeros(shape, tl.float32)
         for first in range(0, 4 * RP, 16):
             row = first + tl.arange(0, 16)
-            row = row[None, :] if T else row[:, None]
-            z, others = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, F_TYPE, G_TYPE)
+            z, others = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, SIDE, F_TYPE, G_TYPE)
             y = tl.fma(z, w + tl.zeros_like(z), others)
             # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103.
             of_f = tl.fma(_product(c_ptr, y, 0, first, RP, SIDE), 1.0, of_f)
@@ -143,7 +142,7 @@ def apply(
     """Launch `_apply_kernel`.
 
     Takes, beside what `joint_gram.gram` describes:
-        coefficients: (2, L, 3·RP, 4·RP) fp32, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D.
+        coefficients: (2, L, 3·RP, 4·RP) fp32, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D; those of B transposed.
         found, outcome: What `joint_core.collect` and `joint_core.finish` have left.
         ok: 0-d uint8, whether anything is written.
         commit: Whether parameters and state are written; else the increments of F, into the rows STEPS.

@@ -100,7 +100,7 @@ LEAST_EXPONENT = tl.constexpr(-120)
 #: Norms further apart than 2⁴ are balanced, by at most 2¹⁴.
 LARGEST_SHIFT = tl.constexpr(14)
 #: Warps by padded rank, and registers per thread: without a bound ptxas spills for the sake of occupancy.
-WARPS = {8: 4, 16: 4, 32: 4, 64: 8, 128: 8}
+WARPS = {8: 8, 16: 8, 32: 8, 64: 8, 128: 8}
 #: Bytes that are spilled nevertheless.
 SPILLED = {("joint_finish", 128): 64}
 REGISTERS = {8: 168, 16: 168, 32: 168, 64: 255, 128: 255}
@@ -372,10 +372,16 @@ def _scaled(hi, lo, exponent):
 
 
 @triton.jit
+def _place(side, output, row, RP: tl.constexpr):
+    """Return where the coefficient of an output for a row is: in (3·RP, 4·RP) for A, transposed for B."""
+    return output * tl.where(side == 0, 4 * RP, 1) + row * tl.where(side == 0, 1, 3 * RP)
+
+
+@triton.jit
 def _write_block(
-    out_ptr, x_ptr, plane, x_row, x_step, factor, exponent, row_out, block, RP: tl.constexpr
+    out_ptr, side, x_ptr, plane, x_row, x_step, factor, exponent, row_out, block, RP: tl.constexpr
 ):  # fmt: skip
-    """out[row_out·RP + j, block·RP + i] = factor·2^exponent·x[i, j] in fp32, of coefficients C (·, 4·RP)."""
+    """out[row_out·RP + j, block·RP + i] = factor·2^exponent·x[i, j] in fp32, of coefficients C (3·RP, 4·RP)."""
     ROWS: tl.constexpr = RP if RP < 16 else 16
     factor = tl.full((), 0.0, tl.float32) + factor
     i = tl.arange(0, RP)[None, :]
@@ -384,7 +390,7 @@ def _write_block(
         hi, lo = load(x_ptr + i * x_row + j * x_step, plane, j >= 0)
         hi, lo = multiply(hi, lo, factor, 0.0)
         hi, lo = _scaled(hi, lo, exponent)
-        tl.store(out_ptr + (row_out * RP + j) * (4 * RP) + block * RP + i, hi + lo)
+        tl.store(out_ptr + _place(side, row_out * RP + j, block * RP + i, RP), hi + lo)
 
 
 @triton.jit(do_not_specialize=["layers"])
@@ -492,13 +498,13 @@ def _tangent_kernel(
     out = out_ptr + job * (3 * RP * N)
     basis = tl.where(side == 0, 2, 1)
     moved = 3 - basis
-    _write_block(out, own + LINV * Q, PLANE, 1, RP, of_basis, -e_f, basis, 0, RP)
-    _write_block(out, own + TWO * Q, PLANE, RP, 1, tl.where(side == 0, 0.0, of_moved), unit - e_f, moved, 0, RP)
+    _write_block(out, side, own + LINV * Q, PLANE, 1, RP, of_basis, -e_f, basis, 0, RP)
+    _write_block(out, side, own + TWO * Q, PLANE, RP, 1, tl.where(side == 0, 0.0, of_moved), unit - e_f, moved, 0, RP)
     for block in range(1, 4):
         factor = tl.where(block == 3, 1.0, mu) * of_moved
         e = unit - tl.load(known + EXPONENT + block)
-        _write_block(out, own + (CAR + block - 1) * Q, PLANE, RP, 1, factor, e, moved, block, RP)
-        _write_block(out, own + CAR * Q, PLANE, RP, 1, 0.0, 0, basis, block, RP)
+        _write_block(out, side, own + (CAR + block - 1) * Q, PLANE, RP, 1, factor, e, moved, block, RP)
+        _write_block(out, side, own + CAR * Q, PLANE, RP, 1, 0.0, 0, basis, block, RP)
     tl.store(known + FAILED_OUTSIDE, failed)
 
 
@@ -578,13 +584,11 @@ def _norm_bound(matrix_ptr, rows: tl.constexpr, RP: tl.constexpr):
 
 
 @triton.jit
-def _emit_step(out_ptr, step_ptr, plane, known, RP: tl.constexpr):
-    """Write the coefficients of ΔF on the raw rows; return whether any is not 0, and whether any is not finite."""
-    N: tl.constexpr = 4 * RP
+def _emit_step(out_ptr, side, step_ptr, known, RP: tl.constexpr):
+    """Write the coefficients of ΔF on the raw rows; return whether any is not 0."""
     ROWS: tl.constexpr = RP if RP < 16 else 16
     e_f = tl.load(known + EXPONENT)
     moved = tl.full((), 0, tl.int32)
-    bad = tl.full((), 0, tl.int32)
     i = tl.arange(0, RP)[None, :]
     for block in range(4):
         e = e_f - tl.where(block == 0, e_f, tl.load(known + EXPONENT + block))
@@ -592,10 +596,9 @@ def _emit_step(out_ptr, step_ptr, plane, known, RP: tl.constexpr):
             j = top + tl.arange(0, ROWS)[:, None]
             x = tl.load(step_ptr + (block * RP + i) * RP + j)
             x, _ = _scaled(x, x, e)
-            tl.store(out_ptr + j * N + block * RP + i, x)
+            tl.store(out_ptr + _place(side, j, block * RP + i, RP), x)
             moved = moved | tl.max(tl.max(tl.where(x != 0.0, 1, 0), axis=1), axis=0)
-            bad = bad | tl.max(tl.max(tl.where(tl.abs(x) < float("inf"), 0, 1), axis=1), axis=0)
-    return moved, bad
+    return moved
 
 
 @triton.jit
@@ -748,9 +751,10 @@ def _finish_kernel(
     tl.debug_barrier()
     out_moving = out_ptr + (problem if FIRST == 0 else layers + problem) * (3 * RP * N)
     out_fixed = out_ptr + (layers + problem if FIRST == 0 else problem) * (3 * RP * N)
-    moved, bad = _emit_step(out_moving, moving + STEP * Q, PLANE, known_moving, RP)
-    moved_too, bad_too = _emit_step(out_fixed, fixed + STEP * Q, PLANE, known_fixed, RP)
-    bad = bad | bad_too | _any_bad(out_moving + RP * N, S, N) | _any_bad(out_fixed + RP * N, S, N)
+    moved = _emit_step(out_moving, problem * 0 + FIRST, moving + STEP * Q, known_moving, RP)
+    moved = moved | _emit_step(out_fixed, problem * 0 + (1 - FIRST), fixed + STEP * Q, known_fixed, RP)
+    tl.debug_barrier()
+    bad = _any_bad(out_moving, 3 * RP, N) | _any_bad(out_fixed, 3 * RP, N)
     bad = bad | tl.load(known_a + BAD) | tl.load(known_b + BAD)
     bound_moving = rate * _norm_bound(moving + FOUR * Q, S, RP)
     if HAS_DECAY:
@@ -768,7 +772,6 @@ def _finish_kernel(
     fits_a = old_a + (step_moving if FIRST == 0 else step_fixed) <= MOST_A
     fits_b = old_b + (step_fixed if FIRST == 0 else step_moving) <= MOST_B
     bad = tl.where(fits_a & fits_b, bad, 1)
-    moved = moved | moved_too
     shift = moved * 0
     if BALANCE:
         shift = tl.where(moved != 0, _shift(traces_ptr, layers, problem), 0)
@@ -842,7 +845,7 @@ def tangent(
     Takes, beside what `joint_gram.gram` describes:
         clip: 0-d fp32, what multiplies `.grad`.
         found, gram, small, known: What `collect` has left; `small` and `known` are extended.
-        out: (2, L, 3·RP, 4·RP) fp32, coefficients C; the rows of the new momentum are written.
+        out: (2, L, 3·RP, 4·RP) fp32, coefficients C, those of B transposed; the rows of the new momentum are written.
         nesterov: Whether h = μ·m + (1 − τ)·g replaces m.
     """
     layers = dims.shape[0]

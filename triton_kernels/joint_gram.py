@@ -37,6 +37,8 @@ from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a chunk.
 CHUNK = 32
+#: Columns of a tile are a multiple of this: what a program does once should be little beside them.
+SPAN = 256
 #: Columns after which the integer sums are added to the twofold ones: sums of three products stay below 2²⁴.
 FULL = tl.constexpr(256)
 WARPS = 2
@@ -70,18 +72,23 @@ def _slices(z, e):
 
 @triton.jit
 def _whitened(
-    addresses_ptr, dims_ptr, problem, row, n, end, v,
-    SIDE: tl.constexpr, RP: tl.constexpr, ALONE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    addresses_ptr, dims_ptr, problem, row, n, end, root,
+    SIDE: tl.constexpr, RP: tl.constexpr, AXIS: tl.constexpr, ALONE: tl.constexpr, F_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
 ):  # fmt: skip
     if ALONE:
         r, _, d = sizes(dims_ptr, problem, SIDE)
-        at = element(row, n, d if SIDE == 0 else r, SIDE == 1)
+        k = row[:, None] if AXIS == 0 else row[None, :]
+        columns = n[None, :] if AXIS == 0 else n[:, None]
+        at = element(k, columns, d if SIDE == 0 else r, SIDE == 1)
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
-        return tl.load(f + at, mask=(row < r) & (n < end), other=0.0).to(tl.float32)
+        return tl.load(f + at, mask=(k < r) & (columns < end), other=0.0).to(tl.float32)
     else:
-        first, others = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, F_TYPE, G_TYPE)
-        root = tl.sqrt_rn(v)
-        return first * root + others / root
+        first, others = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, AXIS, F_TYPE, G_TYPE)
+        inverse = 1.0 / root
+        root = root[None, :] if AXIS == 0 else root[:, None]
+        inverse = inverse[None, :] if AXIS == 0 else inverse[:, None]
+        return first * root + others * inverse
 
 
 @triton.jit
@@ -120,50 +127,50 @@ def _gram_side(
     at = out_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     tl.store(at, first)
     tl.store(at + plane, first)
-    for begin in range(start, end, KC):
-        n = begin + tl.arange(0, KC)
-        v = tl.full((KC,), 1.0, tl.float32)
+    chunk = tl.arange(0, FULL // KC)[:, None]
+    for whole in range(start, end, FULL):
+        # The weights of FULL columns at once, one for each thread and not for each entry.
+        columns = whole + tl.arange(0, FULL)
+        roots = tl.full((FULL // KC, KC), 1.0, tl.float32)
         if not ALONE:
-            v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
-        x = _whitened(
-            addresses_ptr, dims_ptr, problem, i[:, None], n[None, :], end, v[None, :],
-            SIDE, RP, ALONE, F_TYPE, G_TYPE,
-        )  # fmt: skip
-        y = _whitened(
-            addresses_ptr, dims_ptr, problem, j[None, :], n[:, None], end, v[:, None],
-            SIDE, RP, ALONE, F_TYPE, G_TYPE,
-        )  # fmt: skip
-        e_i = exponent_of(tl.max(tl.abs(x), axis=1))
-        e_j = exponent_of(tl.max(tl.abs(y), axis=0))
-        over = tl.maximum(tl.max(e_i - top_i, axis=0), tl.max(e_j - top_j, axis=0))
-        if (over > 0) | (held == FULL):
-            new_i = tl.maximum(e_i, top_i)
-            new_j = tl.maximum(e_j, top_j)
-            kept = power(top_i - new_i)[:, None] * power(top_j - new_j)[None, :]
-            tl.debug_barrier()
-            _flush(at, plane, first, second, third, fourth, fifth, kept, kept)
-            tl.debug_barrier()
-            top_i = new_i
-            top_j = new_j
-            first = tl.zeros((ROWS, COLUMNS), tl.float32)
-            second = tl.zeros((ROWS, COLUMNS), tl.float32)
-            third = tl.zeros((ROWS, COLUMNS), tl.float32)
-            fourth = tl.zeros((ROWS, COLUMNS), tl.float32)
-            fifth = tl.zeros((ROWS, COLUMNS), tl.float32)
-            held = tl.full((), 0, tl.int32)
-        x1, x2, x3 = _slices(x, top_i[:, None])
-        y1, y2, y3 = _slices(y, top_j[None, :])
-        # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
-        first = tl.dot(x1, y1, first)
-        second = tl.dot(x1, y2, second)
-        third = tl.dot(x2, y2, third)
-        fourth = tl.dot(x2, y3, fourth)
-        fifth = tl.dot(x3, y3, fifth)
-        second = tl.fma(tl.dot(x2, y1), 1.0, second)
-        third = tl.fma(tl.dot(x1, y3), 1.0, third)
-        fourth = tl.fma(tl.dot(x3, y2), 1.0, fourth)
-        third = tl.fma(tl.dot(x3, y1), 1.0, third)
-        held += KC
+            v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, columns, columns < end, SIDE)
+            roots = tl.reshape(tl.sqrt_rn(v), (FULL // KC, KC))
+        for c in range(tl.minimum(FULL // KC, tl.cdiv(end - whole, KC))):
+            n = whole + c * KC + tl.arange(0, KC)
+            root = tl.sum(tl.where(chunk == c, roots, 0.0), axis=0)
+            x = _whitened(addresses_ptr, dims_ptr, problem, i, n, end, root, SIDE, RP, 0, ALONE, F_TYPE, G_TYPE)
+            y = _whitened(addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, 1, ALONE, F_TYPE, G_TYPE)
+            e_i = exponent_of(tl.max(tl.abs(x), axis=1))
+            e_j = exponent_of(tl.max(tl.abs(y), axis=0))
+            over = tl.maximum(tl.max(e_i - top_i, axis=0), tl.max(e_j - top_j, axis=0))
+            if (over > 0) | (held == FULL):
+                new_i = tl.maximum(e_i, top_i)
+                new_j = tl.maximum(e_j, top_j)
+                kept = power(top_i - new_i)[:, None] * power(top_j - new_j)[None, :]
+                tl.debug_barrier()
+                _flush(at, plane, first, second, third, fourth, fifth, kept, kept)
+                tl.debug_barrier()
+                top_i = new_i
+                top_j = new_j
+                first = tl.zeros((ROWS, COLUMNS), tl.float32)
+                second = tl.zeros((ROWS, COLUMNS), tl.float32)
+                third = tl.zeros((ROWS, COLUMNS), tl.float32)
+                fourth = tl.zeros((ROWS, COLUMNS), tl.float32)
+                fifth = tl.zeros((ROWS, COLUMNS), tl.float32)
+                held = tl.full((), 0, tl.int32)
+            x1, x2, x3 = _slices(x, top_i[:, None])
+            y1, y2, y3 = _slices(y, top_j[None, :])
+            # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
+            first = tl.dot(x1, y1, first)
+            second = tl.dot(x1, y2, second)
+            third = tl.dot(x2, y2, third)
+            fourth = tl.dot(x2, y3, fourth)
+            fifth = tl.dot(x3, y3, fifth)
+            second = tl.fma(tl.dot(x2, y1), 1.0, second)
+            third = tl.fma(tl.dot(x1, y3), 1.0, third)
+            fourth = tl.fma(tl.dot(x3, y2), 1.0, fourth)
+            third = tl.fma(tl.dot(x3, y1), 1.0, third)
+            held += KC
     one = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
     tl.debug_barrier()
     hi = _flush(at, plane, first, second, third, fourth, fifth, one, one)
@@ -173,9 +180,9 @@ def _gram_side(
         tl.store(flags_ptr + left, tl.max(tl.max(tl.where(tl.abs(hi) < float("inf"), 0, 1), axis=1), axis=0))
         if not ALONE:
             if left == 0:
-                total = tl.zeros((KC,), tl.float32)
-                for begin in range(start, end, KC):
-                    n = begin + tl.arange(0, KC)
+                total = tl.zeros((FULL,), tl.float32)
+                for begin in range(start, end, FULL):
+                    n = begin + tl.arange(0, FULL)
                     v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
                     total += tl.where(n < end, v, 0.0)
                 tl.store(weight_sum_ptr, tl.sum(total, axis=0))

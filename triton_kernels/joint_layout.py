@@ -171,34 +171,48 @@ def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, insid
 
 
 @triton.jit
+def _across(x, AXIS: tl.constexpr):
+    return x[:, None] if AXIS == 0 else x[None, :]
+
+
+@triton.jit
 def rows_of(
     addresses_ptr, dims_ptr, problem, row, n, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, AXIS: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, in two parts: F, and the others."""
+    """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, in two parts: F, and the others.
+
+    `row` and `n` are vectors; rows run along AXIS of the result. Rows come in eights of one block.
+    """
     r, _, d = sizes(dims_ptr, problem, SIDE)
     T: tl.constexpr = SIDE == 1
     block = row // RP
     k = row % RP
-    inside = (k < r) & (n < end)
     own = (block > 0) & (block < 3)
+    column = _across(n, 1 - AXIS)
+    inside = _across(k, AXIS) < r
+    inside = inside & (column < end)
     if F_TYPE == tl.float32 and G_TYPE == tl.float32:
         f = tl.load(addresses_ptr + problem * ADDRESSES + FACTOR + SIDE)
         g = tl.load(addresses_ptr + problem * ADDRESSES + GRAD + SIDE)
         m = tl.load(addresses_ptr + problem * ADDRESSES + MOMENTUM + SIDE)
-        start = tl.where(block == 0, f, tl.where(block == 3, g, m))
-        index = tl.where(own, (block - 1) * r + k, k)
-        leading = tl.where(own, 2 * r, r) if T else d
-        start = start.to(tl.pointer_type(tl.float32))
-        z = tl.load(start + element(index, n, leading, T), mask=inside, other=0.0)
-        return tl.where(block == 0, z, 0.0), tl.where(block == 0, 0.0, z)
+        start = tl.where(block == 0, f, tl.where(block == 3, g, m)).to(tl.pointer_type(tl.float32))
+        start = tl.max_constancy(start, 8)
+        index = tl.max_contiguous(tl.where(own, (block - 1) * r + k, k), 8)
+        leading = tl.max_constancy(tl.where(own, 2 * r, r), 8) if T else tl.zeros_like(row) + d
+        at = element(_across(index, AXIS), column, _across(leading, AXIS), T)
+        z = tl.load(_across(start, AXIS) + at, mask=inside, other=0.0)
+        of_f = _across(block, AXIS) == 0
+        return tl.where(of_f, z, 0.0), tl.where(of_f, 0.0, z)
     else:
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
         g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
         m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
-        at = element(k, n, r if T else d, T)
-        first = tl.load(f + at, mask=inside & (block == 0), other=0.0).to(tl.float32)
-        last = tl.load(g + at, mask=inside & (block == 3), other=0.0).to(tl.float32)
-        at = element((block - 1) * r + k, n, 2 * r if T else d, T)
-        middle = tl.load(m + at, mask=inside & own, other=0.0)
+        of = _across(block, AXIS)
+        at = element(_across(tl.max_contiguous(k, 8), AXIS), column, r if T else d, T)
+        first = tl.load(f + at, mask=inside & (of == 0), other=0.0).to(tl.float32)
+        last = tl.load(g + at, mask=inside & (of == 3), other=0.0).to(tl.float32)
+        index = tl.max_contiguous((block - 1) * r + k, 8)
+        at = element(_across(index, AXIS), column, 2 * r if T else d, T)
+        middle = tl.load(m + at, mask=inside & (of > 0) & (of < 3), other=0.0)
         return first, last + middle

@@ -127,7 +127,7 @@ def product(
         hi = total.to(tl.float32)
         store(at, out_plane, hi, (total - hi).to(tl.float32), row >= 0)
     else:
-        ROWS: tl.constexpr = rows if rows < 16 else 16
+        ROWS: tl.constexpr = rows if rows < 64 else 64
         COLUMNS: tl.constexpr = N if N < 32 else 32
         for top in range(0, rows, ROWS):
             row = top + tl.arange(0, ROWS)[:, None]

@@ -67,8 +67,8 @@ class JointRun:
         self.follows = options.follows
         self.padded = padded = max(8, 1 << (self.rank - 1).bit_length())
         sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
-        longest = max(joint_gram.CHUNK * 16, SPAN_PER_RANK * self.rank)
-        tiles, parts = tile_map(sizes, joint_gram.CHUNK, longest)
+        longest = max(8 * joint_gram.SPAN, SPAN_PER_RANK * self.rank)
+        tiles, parts = tile_map(sizes, joint_gram.SPAN, longest)
         device, count = self.device, self.count
         self.tiles = int32_table(tiles, 4, device)
         self.parts = torch.stack([int32_table(side, 2, device) for side in parts])
