@@ -126,7 +126,8 @@ def test_every_kind_in_one_launch(step: str) -> None:
     model, batches = adapted(LAUNCHED, torch.float32, False), [inputs(LAUNCHED, torch.float32)]
     wanted = moved(copy.deepcopy(model), LAUNCHED, batches, {**STEPS[step], "backend": "reference"})
     for name, value in moved(model, LAUNCHED, batches, {**STEPS[step], "backend": "triton"}).items():
-        assert (value - wanted[name]).norm() <= 2e-3 * wanted[name].norm(), name
+        rounding = 2 * torch.finfo(torch.float32).eps * model.get_parameter(name).detach().norm()
+        assert (value - wanted[name]).norm() <= 2e-3 * wanted[name].norm() + rounding, name
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=interpreted)])

@@ -211,8 +211,8 @@ class JointRun:
         if known != self.known_settings:
             self.known_settings = known
             for row, p, (scaling, values) in zip(staged, problems, known, strict=True):
-                for column, value in values:
-                    row[column] = value
+                for slot, value in values:
+                    row[slot] = value
                 row[slots.S_RIDGE] = factor_ridge(p)
                 row[slots.S_FACTOR] *= rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank)
                 row[slots.S_SCALING] = scaling
