@@ -114,7 +114,7 @@ class JointRun:
             self.addresses.set(slots.J_FRESH + side, self.fresh[side])
         self.problems: list[Problem] = []
         self.kept: list[object] = []
-        self.known_settings: list[object] = []
+        self.known_settings: Sequence[object] = []
 
     def _partials(self, tiles: int, blocks: int, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Partial Grams of every tile, the exponents of its rows, and flags."""
