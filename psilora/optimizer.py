@@ -329,9 +329,9 @@ class PSILoRA(torch.optim.Optimizer):
         buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
         finite, overflow = self._finite(buckets, device), self._overflow(device)
         if communicator is not None or self._sharded:
-            flags = [~finite] if overflow is None else [~finite, overflow]
-            sums = self.communicator.sums([flag.float() for flag in flags])
-            finite, overflow = sums[0] == 0, None if overflow is None else sums[1] > 0
+            overflow = torch.zeros_like(finite) if overflow is None else overflow
+            wrong, found = self.communicator.sums([(~finite).float(), overflow.float()])
+            finite, overflow = wrong == 0, found > 0
         if self.nonfinite == "raise" and not bool(finite if overflow is None else finite | overflow):
             names = dispatch.nonfinite(buckets)
             if not bool(all_finite([local(grad) for grad in self._others.gradients], device)):

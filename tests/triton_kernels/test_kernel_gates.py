@@ -15,13 +15,15 @@ if not _compat.available():
 import gate_offenders
 import kernel_gates
 
+from psilora.triton_kernels.variants import JOINT_TARGETS, TARGETS
+
 VARIANTS = kernel_gates.variants(kernel_gates.kernel_modules())
 JOBS = [(name, target) for name, variant in VARIANTS.items() for target in variant.targets]
 MARKED = [
     pytest.param(name, target, marks=() if VARIANTS[name].sampled(target) else pytest.mark.sweep)
     for name, target in JOBS
 ]
-MUST_REGISTER = ("xv", "stz", "squares", "reduce", "span", "moments", "spread")
+MUST_REGISTER = ("xv", "stz", "squares", "reduce", "span", "moments", "spread", "joint")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,7 @@ def test_gate_catches(variant: Any, expected: str | None, compiler: kernel_gates
 @pytest.mark.parametrize("kernel", MUST_REGISTER)
 def test_every_target_is_compiled(kernel: str) -> None:
     targets = {target for name, target in JOBS if name.split("_")[0] == kernel and VARIANTS[name].sampled(target)}
-    assert targets == set(kernel_gates.SHARED_LIMIT)
+    assert targets == set(JOINT_TARGETS if kernel == "joint" else TARGETS)
 
 
 def test_only_floating_point_atomics_are_banned() -> None:
