@@ -17,9 +17,9 @@ from bench.candidate import Row
 from bench.shapes import MODELS
 from bench.suites import Settings
 
-SUITES = ("lorsum", "solve", "step", "train", "scaling", "products")
+SUITES = ("lorsum", "solve", "step", "train", "scaling", "products", "host")
 SELECTIONS = {
-    "cpu": ("step", "lorsum", "solve", "train", "scaling"),
+    "cpu": ("step", "lorsum", "solve", "train", "scaling", "host"),
     "gpu": ("products", "step", "solve", "lorsum", "train", "scaling"),
 }
 

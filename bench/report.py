@@ -18,6 +18,8 @@ COLUMNS = {
     "error": "check", "excess": "excess error", "tokens_per_second": "tokens/s",
     "of_floor": "of floor", "bytes": "bytes", "peak_bytes": "peak", "state_bytes": "state",
     "capture_bytes": "captured", "operations": "operations",
+    "aten_launches": "PyTorch launches", "triton_launches": "Triton launches", "host_ratio": "host / fused AdamW",
+    "workspace_bytes": "workspace", "workspace_ratio": "workspace / state",
     "planned_launches": "launches planned", "kernels": "kernels", "predicted_ms": "predicted ms",
     "exponent": "exponent", "predicted_exponent": "predicted exponent", "not_captured": "no CUDA graph",
 }  # fmt: skip
@@ -26,6 +28,12 @@ STEP_METHODS = (
     "PSILoRA tangent, momentum", "PSILoRA spectral", "PSILoRA exact", "PSILoRA exact, momentum",
     "PSILoRA exact, momentum, K=2", "PSILoRA exact, momentum, kfac", "per-layer loop, exact, momentum",
 )  # fmt: skip
+#: What a suite's figures are, where that is not the legend's.
+NOTES = {
+    "host": "Counts, not times of a device: operations of PyTorch and Triton that a step launches, and the bytes its "
+    "kernels hold at the true widths. Its ms are of the host alone, on layers of a few columns with kernels that do "
+    "nothing; what counts is their ratio to fused AdamW's in the same run.",
+}
 STYLE = (
     "body{font:15px/1.45 system-ui,sans-serif;max-width:72rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;font-size:13px}"
@@ -75,6 +83,7 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
 def markdown(records: Records, folder: str) -> str:
     """Return the README's tables: the step, training, and the goals."""
     parts = [_step_table(rows_of(records, "step")), _train_table(rows_of(records, "train"))]
+    parts.append(_host_table(rows_of(records, "host")))
     goals = verdicts(records)
     judged = [list(row.values()) for row in goals if row["figure"] != "–"]
     parts.append(_markdown_table(["where", "goal", "bound", "measured", ""], judged))
@@ -124,6 +133,25 @@ def _train_table(rows: Sequence[Row]) -> str:
     )
 
 
+def _host_table(rows: Sequence[Row]) -> str:
+    """Counts of a step on the kernels, one line per setting of the first model."""
+    lines = [
+        [
+            row["method"],
+            _cell(row["aten_launches"]),
+            _cell(row["triton_launches"]),
+            f"{row['host_ratio']:.1f}×",
+            f"{row['workspace_ratio']:.2f}×",
+        ]
+        for row in rows
+        if row["case"] == rows[0]["case"]
+    ]
+    if not lines:
+        return ""
+    head = [f"counts: {rows[0]['case']}, {rows[0]['layers']} layers", "PyTorch launches", "Triton launches"]
+    return _markdown_table([*head, "host time / fused AdamW", "workspace / state"], lines)
+
+
 def _markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     rows = [list(head), ["---"] * len(head), *map(list, lines)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -148,6 +176,8 @@ def page(records: Records) -> str:
         versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
         parts.append(f"<h2>{suite}</h2><p><code>{html.escape(record['command'])}</code><br>")
         parts.append(f"{html.escape(about)}<br>{html.escape(versions)}</p>")
+        if suite in NOTES:
+            parts.append(f"<p>{NOTES[suite]}</p>")
         parts.append(_html_table([{k: row.get(k) for k in COLUMNS} | _red(row) for row in record["rows"]]))
     head = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>psilora: benchmarks</title><style>{STYLE}</style>'

@@ -1,4 +1,4 @@
-"""Where this code runs: the line of the program that called it, and whether a CUDA graph is being captured."""
+"""Where this code runs: the line of the program that called it, and what a device lets the host do."""
 
 from __future__ import annotations
 
@@ -28,3 +28,8 @@ def _package(names: dict[str, object]) -> str:
 def capturing(device: torch.device) -> bool:
     """Whether what is launched on a device goes into a CUDA graph instead of being run."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def at_hand(device: torch.device) -> bool:
+    """Whether the host can look at a number on a device without waiting for it."""
+    return device.type == "cpu"

@@ -125,7 +125,7 @@ def stage(buckets: Sequence[Bucket], ok: Tensor) -> list[Callable[[], object]]:
 
     Memory is asked for here and not by the writing, so that a lack of it cannot leave some layers written.
     """
-    if ok.device.type == "cpu" and not bool(ok):
+    if runtime.at_hand(ok.device) and not bool(ok):
         return []
     writes: list[Callable[[], object]] = []
     for bucket in buckets:

@@ -184,7 +184,7 @@ def _commit(executions: Sequence[triton_backend.Computed], ok: bool) -> None:
     """Write what was computed, or have it refused as a step is that is not finite."""
     for execution in executions:
         here = torch.full((), ok, dtype=torch.bool, device=execution.problems[0].pair.lora_A.device)
-        if ok or here.device.type != "cpu" or isinstance(execution, triton_backend.Execution):
+        if ok or not runtime.at_hand(here.device) or isinstance(execution, triton_backend.Execution):
             for write in execution.stage(here):
                 write()
 

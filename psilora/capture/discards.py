@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from psilora import runtime
 from psilora.adapters.pair import LoRAPair, is_sparse
 
 
@@ -94,7 +95,7 @@ def suspects(records: Sequence[Watched]) -> list[Watched]:
     return [
         record
         for record, change in zip(busy, changes, strict=True)
-        if change > least or record.pair.lora_A.device.type == "cpu"
+        if change > least or runtime.at_hand(record.pair.lora_A.device)
     ]
 
 

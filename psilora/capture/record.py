@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from psilora import runtime
 from psilora.adapters.convolution import Patches, position_rows
 from psilora.adapters.pair import LoRAPair
 from psilora.capture.casts import Origin, Originals
 from psilora.capture.discards import Passes, Versions, is_zero, present
 from psilora.capture.storage import KINDS, Holding, Input, Matrix, Rows
 from psilora.linalg.precision import compute_dtype, full_precision
-from psilora.runtime import capturing
 
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
 
@@ -141,7 +141,7 @@ class Record:
         and while a CUDA graph is captured, nobody can look. Where nothing is held to compare it with, `unless_held`.
         """
         device, grads = self.pair.lora_A.device, present(self.pair)
-        if capturing(device) or not (changed or device.type == "cpu") or not all(map(is_zero, grads)):
+        if runtime.capturing(device) or not (changed or runtime.at_hand(device)) or not all(map(is_zero, grads)):
             return False
         if self.calls == 0 or (self.holds == "nothing" and self.sum_s2 is None):
             return unless_held

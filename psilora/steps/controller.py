@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from psilora import runtime
 from psilora.adapters.pair import LoRAPair, as_matrix
 from psilora.linalg.precision import compute_dtype
 from psilora.steps.problem import Problem
@@ -143,7 +144,7 @@ def slope(
 
 def _where(ok: Tensor, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
     """Return (targets, values), to be copied, with each source where `ok` holds; few launches."""
-    if ok.device.type == "cpu":
+    if runtime.at_hand(ok.device):
         return [(list(targets), list(sources))] if bool(ok) and targets else []
     groups: dict[tuple[object, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):

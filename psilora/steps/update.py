@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from psilora import runtime
 from psilora.steps import gauge
 from psilora.steps.problem import Problem
 
@@ -61,7 +62,7 @@ class Update:
         """See `Computed`. Memory is asked for here and not by the writing, so that a lack of it leaves none written."""
         problems = self.problems
         here, shifts = ok.to(self.step_A.device), self.shifts
-        if shifts is not None and here.device.type == "cpu" and not bool(shifts.any()):
+        if shifts is not None and runtime.at_hand(here.device) and not bool(shifts.any()):
             shifts = None
         writes: list[Callable[[], object]] = []
         for step, parameters, sign in (
@@ -71,7 +72,7 @@ class Update:
             targets = [p.detach() for p in parameters]
             # x − (+0) is x bitwise for every x, and 0 − (±0) is +0: an increment of zero leaves even a −0 as it is.
             negated = 0.0 - step
-            if here.device.type != "cpu":  # there `stage` has looked already
+            if not runtime.at_hand(here.device):  # there `stage` has looked already
                 negated = torch.where(here, negated, 0.0)
             write: Callable[..., object] = torch._foreach_sub_
             new = negated
@@ -96,7 +97,7 @@ class Update:
             for states, found in (([p.state_B for p in problems], new_B), ([p.state_A for p in problems], new_A)):
                 if found is not None:
                     targets = [state[name] for state in states]
-                    chosen = found if ok.device.type == "cpu" else torch.where(ok, found, torch.stack(targets))
+                    chosen = found if runtime.at_hand(ok.device) else torch.where(ok, found, torch.stack(targets))
                     writes.append(partial(torch._foreach_copy_, targets, list(chosen.unbind(0))))
         steps = [state["step"] for p in problems for state in (p.state_A, p.state_B)]
         return [*writes, partial(torch._foreach_add_, steps, here.to(steps[0]))]
@@ -194,7 +195,7 @@ def _group_finite(tensors: list[Tensor]) -> Tensor:
 
     On the CPU ‖·‖_∞ is eight times slower than ‖·‖₂, whose overflow of finite entries is looked at again.
     """
-    if tensors[0].device.type != "cpu":
+    if not runtime.at_hand(tensors[0].device):
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for tensor in tensors:
             by_dtype.setdefault(tensor.dtype, []).append(tensor)

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from psilora import runtime
 from psilora.distributed.communicator import Communicator
 from psilora.steps.problem import Problem
 
@@ -45,7 +46,7 @@ def external_scale(
     exact = [(problem, record) for problem, record in seen if problem.exact]
     new = [(p, record) for p, record in exact if not record.verified or (record.changed and communicator is None)]
     world = 1 if communicator is None else communicator.world_size
-    judged = bool(new) or (bool(exact) and device.type == "cpu")
+    judged = bool(new) or (bool(exact) and runtime.at_hand(device))
     if communicator is None:
         probes = [(problem, record.left) for problem, record in seen if record.left is not None]
         scale, typical = _scales(probes, device)

@@ -61,6 +61,39 @@ def test_other_suites(suite: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_host(tmp_path: Path) -> None:
+    """Launches and bytes are counted, and times refer to an AdamW of the same run."""
+    assert run("host", "--repeats", "1", "--seconds", "0.1", "--small", "--out", str(tmp_path)) == 0
+    rows = {row["method"].removeprefix("PSILoRA "): row for row in rows_of(tmp_path, "host")}
+    assert rows["spectral"]["triton"]["gram_kernel"] == 2 and rows["spectral"]["triton"]["apply_kernel"] == 1
+    for row in rows.values():
+        assert row["aten_launches"] == sum(row["aten"].values()) >= 4 and row["triton_launches"] >= 5
+        assert row["host_ratio"] == row["ms"] / row["adamw_ms"] > 0
+    # Momentum 2r(d_in + d_out), metric d_in + d_out, three norms in fp64 and two counts of each of six layers.
+    sums = [64, 48, 64, 64, 48, 64]
+    assert rows["spectral"]["state_bytes"] == sum(4 * (2 * 4 * d + d) + 24 + 8 for d in sums)
+    varying = rows["exact, momentum, N changing every step"]
+    assert len(varying["workspace_by_step"]) == len(module("suites.host").VARYING)
+
+
+def test_launches_are_counted_and_views_are_not() -> None:
+    host = module("suites.host")
+    x = torch.ones(4, 4)
+    with host.Launched() as mode:
+        (x.mT[1:] * 2).mT[2:].add_(torch.empty(2, 3))
+        torch._foreach_add([x, x], 1.0)
+    assert dict(mode.names) == {"mul": 1, "add_": 1, "_foreach_add": 1}
+
+
+def test_held_bytes_are_those_still_alive() -> None:
+    with module("suites.host").Held("meta") as mode:
+        kept = torch.empty(100, device="meta").split(50)[0]
+        torch.empty(1000, device="meta")
+        torch.empty(7)
+    assert mode.bytes == 400 == kept.untyped_storage().nbytes() and mode.most == 4400
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*gradient.checkpointing.*:FutureWarning")
 def test_train(tmp_path: Path) -> None:
     assert run("train", "--repeats", "1", "--small", "--out", str(tmp_path)) == 0
