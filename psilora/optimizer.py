@@ -26,8 +26,8 @@ from psilora.monitor.warn_once import Notices
 from psilora.options import OPTION_NAMES, Options, as_group, refuse_foreign, resolved
 from psilora.options.published import PAPER
 from psilora.param_groups.adamw import AuxAdamW, adamw_group
-from psilora.param_groups.lora import checked_pairs, lora_groups, pair_options
-from psilora.steps.assemble import assemble
+from psilora.param_groups.lora import Settings, checked_pairs, lora_groups
+from psilora.steps.assemble import Assembler, Collected
 from psilora.steps.clipping import gradient_factor
 from psilora.steps.controller import CONTROLLERS, SlopeController
 from psilora.steps.counts import GlobalCounts, global_counts, refuse_unshared
@@ -39,8 +39,6 @@ from psilora.steps.verify import external_scale
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from psilora.steps.update import Bucket
 
 
 class PSILoRA(torch.optim.Optimizer):
@@ -217,6 +215,7 @@ class PSILoRA(torch.optim.Optimizer):
         self.max_grad_norm, self.norm, self.backend, self.nonfinite = max_grad_norm, norm, backend, nonfinite
         pairs = checked_pairs(check_model(model, sharded=True), unsupported)
         self._pairs = {id(pair.lora_A): pair for pair in pairs}
+        self._settings, self._assembler = Settings(self._pairs), Assembler()
         param_groups = lora_groups(pairs, settings, groups)
         taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
         outside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
@@ -266,8 +265,8 @@ class PSILoRA(torch.optim.Optimizer):
     # ---- construction -------------------------------------------------------------------------------------------
 
     def _options(self) -> list[tuple[LoRAPair, Options]]:
-        """Every pair with the current settings of its group."""
-        return pair_options(self.param_groups, self._pairs)
+        """Every pair with the current settings of its group; the same list while they are the same."""
+        return self._settings.read(self.param_groups)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Refuse later groups: pairs and hooks come from the model; build a new optimizer instead."""
@@ -298,22 +297,26 @@ class PSILoRA(torch.optim.Optimizer):
         self._capture.refresh()
         joints = self._consensus()
         gathered = Gathered()
-        problems = self._problems(joints, gathered)
-        grads = [grad for p in problems for grad in (p.dA, p.dB)] + self._others.gradients
-        if not grads:
-            self._capture.clear()
-            return loss
-        with contextlib.ExitStack() as stack:
-            for device_type in sorted({grad.device.type for grad in grads}):
-                stack.enter_context(full_precision(device_type))
-            self._apply(problems, grads, gathered)
-        world = self.communicator.world_size
-        self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints.items()})
+        try:
+            found = self._collect(joints, gathered)
+            types = found.device_types | {grad.device.type for grad in self._others.gradients}
+            if not types:
+                self._capture.clear()
+                return loss
+            with contextlib.ExitStack() as stack:
+                for device_type in sorted(types):
+                    stack.enter_context(full_precision(device_type))
+                self._apply(found.problems, gathered)
+        finally:
+            self._assembler.release()
+        if self._planner.waiting:
+            world = self.communicator.world_size
+            self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints.items()})
         self._capture.clear()
         self._counters.poll()
         return loss
 
-    def _apply(self, problems: list[Problem], grads: list[Tensor], gathered: Gathered) -> None:
+    def _apply(self, problems: list[Problem], gathered: Gathered) -> None:
         device = self._counters.values.device
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
         communicator, controller = self._shared, self._controller
@@ -327,40 +330,30 @@ class PSILoRA(torch.optim.Optimizer):
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
-        finite, overflow = self._finite(buckets, device), self._overflow(device)
+        others = [local(grad) for grad in self._others.gradients]
+        wrong, overflow = dispatch.refused(buckets, others, device), self._overflow(device)
         if communicator is not None or self._sharded:
-            overflow = torch.zeros_like(finite) if overflow is None else overflow
-            wrong, found = self.communicator.sums([(~finite).float(), overflow.float()])
-            finite, overflow = wrong == 0, found > 0
-        if self.nonfinite == "raise" and not bool(finite if overflow is None else finite | overflow):
+            overflow = torch.zeros_like(wrong) if overflow is None else overflow
+            sums = self.communicator.sums([wrong.float(), overflow.float()])
+            wrong, overflow = sums[0] > 0, sums[1] > 0
+        skipped = wrong if overflow is None else wrong & ~overflow  # an overflow is GradScaler's to count
+        if self.nonfinite == "raise" and bool(skipped):
             names = dispatch.nonfinite(buckets)
-            if not bool(all_finite([local(grad) for grad in self._others.gradients], device)):
+            if not bool(all_finite(others, device)):
                 names.append("parameters outside the LoRA pairs")
             raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
-        ok = finite if overflow is None else finite & ~overflow
+        ok = ~(wrong if overflow is None else wrong | overflow)
         writes = [*dispatch.stage(buckets, ok), gathered.write_back]
         if controller is not None:
             writes.insert(0, controller.end(buckets, clip, ok, self.state))
-        skipped = (~(ok if overflow is None else ok | overflow)).long()
         repaired = [bucket.update.repaired.to(device) for bucket in buckets] or [torch.zeros_like(skipped)]
-        events = torch.stack([skipped, ok * (repaired[0] if len(repaired) == 1 else torch.stack(repaired).sum())])
+        repaired_here = ok * (repaired[0] if len(repaired) == 1 else torch.stack(repaired).sum())
         self._others.step(ok, clip)  # first: it may still ask for memory, the writes do not
         for write in writes:
             write()
-        self._counters.add(events)
+        self._counters.add(skipped, repaired_here)
         if wanted:
             self._observer.after(seen, scales)
-
-    def _finite(self, buckets: Sequence[Bucket], device: torch.device) -> Tensor:
-        """Whether all gradients, and all that will be written, are finite; a 0-d bool."""
-        own = [bucket for bucket in buckets if bucket.update.refused is None]
-        tensors = [local(grad) for bucket in own for p in bucket.problems for grad in (p.dA, p.dB)]
-        tensors += [local(grad) for grad in self._others.gradients]
-        tensors += [tensor for bucket in own for tensor in bucket.tensors()]
-        flags = [~bucket.update.refused.to(device) for bucket in buckets if bucket.update.refused is not None]
-        if tensors or not flags:
-            flags.append(all_finite(tensors, device))
-        return flags[0] if len(flags) == 1 else torch.stack(flags).all()
 
     @property
     def _shared(self) -> Communicator | None:
@@ -374,18 +367,19 @@ class PSILoRA(torch.optim.Optimizer):
             refuse_unshared(self._options(), shared.world_size)
         return {id(pair): joint for pair, joint in zip(pairs, global_counts(pairs, self._capture, shared), strict=True)}
 
-    def _problems(self, joints: Mapping[int, GlobalCounts], gathered: Gathered) -> list[Problem]:
+    def _collect(self, joints: Mapping[int, GlobalCounts], gathered: Gathered) -> Collected:
         """The pairs that have gradients."""
         settings = self._options()
         self._planner.check(settings)
-        found = assemble(settings, self._capture, joints, self.state, gathered)
+        shared = self._shared is not None
+        found = self._assembler.collect(settings, self._capture, joints, self.state, gathered, shared)
         self._notices.without_activations(found.blind)
         self._notices.halved(found.halved)
         self._notices.trained(bool(found.problems or found.halved))
         self._notices.partly(found.moving, found.still, self._why_still)
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")
-        return found.problems
+        return found
 
     def _why_still(self, pair: LoRAPair, trained: bool) -> str:
         return why_still(pair, self._model(), self._capture.record(pair), trained)
@@ -433,6 +427,7 @@ class PSILoRA(torch.optim.Optimizer):
         """
         found, settings = compatible(state_dict, self.param_groups, self._pairs, self._names())
         self._planner.check(settings)
+        self._assembler.forget()
         super().load_state_dict(found)
         copy_loaded(found, self.param_groups, self.state)
         self._capture.clear()

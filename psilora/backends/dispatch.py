@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +15,8 @@ from psilora.backends.triton import backend as triton_backend
 from psilora.distributed.communicator import Communicator
 from psilora.options.base import BACKENDS
 from psilora.steps import STEPS
-from psilora.steps.problem import Problem, Scales, grouped
-from psilora.steps.update import Bucket
+from psilora.steps.problem import Problem, Problems, Scales, grouped
+from psilora.steps.update import Bucket, all_finite
 
 #: Why "auto" had to do without the kernels on CUDA, said once.
 _SAID: set[str] = set()
@@ -51,38 +52,97 @@ def compute(
     kernels keep from step to step.
     """
     shared = communicator is not None and communicator.world_size > 1
-    by_device: dict[torch.device, list[Problem]] = {}
-    rest: list[Problem] = []
-    settled: dict[int, str | None] = {}
-    here: dict[torch.device, bool] = {}
-    for problem in problems:
-        device = problem.pair.lora_A.device
-        if device not in here:
-            here[device] = _takes_kernels(backend, device)
-        takes = here[device] and triton_backend.unsupported(problem, settled) is None
-        takes = takes and not (shared and problem.record is not None)
-        (by_device.setdefault(device, []) if takes else rest).append(problem)
+    problems = Problems.of(problems)
+    formats = [form for p in problems if p.record is not None for form in p.formats]
+    route: Route | None = problems.prepared.get("route")
+    if route is None or not route.serves(backend, shared, formats):
+        route = problems.prepared["route"] = _route(problems, backend, shared, formats)
+    rest = route.rest
     buckets: list[Bucket] = []
-    for group in by_device.values():
-        if backend == "auto":
-            group, wrong = self_check.parted(group)
-            rest += wrong
+    for group in route.groups:
         taken = self_check if backend == "auto" else triton_backend
-        executions = taken.compute(*_at_rate(group, scales), backends) if group else []
+        executions = taken.compute(*_at_rate(group, scales), backends)
         if executions is None:
-            rest += group
+            rest = [*rest, *group]
+            route.fail(group)
         else:
             buckets += [Bucket(execution.problems, execution) for execution in executions]
-    for step, kind in STEPS.items():
+    for step, kind in STEPS.items() if rest else ():
         updates = kind.updates(grouped([p for p in rest if p.options.step == step]), scales, communicator)
         buckets += [Bucket(update.problems, update) for update in updates]
     return buckets
 
 
-def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem], Scales]:
+@dataclass
+class Route:
+    """Who takes which problems, and why: what a list of problems keeps from step to step.
+
+    Attributes:
+        backend, shared, formats: What it was made for: the setting, whether captures are summed over processes, and the
+            formats of X and S.
+        groups: What the kernels take, by device.
+        rest: What the reference takes.
+        reasons: Why the reference takes what it takes, with how many pairs.
+    """
+
+    backend: str
+    shared: bool
+    formats: Sequence[object]
+    groups: list[Problems]
+    rest: list[Problem]
+    reasons: Counter[str]
+    _verdicts: int = field(default_factory=self_check.verdicts)
+
+    def serves(self, backend: str, shared: bool, formats: Sequence[object]) -> bool:
+        """Whether it still holds."""
+        asked = (self.backend, self.shared, self._verdicts) == (backend, shared, self_check.verdicts())
+        return asked and self.formats == formats
+
+    def fail(self, group: Problems) -> None:
+        """Note that the kernels did not take what they were to take."""
+        self.reasons["the kernels failed, as was warned about"] += len(group)
+        self._verdicts = -1  # made anew for the next step
+
+    def taken(self) -> dict[str, int]:
+        """Return how many pairs each backend takes, by its name."""
+        total = sum(map(len, self.groups)) + len(self.rest)
+        left = self.reasons.total()
+        return {"triton": total - left, "reference": left}
+
+
+def _route(problems: Problems, backend: str, shared: bool, formats: Sequence[object]) -> Route:
+    by_device: dict[torch.device, list[Problem]] = {}
+    rest: list[Problem] = []
+    reasons: Counter[str] = Counter()
+    settled: dict[int, str | None] = {}
+    here: dict[torch.device, str | None] = {}
+    for problem in problems:
+        device = problem.pair.lora_A.device
+        if device not in here:
+            here[device] = _without_kernels(backend, device)
+        reason = here[device] or triton_backend.unsupported(problem, settled)
+        if reason is None and shared and problem.record is not None:
+            reason = "captured activations are summed over processes between the turns"
+        if reason is None:
+            by_device.setdefault(device, []).append(problem)
+        else:
+            rest.append(problem)
+            reasons[reason] += 1
+    groups = []
+    for group in by_device.values():
+        if backend == "auto":
+            group, wrong = self_check.parted(group)
+            rest += wrong
+            reasons["the kernels failed their check, or could not be checked"] += len(wrong)
+        if group:
+            groups.append(Problems(group))
+    return Route(backend, shared, formats, groups, rest, +reasons)
+
+
+def _at_rate(problems: Problems, scales: Scales) -> tuple[Problems, Scales]:
     """The problems with a controller's factor inside their own lr, which the kernels read from the device."""
     if scales.rate is None:
-        return list(problems), scales
+        return problems, scales
     products: dict[object, Tensor] = {}  # layers of one lr share one tensor: a launch for each would add up
     rated = []
     for p in problems:
@@ -91,22 +151,42 @@ def _at_rate(problems: Sequence[Problem], scales: Scales) -> tuple[list[Problem]
         if name not in products:
             products[name] = lr * scales.rate
         rated.append(replace(p, options=replace(p.options, lr=products[name])))
-    return rated, replace(scales, rate=None)
+    return Problems(rated), replace(scales, rate=None)
 
 
-def _takes_kernels(backend: str, device: torch.device) -> bool:
-    if backend == "auto":
-        if device.type != "cuda":
-            return False
-        reason = triton_backend.unavailable_reason()
-        if reason is not None and reason not in _SAID:
-            _SAID.add(reason)
-            runtime.warn(
-                f"the reference backend takes the steps on {device}, because the Triton kernels cannot be used: "
-                f"{reason}. backend='reference' says that this is meant"
-            )
-        return reason is None
-    return backend == "triton"
+def _without_kernels(backend: str, device: torch.device) -> str | None:
+    """Why the kernels take nothing on a device, or None where they do; on CUDA "auto" warns about it once."""
+    if backend == "reference":
+        return "backend='reference'"
+    if backend == "triton":
+        return None
+    if device.type != "cuda":
+        return f"backend='auto' takes the kernels on CUDA, not on {device.type}"
+    reason = triton_backend.unavailable_reason()
+    if reason is not None and reason not in _SAID:
+        _SAID.add(reason)
+        runtime.warn(
+            f"the reference backend takes the steps on {device}, because the Triton kernels cannot be used: "
+            f"{reason}. backend='reference' says that this is meant"
+        )
+    return reason
+
+
+def refused(buckets: Sequence[Bucket], others: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Return whether a gradient, or what will be written, is not finite; 0-d bool on `device`, nothing waits for it.
+
+    Args:
+        buckets: What was computed.
+        others: Gradients of parameters outside the pairs.
+        device: Where the answer is wanted.
+    """
+    own = [bucket for bucket in buckets if bucket.update.refused is None]
+    tensors = [grad for bucket in own for p in bucket.problems for grad in (p.dA, p.dB)]
+    tensors += [*others, *(tensor for bucket in own for tensor in bucket.tensors())]
+    flags = [bucket.update.refused.to(device) for bucket in buckets if bucket.update.refused is not None]
+    if tensors or not flags:
+        flags.append(~all_finite(tensors, device))
+    return flags[0] if len(flags) == 1 else torch.stack(flags).any()
 
 
 def nonfinite(buckets: Sequence[Bucket]) -> list[str]:

@@ -59,6 +59,12 @@ class Kind:
 
 
 _verdicts: dict[Kind, bool] = {}
+_distrusted: list[Kind] = []
+
+
+def verdicts() -> int:
+    """Return a number that changes whenever kernels are found to be wrong."""
+    return len(_distrusted)
 
 
 def kind_of(problem: Problem) -> Kind:
@@ -308,6 +314,7 @@ def _layer(kind: Kind, options: Options, ranks: tuple[int, int], shape: tuple[in
 
 def _distrust(kind: Kind, reason: str) -> None:
     _verdicts[kind] = False
+    _distrusted.append(kind)
     runtime.warn(
         f"the Triton kernels are not used on {kind.device} for {kind}: {reason}. The reference backend takes over; "
         "please report this with the output of `python -m psilora.doctor`"

@@ -90,6 +90,7 @@ class Planner:
             if value is not None and not value > 0:
                 raise ValueError(f"Invalid {name}={value}. Must be > 0 or None.")
         self.settings = _capturable(settings)
+        self._checked: Sequence[tuple[LoRAPair, Options]] | None = None  # a list that is not changed
         self._built = {id(pair): (options, options.hooks) for pair, options in settings}
         self.budget = budget
         self.choices: dict[str, Choice] = {}
@@ -117,6 +118,8 @@ class Planner:
 
         Changed in a param group, or loaded, they would take another gradient than the one they name.
         """
+        if settings is self._checked:
+            return
         known, hooks = None, None
         for pair, options in settings:
             if options is not known:  # that of a whole group
@@ -127,12 +130,18 @@ class Planner:
                     f"{pair.name}: {_named(options)} needs other captures than {_named(built)}, with which the "
                     "optimizer was built; build it with the settings that it is to use or to load"
                 )
+        self._checked = settings
 
     def capture(self) -> Capture:
         """Hook the pairs, each to hold what its gradient needs."""
         holds = [HOLDS[gradient] for gradient in self.gradients().values()]
         sums = [_sums(options, kind) for (_, options), kind in zip(self.settings, holds, strict=True)]
         return Capture([pair for pair, _ in self.settings], holds, sums)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a choice is still to be made."""
+        return bool(self._auto) and not self.choices
 
     def observe(self, capture: Capture, rows: Mapping[int, int]) -> None:
         """Choose, if that is still to be done, after a step; captures of that step are dropped.
@@ -142,7 +151,7 @@ class Planner:
             rows: N by id of the pair; one that did not run is taken to see as many as the longest.
         """
         most = max(rows.values(), default=0)
-        if self.choices or not self._auto or most == 0:
+        if not self.waiting or most == 0:
             return
         self._choose([rows.get(id(pair), 0) or most for pair in self._auto])
         capture.clear()

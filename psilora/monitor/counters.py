@@ -23,9 +23,10 @@ class Counters:
         self._host: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
-    def add(self, events: Tensor) -> None:
-        """Add a step's counts, (2,) int64 on this device, in the order of `EVENTS`."""
-        self.values.add_(events)
+    def add(self, skipped: Tensor, repaired: Tensor) -> None:
+        """Add whether a step was skipped (0-d bool) and its repaired pivots (0-d), both on this device."""
+        self.values[0].add_(skipped)
+        self.values[1].add_(repaired)
 
     def poll(self) -> None:
         """Warn about what has newly happened: at once on the CPU; elsewhere when an earlier copy has arrived."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -103,6 +104,32 @@ def pair_options(groups: Sequence[Mapping[str, Any]], pairs: Mapping[int, LoRAPa
                 )
             found += [(pair, options) for pair in own]
     return found
+
+
+class Settings:
+    """The settings of every pair as the param groups hold them now, read anew only where something in them changed.
+
+    Args:
+        pairs: By id of their lora_A.
+    """
+
+    def __init__(self, pairs: Mapping[int, LoRAPair]) -> None:
+        self._pairs = pairs
+        self._seen: list[list[Any]] = []
+        self._found: list[tuple[LoRAPair, Options]] = []
+
+    def read(self, groups: Sequence[Mapping[str, Any]]) -> list[tuple[LoRAPair, Options]]:
+        """Return what `pair_options` does: the same list, not to be changed, for as long as nothing has changed."""
+        seen = [[*group, *group.values(), *group["params"]] for group in groups if group["kind"] == "lora"]
+        same = len(seen) == len(self._seen) and all(map(_identical, seen, self._seen))
+        if not same:
+            self._found = pair_options(groups, self._pairs)
+            self._seen = seen
+        return self._found
+
+
+def _identical(one: Sequence[object], other: Sequence[object]) -> bool:
+    return len(one) == len(other) and all(map(operator.is_, one, other))
 
 
 def _matcher(layers: object) -> Callable[[LoRAPair], bool]:

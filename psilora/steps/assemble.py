@@ -1,11 +1,18 @@
-"""The problems of a step: every pair that has gradients, with the best representation of G that is at hand."""
+"""The problems of a step: every pair that has gradients, with the best representation of G that is at hand.
+
+A step looks at thousands of tensors, of which hardly anything changes but the addresses of the gradients: what a step
+has found is kept for the next one (`Assembler`), and looked at again as whole lists, without work for each layer.
+"""
 
 from __future__ import annotations
 
+import collections
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from psilora.adapters.pair import LoRAPair, is_sparse
@@ -15,7 +22,7 @@ from psilora.distributed.sharding import Gathered, whole
 from psilora.options.base import Options
 from psilora.runtime import capturing
 from psilora.steps.counts import GlobalCounts
-from psilora.steps.problem import Problem
+from psilora.steps.problem import Problem, Problems
 from psilora.steps.state import init_state
 
 
@@ -29,13 +36,191 @@ class Collected:
         halved: Names of those that are not, because one factor has no gradient or is frozen.
         still: All that are not.
         moving: The pairs of the problems, as the optimizer knows them.
+        device_types: Of the problems' tensors.
     """
 
-    problems: list[Problem] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
     blind: list[str] = field(default_factory=list)
     halved: list[str] = field(default_factory=list)
     still: list[LoRAPair] = field(default_factory=list)
     moving: list[LoRAPair] = field(default_factory=list)
+    device_types: set[str] = field(default_factory=set)
+
+
+#: Sets of pairs whose problems are kept: adapters that take turns each have their own.
+KEPT = 4
+
+
+class Assembler:
+    """The problems of an optimizer's steps, kept from one to the next for as long as they hold."""
+
+    def __init__(self) -> None:
+        self._kept: collections.OrderedDict[tuple[bool, ...], _Kept] = collections.OrderedDict()
+        self._settings: Sequence[tuple[LoRAPair, Options]] = []
+        self._parameters: list[Tensor] = []
+        self._last: _Kept | None = None
+
+    def collect(
+        self,
+        settings: Sequence[tuple[LoRAPair, Options]],
+        capture: Capture,
+        joints: Mapping[int, GlobalCounts],
+        states: Mapping[Tensor, dict[str, Any]],
+        gathered: Gathered,
+        shared: bool = False,
+    ) -> Collected:
+        """Return what `assemble` does: the very problems of an earlier step where nothing but numbers has changed.
+
+        `settings` is the same list as before where they have not changed; `shared` says that several processes decide
+        together what is taken, as where captures are summed, and then every step is assembled anew.
+        """
+        if settings is not self._settings:
+            self._settings = settings
+            self._parameters = [p for pair, _ in settings for p in (pair.lora_A, pair.lora_B)]
+        grads = [p.grad for p in self._parameters]
+        there = tuple([grad is not None for grad in grads])
+        kept = None if shared else self._kept.get(there)
+        if kept is not None and kept.holds(settings, states, grads):
+            self._last = kept
+            self._kept.move_to_end(there)
+            return kept.found
+        found = assemble(settings, capture, joints, states, gathered)
+        found.device_types = {p.pair.lora_A.device.type for p in found.problems}
+        self._last = None
+        self._kept.pop(there, None)
+        if not shared and _lasts(found, capture):
+            self._last = self._kept[there] = _Kept(found, settings, states, grads)
+            while len(self._kept) > KEPT:
+                self._kept.popitem(last=False)
+        return found
+
+    def release(self) -> None:
+        """Let go of the last step's gradients."""
+        for problem in self._last.found.problems if self._last is not None else ():
+            problem.release()
+
+    def forget(self) -> None:
+        """Keep nothing."""
+        self._kept.clear()
+        self._last = None
+
+
+def _lasts(found: Collected, capture: Capture) -> bool:
+    """Whether what was found can be told by `_Kept` from what would be found anew."""
+    plain = all(problem.pair is pair for problem, pair in zip(found.problems, found.moving, strict=True))
+    simple = all(p.pair.scale is None and isinstance(p.pair.stated_scaling, (int, float)) for p in found.problems)
+    # A captured pair with both gradients that stands still may have been reached by no backward pass, or be frozen.
+    looked_at = any(capture.record(pair) is not None and len(present(pair)) == 2 for pair in found.still)
+    return bool(found.problems) and plain and simple and not found.blind and not looked_at
+
+
+class _Kept:
+    """A step's problems, and all that they depend on, as lists whose comparison takes no work for each layer.
+
+    Tensors are told by identity and address, in which a storage shows that was swapped behind a tensor (`.data`).
+    """
+
+    def __init__(
+        self,
+        found: Collected,
+        settings: Sequence[tuple[LoRAPair, Options]],
+        states: Mapping[Tensor, dict[str, Any]],
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        self.found, self.settings = found, settings
+        problems = found.problems
+        moving = {id(pair) for pair in found.moving}
+        self.places = [i for i, (pair, _) in enumerate(settings) if id(pair) in moving]
+        self.every = [p for pair, _ in settings for p in (pair.lora_A, pair.lora_B)]
+        self.trainable = [p.requires_grad for p in self.every]
+        self.parameters = [p for problem in problems for p in (problem.pair.lora_A, problem.pair.lora_B)]
+        self.dicts = [state for problem in problems for state in (problem.state_A, problem.state_B)]
+        self.values = [value for state in self.dicts for value in state.values()]
+        self.tensors = [*self.parameters, *(value for value in self.values if isinstance(value, Tensor))]
+        self.looks = self._looks()
+        self.scalings = [pair.stated_scaling for pair in found.moving]
+        self.addresses = [t.data_ptr() for t in self.tensors]
+        own = self._own(grads)
+        self.grad_dtypes = [grad.dtype for grad in own]
+        self.matrices = all(p.dim() == 2 for p in self.parameters)
+        self.records = [(p.record, p.record.holds) for p in problems if p.record is not None]
+
+    def _own(self, grads: Sequence[Any]) -> list[Tensor]:
+        """The gradients of the problems, A and B in turn."""
+        if 2 * len(self.places) == len(grads):
+            return list(grads)
+        return [grad for i in self.places for grad in (grads[2 * i], grads[2 * i + 1])]
+
+    def _looks(self) -> tuple[list[torch.dtype], list[torch.Size], list[bool]]:
+        """Dtypes, shapes and layouts of the parameters, which a storage of the same address may have changed."""
+        own = self.parameters
+        return [p.dtype for p in own], [p.shape for p in own], [p.is_contiguous() for p in own]
+
+    def holds(
+        self,
+        settings: Sequence[tuple[LoRAPair, Options]],
+        states: Mapping[Tensor, dict[str, Any]],
+        grads: Sequence[Tensor | None],
+    ) -> bool:
+        """Give the problems their gradients and settings, and return True, if they still hold."""
+        if [p.requires_grad for p in self.every] != self.trainable:
+            return False
+        own = self._own(grads)
+        if (
+            [t.data_ptr() for t in self.tensors] != self.addresses
+            or self._looks() != self.looks
+            or [pair.stated_scaling for pair in self.found.moving] != self.scalings
+            or [grad.dtype for grad in own] != self.grad_dtypes
+            or any([grad.layout is not torch.strided for grad in own])
+        ):
+            return False
+        # Found again by the parameters, since whoever loads or moves a state may have replaced all of it.
+        dicts = [states.get(p) for p in self.parameters]
+        if not all(map(operator.is_, dicts, self.dicts)):
+            return False
+        values = [value for state in self.dicts for value in state.values()]
+        if len(values) != len(self.values) or not all(map(operator.is_, values, self.values)):
+            return False
+        for record, holds in self.records:
+            if (
+                record.holds != holds
+                or not record.captured
+                or record.overlaid
+                or (holds == "cross" and record.calls > 1)
+            ):
+                return False
+        return self._renew(settings, own)
+
+    def _renew(self, settings: Sequence[tuple[LoRAPair, Options]], own: Sequence[Tensor]) -> bool:
+        problems = self.found.problems
+        if settings is not self.settings:
+            if len(settings) != len(self.settings):
+                return False
+            structures: dict[tuple[int, int], bool] = {}  # settings are shared by the pairs of a group
+            for (pair, options), (known, old) in zip(settings, self.settings, strict=True):
+                both = id(options), id(old)
+                if both not in structures:
+                    structures[both] = _alike(options, old)
+                if pair is not known or not structures[both]:
+                    return False
+            self.settings = settings
+            for problem, place in zip(problems, self.places, strict=True):
+                problem.options = settings[place][1]
+        if not self.matrices:
+            own = [_matrix(grad) for grad in own]
+        for problem, dA, dB in zip(problems, own[::2], own[1::2], strict=True):
+            problem.dA, problem.dB = dA, dB
+        return True
+
+
+def _alike(one: Options, other: Options) -> bool:
+    """Whether settings differ in numbers alone, so that problems and their state serve both."""
+    return (
+        type(one) is type(other)
+        and one.structure == other.structure
+        and one.hooks == other.hooks
+        and one.momentum_setting == other.momentum_setting
+    )
 
 
 def assemble(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from psilora.distributed.sharding import is_sharded, whole
+from psilora.runtime import capturing
 from psilora.steps.problem import Problem
 
 
@@ -36,18 +38,28 @@ def gradient_factor(
     if max_norm is None:
         return unscale
     pairs = problems if full is None else ()
-    norms = _norms([p.dA for p in pairs] + [p.dB for p in pairs], [p.pair.scaling**0.5 for p in pairs] * 2, device)
+    roots = [p.pair.scaling**0.5 for p in pairs] * 2
     plain = [g for g in others if not is_sharded(g)]
-    norms += _norms(plain, [1.0] * len(plain), device)
+    norms = _norms([*(p.dA for p in pairs), *(p.dB for p in pairs), *plain], [*roots, *[1.0] * len(plain)], device)
     norms += [whole(torch.linalg.vector_norm(g, dtype=torch.float64)).to(device)[None] for g in others if is_sharded(g)]
     if full is not None:
         norms.append(full.sqrt().to(device)[None])
-    total = torch.linalg.vector_norm(torch.cat(norms))
+    total = torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms))
     if unscale is not None:
         total = unscale * total
-    clip: Tensor = max_norm / (total + 1e-6)
-    clip = clip.clamp(max=1.0)
+    clip: Tensor = _number(max_norm, device) / (total + 1e-6)
+    clip = clip.clamp_(max=1.0)
     return clip if unscale is None else unscale * clip
+
+
+def _number(value: float, device: torch.device) -> Tensor:
+    """Return a number as 0-d float64 on a device, over which a quotient is one operation instead of two."""
+    return torch.full((), value, dtype=torch.float64, device=device) if capturing(device) else _kept(value, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _kept(value: float, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=torch.float64, device=device)
 
 
 def _norms(gradients: Sequence[Tensor], divisors: Sequence[float], device: torch.device) -> list[Tensor]:
@@ -60,7 +72,9 @@ def _norms(gradients: Sequence[Tensor], divisors: Sequence[float], device: torch
     found = []
     for members, factors in groups.values():
         norms = torch._foreach_norm(members, 2, dtype=torch.float64)
-        if any(factor != 1.0 for factor in factors):
+        common = factors[0] if len(set(factors)) == 1 else None
+        if common is None:
             norms = torch._foreach_div(norms, factors)
-        found.append(torch.stack(norms).to(device))
+        stacked = torch.stack(norms).to(device)
+        found.append(stacked if common in (None, 1.0) else stacked / common)
     return found

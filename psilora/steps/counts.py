@@ -52,6 +52,9 @@ class GlobalCounts:
         return self.calls > 0 and self.missed == 0
 
 
+_NOTHING = GlobalCounts(0, 0, 0, 0, 0, 0)
+
+
 def global_counts(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communicator | None) -> list[GlobalCounts]:
     """Return the sums for each pair, the same in all processes; they must call this together, with the same pairs.
 
@@ -61,6 +64,8 @@ def global_counts(pairs: Sequence[LoRAPair], capture: Capture, communicator: Com
     Raises:
         RuntimeError: A pair has gradients in some processes but not in all.
     """
+    if communicator is None and not capture.records:
+        return [_NOTHING] * len(pairs)
     local = [_local(pair, capture.record(pair)) for pair in pairs]
     if communicator is None:
         return [GlobalCounts(*counts) for counts in local]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,16 @@ from psilora.linalg.precision import compute_dtype
 from psilora.options.base import Options
 from psilora.steps.counts import GlobalCounts
 
+_NONE: Any = None
+
 
 @dataclass(eq=False)
 class Problem:
     """One pair in one step. Matrices view the parameters and gradients; nothing here is copied.
+
+    An optimizer keeps a problem from step to step, and gives it each step's gradients, for as long as its tensors stay
+    where they are and nothing else about it changes but numbers in its options (`psilora.steps.assemble`): what was
+    prepared for problems serves the same ones again.
 
     Attributes:
         dA, dB: The LoRA gradients `.grad`, (r, d_in) and (d_out, r).
@@ -38,6 +44,10 @@ class Problem:
     state_B: dict[str, Any]
     joint: GlobalCounts | None = None
 
+    def release(self) -> None:
+        """Let go of the gradients; the next step brings others."""
+        self.dA = self.dB = _NONE
+
     @property
     def dtype(self) -> torch.dtype:
         """The compute dtype."""
@@ -47,6 +57,16 @@ class Problem:
     def holds(self) -> str:
         """The form in which G is kept, a kind of `psilora.capture.storage`."""
         return self.record.holds if self.exact and self.record is not None else "nothing"
+
+    @property
+    def formats(self) -> list[tuple[object, ...]]:
+        """The dtypes and alignments of X and S of every call, where they are kept: with the pair, what kernels ask."""
+        if not self.exact or self.record is None or self.record.holds != "rows":
+            return []
+        return [
+            (x.dtype, s.dtype, x.stride(), s.stride(), x.data_ptr() % 16, s.data_ptr() % 16)
+            for x, s in self.record.chunks
+        ]
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -65,6 +85,22 @@ class Problem:
             self.holds,
             self.options.structure,
         )
+
+
+class Problems(list[Problem]):
+    """Problems of a step, in order, with what has been prepared for these very ones, by whoever prepares it.
+
+    It is not to be changed once something has been prepared.
+    """
+
+    def __init__(self, problems: Iterable[Problem] = ()) -> None:
+        super().__init__(problems)
+        self.prepared: dict[str, Any] = {}
+
+    @staticmethod
+    def of(problems: Sequence[Problem]) -> Problems:
+        """Return problems as such a list, a new one unless they are."""
+        return problems if isinstance(problems, Problems) else Problems(problems)
 
 
 def grouped(problems: Sequence[Problem]) -> list[list[Problem]]:

@@ -98,10 +98,10 @@ def test_auto_says_once_why_cuda_has_to_do_without_the_kernels(monkeypatch: pyte
     monkeypatch.setattr(dispatch, "_SAID", set())
     monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: "Triton 3.2.0 is too old")
     cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert not dispatch._takes_kernels("auto", cpu)
+    assert dispatch._without_kernels("auto", cpu) == "backend='auto' takes the kernels on CUDA, not on cpu"
     with pytest.warns(UserWarning, match="cuda:0, because the Triton kernels cannot be used: Triton 3.2.0 is too old"):
-        assert not dispatch._takes_kernels("auto", cuda)
-    assert not dispatch._takes_kernels("auto", cuda)  # a second warning would be an error here
-    assert not dispatch._takes_kernels("reference", cuda)
+        assert dispatch._without_kernels("auto", cuda) == "Triton 3.2.0 is too old"
+    assert dispatch._without_kernels("auto", cuda) == "Triton 3.2.0 is too old"  # a second warning would be an error
+    assert dispatch._without_kernels("reference", cuda) == "backend='reference'"
     monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: None)
-    assert dispatch._takes_kernels("auto", cuda)
+    assert dispatch._without_kernels("auto", cuda) is None

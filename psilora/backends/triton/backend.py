@@ -18,7 +18,7 @@ from torch import Tensor
 from psilora.backends.triton.launch import PADDED_RANKS
 from psilora.options import GradientOptions, Options, SpectralOptions
 from psilora.runtime import capturing
-from psilora.steps.problem import Problem, Scales
+from psilora.steps.problem import Problem, Problems, Scales
 
 if TYPE_CHECKING:
     from psilora.backends.triton.gradient.bucket import Workspace
@@ -229,14 +229,14 @@ class Backend:
 
     def compute(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
         """See the function `compute`."""
-        found: list[Computed] = []
-        for step, kernels in _KERNELS.items():
-            own = [p for p in problems if p.options.step == step]
-            if own:
-                found += kernels(self, own, scales)
-        return found
+        problems = Problems.of(problems)
+        kinds: dict[str, Problems] | None = problems.prepared.get("kinds")
+        if kinds is None:
+            own = {step: Problems(p for p in problems if p.options.step == step) for step in _KERNELS}
+            kinds = problems.prepared["kinds"] = {step: found for step, found in own.items() if found}
+        return [done for step, own in kinds.items() for done in _KERNELS[step](self, own, scales)]
 
-    def _gradient_kind(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
+    def _gradient_kind(self, problems: Problems, scales: Scales) -> list[Computed]:
         alternating, ritz = [p for p in problems if not _ritz(p)], [p for p in problems if _ritz(p)]
         found: list[Computed] = [*self._gradient_steps(alternating, scales)] if alternating else []
         return [*found, *self._ritz_steps(ritz, scales)] if ritz else found
@@ -248,13 +248,18 @@ class Backend:
             self._products = Products()
         return ritz_updates(problems, scales, self._products)
 
-    def _spectral_kind(self, problems: Sequence[Problem], scales: Scales) -> list[Computed]:
-        groups: dict[object, list[Problem]] = {}
-        for problem in problems:
-            groups.setdefault(_spectral_key(problem), []).append(problem)
+    def _spectral_kind(self, problems: Problems, scales: Scales) -> list[Computed]:
+        groups: dict[object, Problems] | None = problems.prepared.get("runs")
+        if groups is None:
+            parts: dict[object, list[Problem]] = {}
+            for problem in problems:
+                parts.setdefault(_spectral_key(problem), []).append(problem)
+            groups = problems.prepared["runs"] = {
+                (key, tuple((p.pair.d_out, p.pair.d_in) for p in members)): Problems(members)
+                for key, members in parts.items()
+            }
         executions: list[Computed] = []
-        for key, members in groups.items():
-            whole = (key, tuple((p.pair.d_out, p.pair.d_in) for p in members))
+        for whole, members in groups.items():
             run = self._spectral.get(whole)
             if run is None:
                 run = self._spectral[whole] = _spectral_run(members)

@@ -8,6 +8,8 @@ updated in place, once it is known that the whole step is finite.
 from __future__ import annotations
 
 import math
+import operator
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,8 +19,8 @@ from torch import Tensor
 from psilora.backends.triton.launch import device_rates, note_written, on, tile_map
 from psilora.linalg.polar import SMALLEST, newton_schulz_coefficients
 from psilora.linalg.polar import STEPS as SCHULZ_STEPS
-from psilora.options import SpectralOptions
-from psilora.steps.problem import Problem, Scales
+from psilora.options import Options, SpectralOptions
+from psilora.steps.problem import Problem, Problems, Scales
 from psilora.steps.spectral.reference import factor_ridge, rate_factor
 from psilora.triton_kernels import joint_apply, joint_core, joint_gram, joint_layout, slots
 from psilora.triton_kernels.split import TRITON_DTYPES
@@ -112,9 +114,12 @@ class JointRun:
         self.yes = torch.ones((), dtype=torch.uint8, device=device)
         for side in (0, 1):
             self.addresses.set(slots.J_FRESH + side, self.fresh[side])
-        self.problems: list[Problem] = []
+        self.problems: Sequence[Problem] = []
         self.kept: list[object] = []
-        self.known_settings: Sequence[object] = []
+        self._staged: weakref.ref[Problems] | None = None  # those whose addresses lie in the table
+        self.known_options: list[Options] = []
+        self.known_settings: list[tuple[float, tuple[tuple[int, float], ...]]] = []
+        self.rates_on_device = False
 
     def _partials(self, tiles: int, blocks: int, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Partial Grams of every tile, the exponents of its rows, and flags."""
@@ -142,7 +147,7 @@ class JointRun:
 
     def start(self, problems: Sequence[Problem], scales: Scales) -> None:
         """Launch everything but what writes."""
-        self.problems = list(problems)
+        self.problems = Problems.of(problems)
         with on(self.device):
             self._stage()
             self.table.upload()
@@ -186,28 +191,40 @@ class JointRun:
 
     def _stage(self) -> None:
         """Put the addresses and numbers of a step into the table."""
-        problems = self.problems
+        problems = Problems.of(self.problems)
         gradients = [[p.dA.contiguous() for p in problems], [p.dB.contiguous() for p in problems]]
         self.kept = [gradients]
         put = self.addresses.set
         for side in (0, 1):
-            states = [p.state_B if side else p.state_A for p in problems]
-            put(slots.J_FACTOR + side, [p.pair.lora_B if side else p.pair.lora_A for p in problems])
             put(slots.J_GRAD + side, gradients[side])
-            put(slots.J_MOMENTUM + side, [state["momentum"] for state in states])
-            put(slots.J_METRIC + side, [state["metric"] for state in states])
-            put(slots.J_COUNT + side, [state["step"] for state in states])
-        if self.follows:
-            put(slots.J_NORMS, [p.state_B["norms"] for p in problems])
+        staged = self._staged() if self._staged is not None else None
+        if staged is not problems:  # the same problems lie where they did
+            for side in (0, 1):
+                states = [p.state_B if side else p.state_A for p in problems]
+                put(slots.J_FACTOR + side, [p.pair.lora_B if side else p.pair.lora_A for p in problems])
+                put(slots.J_MOMENTUM + side, [state["momentum"] for state in states])
+                put(slots.J_METRIC + side, [state["metric"] for state in states])
+                put(slots.J_COUNT + side, [state["step"] for state in states])
+            if self.follows:
+                put(slots.J_NORMS, [p.state_B["norms"] for p in problems])
+            self._staged = weakref.ref(problems)
+            self.known_options = []
         self._stage_settings()
 
     def _stage_settings(self) -> None:
         """Put the settings into the table; of those that a step usually leaves alone, only what has changed."""
         block, problems = self.settings, self.problems
+        options = [p.options for p in problems]
+        if len(self.known_options) == len(options) and all(map(operator.is_, options, self.known_options)):
+            if not self.rates_on_device:
+                return
+        self.known_options = options
         staged = self.table.staged(block.offset, block.rows, block.columns).view(np.float32)
-        options = {id(p.options): p.options for p in problems}
-        numbers = {name: _numbers(SpectralOptions.of(o)) for name, o in options.items()}
-        known = [(p.pair.scaling, numbers[id(p.options)]) for p in problems]
+        each = {id(o): o for o in options}
+        numbers = {name: _numbers(SpectralOptions.of(o)) for name, o in each.items()}
+        kept = {values: values for _, values in self.known_settings}  # the same tuple, so that lists compare quickly
+        numbers = {name: kept.get(values, values) for name, values in numbers.items()}
+        known = [(p.pair.scaling, numbers[id(o)]) for p, o in zip(problems, options, strict=True)]
         if known != self.known_settings:
             self.known_settings = known
             for row, p, (scaling, values) in zip(staged, problems, known, strict=True):
@@ -216,14 +233,14 @@ class JointRun:
                 row[slots.S_RIDGE] = factor_ridge(p)
                 row[slots.S_FACTOR] *= rate_factor(p.pair.d_out, p.pair.d_in, p.pair.rank)
                 row[slots.S_SCALING] = scaling
-        rates = [p.options.lr for p in problems]
-        on_device = any(isinstance(rate, Tensor) for rate in rates)
+        rates = [o.lr for o in options]
+        self.rates_on_device = any(isinstance(o.lr, Tensor) for o in each.values())
         staged[:, slots.S_RATE] = [0.0 if isinstance(rate, Tensor) else rate for rate in rates]
         base, stride = self.settings.device.data_ptr() + 4 * slots.S_RATE, 4 * slots.S_SETTINGS
         own = base + stride * np.arange(self.count, dtype=np.int64)
         column = self.table.staged(self.addresses.offset, self.addresses.rows, self.addresses.columns)
         column[:, slots.J_LR] = own
-        if on_device:
+        if self.rates_on_device:
             held = device_rates(rates, self.device)
             self.kept.append(held)
             column[:, slots.J_LR] = [at if t is None else t.data_ptr() for at, t in zip(own, held, strict=True)]

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from psilora.steps.problem import Problem
+from psilora.steps.problem import Problem, Problems
 
 #: Ranks to which a layer's rank (or its momentum's, if larger) is padded; larger ranks are left to the reference.
 PADDED_RANKS = (16, 32, 64, 128)
@@ -76,7 +76,10 @@ def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def note_written(problems: Sequence[Problem]) -> None:
     """Tell autograd that a commit has written the parameters and state of these problems behind its back."""
-    written = [t for p in problems for t in (p.pair.lora_A, p.pair.lora_B)]
-    states = [state for p in problems for state in (p.state_A, p.state_B)]
-    written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
+    own = Problems.of(problems)
+    written: list[Tensor] | None = own.prepared.get("written")
+    if written is None:
+        written = own.prepared["written"] = [t for p in problems for t in (p.pair.lora_A, p.pair.lora_B)]
+        states = [state for p in problems for state in (p.state_A, p.state_B)]
+        written += [state[name] for state in states for name in ("momentum", "metric", "step") if name in state]
     torch.autograd.graph.increment_version(written)
