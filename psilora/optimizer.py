@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from psilora import runtime
 from psilora.adapters.model import check_model
 from psilora.adapters.pair import LoRAPair, is_sparse, listed
 from psilora.backends import dispatch
 from psilora.backends.triton.backend import Backends
+from psilora.backends.warmup import warm_up
 from psilora.capture.policy import Planner
 from psilora.distributed.communicator import Communicator
 from psilora.distributed.sharding import Gathered, is_sharded, local, refuse_sharded
@@ -32,7 +34,7 @@ from psilora.steps.clipping import gradient_factor
 from psilora.steps.controller import CONTROLLERS, SlopeController
 from psilora.steps.counts import GlobalCounts, global_counts, refuse_unshared
 from psilora.steps.gradient_norm import full_squares
-from psilora.steps.problem import Problem, Scales
+from psilora.steps.problem import Problems, Scales
 from psilora.steps.state import compatible, copy_loaded, init_state, named
 from psilora.steps.update import all_finite
 from psilora.steps.verify import external_scale
@@ -242,10 +244,13 @@ class PSILoRA(torch.optim.Optimizer):
         self._notices = Notices(self.param_groups)
         self._model = weakref.ref(model)
         self._backends: Backends = {}
+        self._route: dispatch.Route | None = None
         self.communicator = Communicator(process_group)
         refuse_unshared(self._options(), self.communicator.world_size)
         refuse_sharded(self._options(), controller)
         self._sharded = any(is_sharded(p) for p in model.parameters() if p.requires_grad)
+        if self._sharded and backend != "reference" and self._counters.values.is_cuda:
+            runtime.warn("the reference backend takes the steps: the kernels take no factors that are sharded")
         if self._sharded:  # the kernels recognise factors that have not changed by their tensors, which are new here
             self.backend = "reference"
         if norm == "full" and any(o.gradient == "backward" and o.captures is not None for _, o in self._options()):
@@ -316,7 +321,7 @@ class PSILoRA(torch.optim.Optimizer):
         self._counters.poll()
         return loss
 
-    def _apply(self, problems: list[Problem], gathered: Gathered) -> None:
+    def _apply(self, problems: Problems, gathered: Gathered) -> None:
         device = self._counters.values.device
         loss_scale: Tensor | None = getattr(self, "grad_scale", None)
         communicator, controller = self._shared, self._controller
@@ -330,6 +335,7 @@ class PSILoRA(torch.optim.Optimizer):
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
+        self._route = problems.prepared.get("route")
         others = [local(grad) for grad in self._others.gradients]
         wrong, overflow = dispatch.refused(buckets, others, device), self._overflow(device)
         if communicator is not None or self._sharded:
@@ -457,10 +463,27 @@ class PSILoRA(torch.optim.Optimizer):
 
     def summary(self) -> str:
         """Return in words what trains with what, how many numbers, and their bytes."""
-        return summary(self.pairs(), self.param_groups, self.backend)
+        return summary(self.pairs(), self.param_groups, self.backend, self.backends())
 
     def __repr__(self) -> str:
         return self.summary()
+
+    def backends(self) -> list[str]:
+        """Return which backend has taken how many pairs in the last step and, of the reference, why; [] before."""
+        return [] if self._route is None else self._route.said
+
+    def warmup(self) -> list[str]:
+        """Compile everything that a step on the kernels needs, ahead of the first one; return in words what was done.
+
+        Nothing else is changed: no parameter, state, gradient or random number. On CUDA it takes up to minutes, once
+        for a machine, since Triton keeps what it has compiled. It waits for the device. Captured layers are compiled
+        for X and S of the adapters' dtypes, which autocast may change. On the reference backend it does nothing, and
+        says why.
+        """
+        controlled = self._controller is not None
+        return warm_up(
+            self._options(), self.state, self.gradients(), self.backend, self._planner.tokens, increments=controlled
+        )
 
     def observe_next_step(self) -> None:
         """Have the next step compute the figures of `psilora.monitor.observer.Observer`; costs about a step."""
@@ -469,6 +492,6 @@ class PSILoRA(torch.optim.Optimizer):
     def stats(self) -> dict[str, float]:
         """Return the counts of skipped steps and repaired pivots, and the figures of the last observed step, if any.
 
-        Waits for the device.
+        Waits for the device. Which backend has taken the last step says `backends`.
         """
         return {**self._counters.read(), **self._observer.read()}

@@ -18,8 +18,10 @@ from psilora.steps import STEPS
 from psilora.steps.problem import Problem, Problems, Scales, grouped
 from psilora.steps.update import Bucket, all_finite
 
-#: Why "auto" had to do without the kernels on CUDA, said once.
+#: Why pairs on CUDA had to do without the kernels, said once.
 _SAID: set[str] = set()
+_FAILED = "the kernels failed, as was warned about"
+_UNCHECKED = "there is no memory to check the kernels with"
 
 
 def check_backend(backend: str) -> None:
@@ -29,6 +31,12 @@ def check_backend(backend: str) -> None:
     reason = backend_unavailable(backend)
     if reason is not None:
         raise ValueError(f"backend={backend!r} is not available: {reason}; use 'auto' or 'reference'")
+
+
+def automatic(device: torch.device) -> str:
+    """Return in words what "auto" takes on a device, and why."""
+    reason = _without_kernels("auto", device)
+    return f"the kernels on {device}" if reason is None else f"the reference on {device}: {reason}"
 
 
 def backend_unavailable(backend: str) -> str | None:
@@ -53,10 +61,7 @@ def compute(
     """
     shared = communicator is not None and communicator.world_size > 1
     problems = Problems.of(problems)
-    formats = [form for p in problems if p.record is not None for form in p.formats]
-    route: Route | None = problems.prepared.get("route")
-    if route is None or not route.serves(backend, shared, formats):
-        route = problems.prepared["route"] = _route(problems, backend, shared, formats)
+    route = route_of(problems, backend, shared)
     rest = route.rest
     buckets: list[Bucket] = []
     for group in route.groups:
@@ -98,16 +103,30 @@ class Route:
         asked = (self.backend, self.shared, self._verdicts) == (backend, shared, self_check.verdicts())
         return asked and self.formats == formats
 
-    def fail(self, group: Problems) -> None:
-        """Note that the kernels did not take what they were to take."""
-        self.reasons["the kernels failed, as was warned about"] += len(group)
-        self._verdicts = -1  # made anew for the next step
+    def retry(self) -> None:
+        """Have the next step find its route anew."""
+        self._verdicts = -1
 
-    def taken(self) -> dict[str, int]:
-        """Return how many pairs each backend takes, by its name."""
-        total = sum(map(len, self.groups)) + len(self.rest)
-        left = self.reasons.total()
-        return {"triton": total - left, "reference": left}
+    def fail(self, group: Problems) -> None:
+        """Note that the kernels did not take what they were to take; the next step finds another route."""
+        self.groups = [other for other in self.groups if other is not group]
+        self.reasons[_FAILED] += len(group)
+        self._verdicts = -1
+
+    @property
+    def said(self) -> list[str]:
+        """Who takes how many pairs and, of the reference, why: a line for each device and reason."""
+        lines = [f"triton on {group[0].pair.lora_A.device}: {len(group)} pairs" for group in self.groups]
+        return [*lines, *(f"reference: {count} pairs, {reason}" for reason, count in self.reasons.items())]
+
+
+def route_of(problems: Problems, backend: str, shared: bool) -> Route:
+    """Return who takes these problems: as in the last step with them, if nothing speaks against it."""
+    formats = [form for p in problems if p.record is not None for form in p.formats]
+    route: Route | None = problems.prepared.get("route")
+    if route is None or not route.serves(backend, shared, formats):
+        route = problems.prepared["route"] = _route(problems, backend, shared, formats)
+    return route
 
 
 def _route(problems: Problems, backend: str, shared: bool, formats: Sequence[object]) -> Route:
@@ -133,10 +152,30 @@ def _route(problems: Problems, backend: str, shared: bool, formats: Sequence[obj
         if backend == "auto":
             group, wrong = self_check.parted(group)
             rest += wrong
-            reasons["the kernels failed their check, or could not be checked"] += len(wrong)
+            unchecked = self_check.undecided(wrong)
+            reasons[_UNCHECKED] += unchecked
+            reasons[_FAILED] += len(wrong) - unchecked
         if group:
             groups.append(Problems(group))
-    return Route(backend, shared, formats, groups, rest, +reasons)
+    route = Route(backend, shared, formats, groups, rest, +reasons)
+    if reasons[_UNCHECKED]:
+        route.retry()
+    _say(problems, reasons, backend)
+    return route
+
+
+def _say(problems: Problems, reasons: Counter[str], backend: str) -> None:
+    """Warn, once for each reason, where pairs on CUDA go to the reference though nobody has asked for it."""
+    if backend == "reference":
+        return
+    on_cuda = sum(p.pair.lora_A.device.type == "cuda" for p in problems)
+    for reason, count in reasons.items():
+        if on_cuda and count and reason not in _SAID and reason != _FAILED:  # of which the check has told
+            _SAID.add(reason)
+            runtime.warn(
+                f"the reference backend takes {count} of {len(problems)} LoRA pairs on CUDA: {reason}. "
+                "backend='reference' says that this is meant"
+            )
 
 
 def _at_rate(problems: Problems, scales: Scales) -> tuple[Problems, Scales]:
@@ -163,13 +202,7 @@ def _without_kernels(backend: str, device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"backend='auto' takes the kernels on CUDA, not on {device.type}"
     reason = triton_backend.unavailable_reason()
-    if reason is not None and reason not in _SAID:
-        _SAID.add(reason)
-        runtime.warn(
-            f"the reference backend takes the steps on {device}, because the Triton kernels cannot be used: "
-            f"{reason}. backend='reference' says that this is meant"
-        )
-    return reason
+    return None if reason is None else f"the Triton kernels cannot be used: {reason}"
 
 
 def refused(buckets: Sequence[Bucket], others: Sequence[Tensor], device: torch.device) -> Tensor:

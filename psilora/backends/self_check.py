@@ -109,6 +109,11 @@ def parted(problems: Sequence[Problem]) -> tuple[list[Problem], list[Problem]]:
     return right, wrong
 
 
+def undecided(problems: Sequence[Problem]) -> int:
+    """Return of how many problems the kind has no verdict, because the check ran out of memory."""
+    return sum(kind_of(problem) not in _verdicts for problem in problems)
+
+
 def compute(
     problems: Sequence[Problem], scales: Scales, backends: triton_backend.Backends | None = None
 ) -> list[triton_backend.Computed] | None:

@@ -92,7 +92,7 @@ class Planner:
         self.settings = _capturable(settings)
         self._checked: Sequence[tuple[LoRAPair, Options]] | None = None  # a list that is not changed
         self._built = {id(pair): (options, options.hooks) for pair, options in settings}
-        self.budget = budget
+        self.tokens, self.budget = tokens, budget
         self.choices: dict[str, Choice] = {}
         self._auto = [pair for pair, options in self.settings if options.gradient == "auto"]
         if tokens is not None:

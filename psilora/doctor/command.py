@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from psilora.adapters.find import find_pairs
+from psilora.backends.dispatch import automatic as automatic_backend
 from psilora.backends.dispatch import backend_unavailable
 from psilora.doctor.self_test import BACKENDS, CASES, runs, self_test
 from psilora.doctor.survey import adapted_skeleton, automatic, layers, memory, rows_of_images
@@ -114,5 +115,7 @@ def backends() -> list[str]:
     reason = backend_unavailable("triton")
     lines = ["reference: active (plain PyTorch, any device)"]
     lines.append(f"triton: {'active' if reason is None else f'inactive, {reason}'}")
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] or ["cpu"]
+    lines += [f"backend='auto' takes {automatic_backend(torch.device(device))}" for device in devices]
     lines.append(f"native spd_solve: {native.unavailable_reason() or 'active'}")
     return lines

@@ -85,13 +85,16 @@ def _state_bytes(pair: LoRAPair, options: Options) -> int:
     return sum(t.numel() * t.element_size() for state in states for t in state.values() if isinstance(t, Tensor))
 
 
-def summary(pairs: Sequence[PairInfo], groups: Sequence[Mapping[str, Any]], backend: str) -> str:
+def summary(
+    pairs: Sequence[PairInfo], groups: Sequence[Mapping[str, Any]], backend: str, taken: Sequence[str] = ()
+) -> str:
     """Return one line per kind of pairs, one for the parameters that AdamW trains, and their totals.
 
     Args:
         pairs: Of the optimizer.
         groups: Its param groups; that of AdamW, if there is one, is of the kind "adamw".
         backend: Its `backend`.
+        taken: Which backend has taken the last step, in words.
     """
     kinds = Counter(_kind(pair) for pair in pairs)
     lines = [f"{count} × {kind}" for kind, count in kinds.items()]
@@ -103,6 +106,7 @@ def summary(pairs: Sequence[PairInfo], groups: Sequence[Mapping[str, Any]], back
         size = sum(p.numel() for p in others)
         moments = 2 * sum(p.numel() * p.element_size() for p in others)
         lines.append(f"{len(others)} other parameters by AdamW: {size:,} numbers, state {moments:,} bytes")
+    lines += [f"last step by {line}" for line in taken]
     return "\n".join([f"PSILoRA, backend {backend}", *(f"  {line}" for line in lines)])
 
 

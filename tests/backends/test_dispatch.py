@@ -5,15 +5,18 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models import data, factors, plain_mlp, randomise_B, train
+from problems import make_problem
 
 from psilora import OPLoRA, PSILoRA
 from psilora.backends import dispatch
 from psilora.backends.triton import backend as triton_backend
+from psilora.steps.problem import Problem, Problems
 from psilora.steps.update import Bucket
 
 if triton_backend.unavailable_reason() is not None:
@@ -94,14 +97,56 @@ def test_an_update_that_fp16_cannot_hold_is_skipped(backend: str, settings: dict
     assert all(torch.equal(value, before[name]) for name, value in factors(model).items())
 
 
-def test_auto_says_once_why_cuda_has_to_do_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+class OnCuda(Problem):
+    """A problem whose parameters say that they are on a GPU."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.__dict__.update(problem.__dict__)
+        device = torch.device("cuda", 0)
+        like = {"device": device, "dtype": problem.pair.lora_A.dtype}
+        lora = SimpleNamespace(is_contiguous=lambda: True, **like)
+        self.pair = SimpleNamespace(lora_A=lora, lora_B=lora, rank=problem.pair.rank)
+        self.dA = self.dB = SimpleNamespace(**like)
+
+
+@pytest.mark.parametrize(
+    ("unavailable", "settings", "reason"),
+    [
+        ("Triton 3.2.0 is too old", {}, "the Triton kernels cannot be used: Triton 3.2.0 is too old"),
+        (None, {"metric": "kfac-dense"}, "metric='kfac-dense'"),
+        (None, {"dtype": torch.float64}, "fp64 parameters"),
+    ],
+    ids=str,
+)
+def test_it_is_said_once_why_cuda_has_to_do_without_the_kernels(
+    unavailable: str | None, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(dispatch, "_SAID", set())
-    monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: "Triton 3.2.0 is too old")
-    cuda, cpu = torch.device("cuda", 0), torch.device("cpu")
-    assert dispatch._without_kernels("auto", cpu) == "backend='auto' takes the kernels on CUDA, not on cpu"
-    with pytest.warns(UserWarning, match="cuda:0, because the Triton kernels cannot be used: Triton 3.2.0 is too old"):
-        assert dispatch._without_kernels("auto", cuda) == "Triton 3.2.0 is too old"
-    assert dispatch._without_kernels("auto", cuda) == "Triton 3.2.0 is too old"  # a second warning would be an error
-    assert dispatch._without_kernels("reference", cuda) == "backend='reference'"
-    monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: None)
-    assert dispatch._without_kernels("auto", cuda) is None
+    monkeypatch.setattr(triton_backend, "unavailable_reason", lambda: unavailable)
+    problem = make_problem((12, 10, 4), **settings)
+
+    def route(backend: str, problem: Problem) -> dispatch.Route:
+        return dispatch.route_of(Problems([problem]), backend, shared=False)
+
+    assert route("auto", problem).said == ["reference: 1 pairs, backend='auto' takes the kernels on CUDA, not on cpu"]
+    for number in range(2):  # a second warning would be an error
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert route("auto", OnCuda(problem)).said == [f"reference: 1 pairs, {reason}"]
+        said = [str(w.message) for w in caught]
+        assert len(said) == 1 - number and all(f"1 of 1 LoRA pairs on CUDA: {reason}. backend=" in s for s in said)
+    assert route("reference", OnCuda(problem)).said == ["reference: 1 pairs, backend='reference'"]
+
+
+def test_the_optimizer_says_which_backend_has_taken_its_step() -> None:
+    model = plain_mlp((12, 10, 9, 6), dtype=torch.float32).to(DEVICE)
+    optimizer = PSILoRA(model, 0.05, backend="triton", groups=[{"layers": "l2", "step": "gradient", "metric": None}])
+    optimizer.param_groups[1]["metric"] = None
+    assert optimizer.backends() == [] and "last step" not in optimizer.summary()
+    batch = tuple(t.to(DEVICE) for t in data(9, 12, 6, torch.float32))
+    train(model, optimizer, [batch])
+    assert optimizer.backends() == [f"triton on {model.l1.lora_A.weight.device}: 3 pairs"]
+    assert f"last step by triton on {model.l1.lora_A.weight.device}: 3 pairs" in optimizer.summary()
+    plain = PSILoRA(model, 0.05, backend="reference")
+    train(model, plain, [batch])
+    assert plain.backends() == ["reference: 3 pairs, backend='reference'"]
