@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from psilora.triton_kernels._compat import tl, triton
+from psilora.triton_kernels.factor import COEFFICIENTS, SPLIT, SPLIT_INVERSE
 from psilora.triton_kernels.gram import emit_rows, stored_grams
 from psilora.triton_kernels.layout import (
     ADDRESSES,
@@ -48,15 +49,32 @@ def _balance(size_B, size_A, SIDE: tl.constexpr, IMBALANCE: tl.constexpr):
 
 
 @triton.jit
+def _resplit(
+    coefficients_ptr, rows_ptr, problem, n, end, rm, d, SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr
+):
+    """L⁻¹·rows of A_m, Lᵀ·rows of B_mᵀ, (RP, BN), for columns n (1, BN)."""
+    square = coefficients_ptr + (problem * COEFFICIENTS + (SPLIT_INVERSE if SIDE == 0 else SPLIT)) * RP * RP
+    i = tl.arange(0, RP)[:, None]
+    total = tl.zeros((RP, BN), tl.float32)
+    for first in range(0, RP, 16):
+        k = first + tl.arange(0, 16)
+        at = i * RP + k[None, :] if SIDE == 0 else k[None, :] * RP + i
+        rows = tl.load(rows_ptr + k[:, None] * d + n, mask=(k[:, None] < rm) & (n < end), other=0.0)
+        total += tl.dot(tl.load(square + at), rows, input_precision="ieee")
+    return total
+
+
+@triton.jit
 def _commit_side(
-    addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, shifts_ptr, problem, problems, start, end,
+    addresses_ptr, scalars_ptr, dims_ptr, coefficients_ptr, sizes_ptr, shifts_ptr, problem, problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, PARAM_TYPE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
-    SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr,
+    SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr, RESPLIT: tl.constexpr,
 ):  # fmt: skip
     """F ← t·(F + F_s/√s), F_m and D ← their workspaces, step ← step + 1, for the columns of a tile.
 
     t = 2ᵏ for A and 2⁻ᵏ for B, k of `shifts_ptr`; entries with F_s = 0 and t = 1 are not written. ON_FACTORS: F_m/t.
+    RESPLIT: where the factor launch has found it due, A_m ← L⁻¹A_m and B_m ← B_mL, and no sizes are balanced.
     """
     r, rm, d = sizes(dims_ptr, problem, SIDE)
     root = tl.load(scalars_ptr + problem * SCALARS + ROOT)
@@ -69,6 +87,10 @@ def _commit_side(
     power = 1.0
     if IMBALANCE > 0:
         weight = _balance(tl.load(sizes_ptr + problems + problem), tl.load(sizes_ptr + problem), SIDE, IMBALANCE)
+    split = 0.0
+    if RESPLIT:
+        split = tl.load(sizes_ptr + 2 * problems + problem)
+        weight = tl.where(split > 0.0, 1.0, weight)
     if SHIFTED:
         shift = tl.load(shifts_ptr + problem)
         shift = shift if SIDE == 0 else -shift
@@ -92,6 +114,9 @@ def _commit_side(
                 j = k + block * RP
                 inside = (n < end) & (j < rm)
                 new = tl.load(rows + (j + r) * d + n, mask=inside, other=0.0) * weight
+                if RESPLIT:
+                    if split > 0.0:
+                        new = _resplit(coefficients_ptr, rows + r * d, problem, n, end, rm, d, SIDE, RP, BN)
                 tl.store(own + element(j, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
         if HAS_METRIC:
             column = first + tl.arange(0, BN)
@@ -108,16 +133,16 @@ def _commit_side(
 
 @triton.jit
 def _commit_tile(
-    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok, out_ptr, problem, problems,
-    start, end,
+    addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, coefficients_ptr, sizes_ptr, shifts_ptr, ok, out_ptr, problem,
+    problems, start, end,
     SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, PARAM_TYPE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr, HAS_METRIC: tl.constexpr, OWN: tl.constexpr,
-    SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
+    SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr, RESPLIT: tl.constexpr, EMIT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
     if ok:
         _commit_side(
-            addresses_ptr, scalars_ptr, dims_ptr, sizes_ptr, shifts_ptr, problem, problems, start, end,
-            SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
+            addresses_ptr, scalars_ptr, dims_ptr, coefficients_ptr, sizes_ptr, shifts_ptr, problem, problems, start,
+            end, SIDE, RP, BN, PARAM_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS, RESPLIT,
         )  # fmt: skip
         tl.debug_barrier()  # the Grams read what other threads have written
     if EMIT:
@@ -130,11 +155,12 @@ def _commit_tile(
 
 @triton.jit(do_not_specialize=["problems"], do_not_specialize_on_alignment=UNALIGNED)
 def _commit_kernel(
-    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok_ptr, out_ptr, problems,
+    addresses_ptr, scalars_ptr, dims_ptr, tiles_ptr, scale_ptr, coefficients_ptr, sizes_ptr, shifts_ptr, ok_ptr,
+    out_ptr, problems,
     RP: tl.constexpr, BN: tl.constexpr, KS: tl.constexpr, KINDS: tl.constexpr,
     A_TYPE: tl.constexpr, B_TYPE: tl.constexpr, HAS_MOMENTUM: tl.constexpr, IMBALANCE: tl.constexpr,
     HAS_METRIC: tl.constexpr, OWN: tl.constexpr, SHIFTED: tl.constexpr, ON_FACTORS: tl.constexpr,
-    EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
+    RESPLIT: tl.constexpr, EMIT_A: tl.constexpr, EMIT_B: tl.constexpr, MASK_A: tl.constexpr, MASK_B: tl.constexpr,
 ):  # fmt: skip
     """Commit one tile of columns of one factor and its state where ok (uint8) holds, bitwise nothing elsewhere."""
     tile = tl.program_id(0).to(tl.int64)
@@ -143,35 +169,37 @@ def _commit_kernel(
     ok = tl.load(ok_ptr) != 0
     if side == 0:
         _commit_tile(
-            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok, out, problem, problems,
-            start, end, 0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
-            EMIT_A, MASK_A,
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, coefficients_ptr, sizes_ptr, shifts_ptr, ok, out, problem,
+            problems, start, end, 0, RP, BN, KS, A_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
+            RESPLIT, EMIT_A, MASK_A,
         )  # fmt: skip
     else:
         _commit_tile(
-            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, sizes_ptr, shifts_ptr, ok, out, problem, problems,
-            start, end, 1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
-            EMIT_B, MASK_B,
+            addresses_ptr, scalars_ptr, dims_ptr, scale_ptr, coefficients_ptr, sizes_ptr, shifts_ptr, ok, out, problem,
+            problems, start, end, 1, RP, BN, KS, B_TYPE, HAS_MOMENTUM, IMBALANCE, HAS_METRIC, OWN, SHIFTED, ON_FACTORS,
+            RESPLIT, EMIT_B, MASK_B,
         )  # fmt: skip
 
 
 def commit(
     addresses: Tensor, scalars: Tensor, dims: Tensor, tiles: Tensor, scale: Tensor, ok: Tensor, out: Tensor,
-    *, sizes: Tensor | None = None, imbalance: float = 0.0, shifts: Tensor | None = None, OWN: int = 1,
-    ON_FACTORS: bool = False, **constexprs: Any,
+    *, sizes: Tensor | None = None, imbalance: float = 0.0, coefficients: Tensor | None = None,
+    shifts: Tensor | None = None, OWN: int = 1, ON_FACTORS: bool = False, **constexprs: Any,
 ) -> None:  # fmt: skip
     """Launch `_commit_kernel` on the tiles of both sides; `ok` uint8 on the device, `out` as for `gram`.
 
-    A momentum has up to OWN times as many rows as the padded rank. It is balanced by its `sizes` (2, L)
-    of A and B where their ratio is above `imbalance`, unless that is 0. The factors are balanced by `shifts` k (L,)
-    int32, as 2ᵏ·A and 2⁻ᵏ·B, and a momentum ON_FACTORS the other way.
+    A momentum has up to OWN times as many rows as the padded rank. It is balanced by its `sizes` (2, L) of A and B
+    where their ratio is above `imbalance`, unless that is 0, and split anew by the `coefficients` of the factor launch,
+    if given, where that has said so in a third row of `sizes`. The factors are balanced by `shifts` k (L,) int32, as
+    2ᵏ·A and 2⁻ᵏ·B, and a momentum ON_FACTORS the other way.
     """
     BN, KS, _, warps = BLOCKS[out.shape[-1]]
     _commit_kernel[(tiles.shape[0],)](
-        addresses, scalars, dims, tiles, scale, scale if sizes is None else sizes,
+        addresses, scalars, dims, tiles, scale, scale if coefficients is None else coefficients,
+        scale if sizes is None else sizes,
         dims if shifts is None else shifts, ok, out, dims.shape[0],
         RP=out.shape[-1], BN=BN, KS=KS, KINDS=out.shape[1], OWN=OWN, IMBALANCE=imbalance,
-        SHIFTED=shifts is not None, ON_FACTORS=ON_FACTORS, **constexprs,
+        SHIFTED=shifts is not None, ON_FACTORS=ON_FACTORS, RESPLIT=coefficients is not None, **constexprs,
         num_warps=warps, num_stages=1, maxnreg=STREAM_REGISTERS,
     )  # fmt: skip
 
@@ -182,14 +210,15 @@ def _variants() -> list[Variant]:
         constexprs = {
             "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
             "IMBALANCE": 65536.0, "HAS_METRIC": True, "OWN": 1, "SHIFTED": True, "ON_FACTORS": False,
-            "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
+            "RESPLIT": True, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))
         if padded <= FP32_UP_TO:
             fp32, targets = {**constexprs, "A_TYPE": tl.float32}, (SLOW_TARGET,)
             found.append(variant("commit_fp32", _commit_kernel, padded, warps, fp32, STREAM_REGISTERS, targets=targets))
         spectral = {
-            **constexprs, "IMBALANCE": 0.0, "OWN": 2, "EMIT_A": False, "EMIT_B": False, "MASK_A": 0, "MASK_B": 0,
+            **constexprs, "IMBALANCE": 0.0, "OWN": 2, "RESPLIT": False, "EMIT_A": False, "EMIT_B": False,
+            "MASK_A": 0, "MASK_B": 0,
         }  # fmt: skip
         found.append(variant("commit_spectral", _commit_kernel, padded, warps, spectral, STREAM_REGISTERS))
     return found

@@ -54,7 +54,9 @@ P2 = tl.constexpr(6)
 OWN_P1 = tl.constexpr(7)
 OWN_P2 = tl.constexpr(8)
 SCRATCH = tl.constexpr(9)  # three squares for the weight's program, three for the momentum's
-COEFFICIENTS = tl.constexpr(15)
+SPLIT = tl.constexpr(15)  # L of A_mA_mᵀ, and its inverse, for the commit
+SPLIT_INVERSE = tl.constexpr(16)
+COEFFICIENTS = tl.constexpr(17)
 
 
 @triton.jit
@@ -153,13 +155,38 @@ def _tangent(
     multiply(p2_ptr, left, inverse, RP, RP, RP, False, False, RP, False)
 
 
+@triton.jit
+def _split(out_ptr, gram_ptr, scratch_ptr, rank, RP: tl.constexpr, SPREAD: tl.constexpr):
+    """Write L and L⁻¹ with LLᵀ = gram, and return whether (max/min of L's diagonal)² exceeds SPREAD, 1.0 or 0.0.
+
+    G·L⁻ᵀ is L to eps·cond(G); a Newton step, (2·I − (G·L⁻ᵀ)·L⁻¹)·(G·L⁻ᵀ), leaves eps·cond(L).
+    """
+    inverse = out_ptr + RP * RP
+    rough = scratch_ptr
+    info = inverse_factor_to(inverse, gram_ptr, rough, 0.0, rank, RP)
+    multiply(rough, gram_ptr, inverse, RP, RP, RP, False, True, RP, False)
+    residual = scratch_ptr + RP * RP
+    multiply(residual, rough, inverse, RP, RP, RP, False, False, RP, False)
+    multiply(out_ptr, residual, rough, RP, RP, RP, False, False, RP, False)
+    ROWS: tl.constexpr = RP if RP < 32 else 32
+    for top in range(0, RP, ROWS):
+        at = _rows(top, RP, ROWS)
+        tl.store(out_ptr + at, 2.0 * tl.load(rough + at) - tl.load(out_ptr + at))
+    index = tl.arange(0, RP)
+    pivot = tl.load(inverse + index * (RP + 1), mask=index < rank, other=1.0)
+    largest = tl.max(tl.where(index < rank, pivot, 0.0), axis=0)
+    least = tl.min(tl.where(index < rank, pivot, float("inf")), axis=0)
+    spread = largest / least
+    return tl.where((info == 0) & (spread * spread > SPREAD), 1.0, 0.0)
+
+
 @triton.jit(do_not_specialize=["problems"], do_not_specialize_on_alignment=UNALIGNED)
 def _factor_kernel(
     addresses_ptr, scalars_ptr, dims_ptr, parts_ptr, own_parts_ptr, coefficients_ptr,
     weight_grams_ptr, momentum_grams_ptr, base_grams_ptr, info_ptr, sizes_ptr, problems,
     SIDE: tl.constexpr, RP: tl.constexpr, AT_ONCE: tl.constexpr, KINDS: tl.constexpr, MOVED: tl.constexpr,
     OWN_MOVED: tl.constexpr, HAS_DECAY: tl.constexpr, HAS_MOMENTUM: tl.constexpr, TANGENT: tl.constexpr,
-    OWN_TANGENT: tl.constexpr,
+    OWN_TANGENT: tl.constexpr, SPREAD: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of one layer's turn on SIDE: of the weight (program axis 1 is 0) or of the momentum (1).
 
@@ -214,6 +241,10 @@ def _factor_kernel(
         tl.store(sizes_ptr + (1 - SIDE) * problems + problem, tl.sum(diagonal, axis=0))
         info = inverse_factor_to(out + OWN_INVERSE * Q, scratch, scratch + Q, ridge, rm, RP)
         tl.store(info_ptr + problems + problem, info)
+        if SPREAD > 0:  # before the tangent takes the scratch
+            due = _split(out + SPLIT * Q, scratch, scratch + Q, rm, RP, SPREAD)
+            tl.store(sizes_ptr + 2 * problems + problem, due)
+            tl.debug_barrier()
         if OWN_TANGENT:
             _tangent(
                 out + OWN_P1 * Q, out + OWN_P2 * Q, scratch, momentum_grams_ptr, base_grams_ptr,
@@ -224,14 +255,18 @@ def _factor_kernel(
 def factor(
     addresses: Tensor, scalars: Tensor, dims: Tensor, parts: Tensor, own_parts: Tensor, coefficients: Tensor,
     weight_grams: Tensor, momentum_grams: Tensor, base_grams: Tensor, info: Tensor, sizes: Tensor, *, own: bool,
-    **constexprs: Any,
+    spread: float = 0.0, **constexprs: Any,
 ) -> None:  # fmt: skip
-    """Launch `_factor_kernel` for all layers; `own`: for the momentum's systems too."""
+    """Launch `_factor_kernel` for all layers; `own`: for the momentum's systems too.
+
+    `spread`, unless 0: the momentum's Gram is factorised without its ridge as well, for the commit to split B_m·A_m
+    anew where its condition exceeds that; see `psilora.lowrank.momentum.conditioned`.
+    """
     padded = coefficients.shape[-1]
     _factor_kernel[(dims.shape[0], 2 if own else 1)](
         addresses, scalars, dims, parts, own_parts, coefficients, weight_grams, momentum_grams, base_grams, info,
         sizes, dims.shape[0], RP=padded, AT_ONCE=BLOCKS[padded][2], KINDS=weight_grams.shape[1],
-        **constexprs, num_warps=factor_warps(padded), num_stages=1, maxnreg=255,
+        SPREAD=spread, **constexprs, num_warps=factor_warps(padded), num_stages=1, maxnreg=255,
     )  # fmt: skip
 
 
@@ -241,7 +276,7 @@ def _variants() -> list[Variant]:
         for side in (0, 1):
             constexprs = {
                 "SIDE": side, "AT_ONCE": at_once, "KINDS": 9, "MOVED": True, "OWN_MOVED": True, "HAS_DECAY": True,
-                "HAS_MOMENTUM": True, "TANGENT": True, "OWN_TANGENT": True,
+                "HAS_MOMENTUM": True, "TANGENT": True, "OWN_TANGENT": True, "SPREAD": 2048.0 if side else 0.0,
             }  # fmt: skip
             name = f"factor_{'ab'[side]}"
             found.append(variant(name, _factor_kernel, padded, factor_warps(padded), constexprs, 255))

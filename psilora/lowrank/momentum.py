@@ -57,26 +57,40 @@ def balance(B: Tensor, A: Tensor, size_B: Tensor, size_A: Tensor) -> tuple[Tenso
 DOUBTFUL = 2.0**-12
 
 
-def conditioned(B: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
+def drifted(gram: Tensor) -> tuple[Tensor, Tensor]:
+    """Return L (L, r_m, r_m) fp64 with LLᵀ = gram, I where it is not due, and whether it is: (L,) bool.
+
+    Due where the pivots of L say that the condition of gram exceeds DOUBTFUL/eps of its dtype.
+
+    Args:
+        gram: A_mA_mᵀ (L, r_m, r_m), as the step's last B-turn has seen it.
+    """
+    factor, info = torch.linalg.cholesky_ex(gram.double())
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    spread = (pivots.amax(-1) / pivots.amin(-1)).square()  # at most the condition
+    due = (info == 0) & (spread * torch.finfo(gram.dtype).eps > DOUBTFUL)
+    return torch.where(
+        due[:, None, None], factor, torch.eye(gram.shape[-1], dtype=factor.dtype, device=gram.device)
+    ), due
+
+
+def conditioned(B: Tensor, A: Tensor, factor: Tensor, due: Tensor) -> tuple[Tensor, Tensor]:
     """Return (B_m·L, L⁻¹·A_m) with LLᵀ = A_m·A_mᵀ where that Gram is ill-conditioned, else both unchanged.
 
     The turns do not only change the sizes of the two factors (see `balance`): each direction of the momentum drifts by
     itself. In fp32 the Grams reach a condition of 1e12 within some hundred steps, the solves are repaired pivot by
     pivot, and a training run ends at chance (MNIST, K = 1 and 2). Orthonormal rows of A_m leave to B_m the singular
-    values of the momentum itself. The product stays the same to rounding. L is found in fp64.
-    The reference backend does this, the kernels do not yet.
+    values of the momentum itself; where an A-turn has come after the last B-turn they are nearly so. The product stays
+    the same to rounding. L is found in fp64, by the kernels in fp32, there with a Newton step from L⁻¹ to L.
 
     Args:
         B: B_m (L, d_out, r_m).
         A: A_m (L, r_m, d_in).
+        factor: L as `drifted` returns it.
+        due: The layers that it says are due, (L,) bool.
     """
-    wide = A.double()
-    factor, info = torch.linalg.cholesky_ex(wide @ wide.mT)
-    pivots = factor.diagonal(dim1=-2, dim2=-1)
-    spread = (pivots.amax(-1) / pivots.amin(-1)).square()  # at most the condition
-    due = ((info == 0) & (spread * torch.finfo(A.dtype).eps > DOUBTFUL))[:, None, None]
     if due.device.type == "cpu" and not bool(due.any()):  # elsewhere a look would wait for the device
         return B, A
-    factor = torch.where(due, factor, torch.eye(A.shape[-2], dtype=wide.dtype, device=A.device))
-    rows = torch.linalg.solve_triangular(factor, wide, upper=False)
-    return torch.where(due, (B.double() @ factor).to(B.dtype), B), torch.where(due, rows.to(A.dtype), A)
+    rows = torch.linalg.solve_triangular(factor, A.double(), upper=False)
+    chosen = due[:, None, None]
+    return torch.where(chosen, (B.double() @ factor).to(B.dtype), B), torch.where(chosen, rows.to(A.dtype), A)

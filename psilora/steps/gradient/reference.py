@@ -12,7 +12,7 @@ from psilora.distributed.communicator import Communicator, Steps, lockstep
 from psilora.linalg.spd import fastest_spd_solve
 from psilora.lowrank.gradient_operator import ActivationGradient
 from psilora.lowrank.lorsum import Projection, turns
-from psilora.lowrank.momentum import BALANCED_ITERS, balance, conditioned
+from psilora.lowrank.momentum import BALANCED_ITERS, balance, conditioned, drifted
 from psilora.lowrank.ritz import RitzProjection
 from psilora.options import GradientOptions
 from psilora.steps.gradient.batch import FromActivations, GradientBatch
@@ -96,12 +96,13 @@ def _remembered(memory: Projection, options: GradientOptions) -> tuple[Tensor, T
     B, A = memory.B, memory.A
     if not options.balance:
         return B, A
+    if memory.gram_B is None or memory.gram_A is None:
+        raise RuntimeError("a LoRSum ended before both factors had a turn")
+    factor, due = drifted(memory.gram_A)
     if options.num_iters <= BALANCED_ITERS:
-        if memory.gram_B is None or memory.gram_A is None:
-            raise RuntimeError("a LoRSum ended before both factors had a turn")
         size_B, size_A = (gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in (memory.gram_B, memory.gram_A))
-        B, A = balance(B, A, size_B, size_A)
-    return conditioned(B, A)
+        B, A = balance(B, A, torch.where(due, size_A, size_B), size_A)
+    return conditioned(B, A, factor, due)
 
 
 @dataclass

@@ -13,7 +13,7 @@ from torch import Tensor
 from psilora.backends.triton.gradient.plan import NONE, SIDES, TANGENT, BucketPlan
 from psilora.backends.triton.launch import device_rates, note_written
 from psilora.lowrank.gradient_operator import TangentGradient
-from psilora.lowrank.momentum import BALANCED_ITERS, IMBALANCE
+from psilora.lowrank.momentum import BALANCED_ITERS, DOUBTFUL, IMBALANCE
 from psilora.options import GradientOptions
 from psilora.steps.gradient.metrics import statistics
 from psilora.steps.problem import Problem, Scales
@@ -24,6 +24,9 @@ from psilora.triton_kernels import layout
 from psilora.triton_kernels import solve as solve_kernels
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, partial_buffers
+
+#: The condition of the momentum's A_mA_mᵀ above which it is split anew.
+SPREAD = DOUBTFUL / torch.finfo(torch.float32).eps
 
 
 class Workspace:
@@ -85,7 +88,7 @@ class BucketRun:
         self.addresses = table.reserve(self.count, int(layout.ADDRESSES.value))
         self.scalars = table.reserve(self.count, int(layout.SCALARS.value) // 2)
         turns = len(bucket.course.turns)
-        self.zeros = table.reserve(1, -(-self.count * (3 + 4 * turns) // 2))
+        self.zeros = table.reserve(1, -(-self.count * (4 + 4 * turns) // 2))
         self.product_blocks = [table.reserve(self.count, 3) if turn.product else None for turn in bucket.course.turns]
         layers = bucket.layers
         self.dims = int32_table(
@@ -96,6 +99,13 @@ class BucketRun:
         self.tiles = int32_table(bucket.tiles, int(layout.TILE.value), device)
         self.parts = [int32_table(bucket.parts[side], 2, device) for side in (0, 1)]
         self.kept: list[Any] = []
+
+    @property
+    def _splitting(self) -> int | None:
+        """The turn that says whether the momentum is split anew, the last of B; None where nothing is to."""
+        if not (self.structure.momentum and self.structure.balance):
+            return None
+        return max(t for t, turn in enumerate(self.plan.course.turns) if turn.side == "B")
 
     # ---- what the host knows of a step --------------------------------------------------------------------------
 
@@ -201,9 +211,9 @@ class BucketRun:
 
     @property
     def sizes(self) -> Tensor:
-        """(2, L) fp32: ‖A_m‖² and ‖B_m‖² of the momentum, as the step's last turns have seen them."""
+        """(3, L) fp32: ‖A_m‖² and ‖B_m‖² as the step's last turns have seen them, and whether to split B_m·A_m anew."""
         start = self.count * (1 + 4 * len(self.plan.course.turns))
-        return self._zeroed()[start : start + 2 * self.count].view(torch.float32).view(2, self.count)
+        return self._zeroed()[start : start + 3 * self.count].view(torch.float32).view(3, self.count)
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
         return self.addresses.device, self.scalars.device.view(torch.float32), self.dims
@@ -240,6 +250,7 @@ class BucketRun:
         factor_kernels.factor(
             *self._tables(), self.parts[1 - side], self.parts[side], work.coefficients,
             weight_grams, momentum_grams, work.stored_grams, info, self.sizes, own=turn.own_source != NONE,
+            spread=SPREAD if t == self._splitting else 0.0,
             SIDE=side, MOVED=turn.moved, OWN_MOVED=turn.own_moved, HAS_DECAY=s.decay, HAS_MOMENTUM=s.momentum,
             TANGENT=turn.source == TANGENT, OWN_TANGENT=turn.own_source == TANGENT,
         )  # fmt: skip
@@ -277,6 +288,7 @@ class BucketRun:
             *self._tables(), self.tiles, scale, ok.view(torch.uint8), work.stored_grams,
             sizes=self.sizes, shifts=shifts,
             imbalance=IMBALANCE if s.momentum and s.balance and s.num_iters <= BALANCED_ITERS else 0.0,
+            coefficients=None if self._splitting is None else work.coefficients,
             A_TYPE=a, B_TYPE=b, HAS_MOMENTUM=s.momentum, HAS_METRIC=s.metric is not None,
             EMIT_A=rows[0], EMIT_B=rows[1], MASK_A=masks[0], MASK_B=masks[1],
         )  # fmt: skip
