@@ -12,7 +12,17 @@ from torch import nn
 
 from psilora import PSILoRA
 from psilora.adapters import find_pairs
-from psilora.baselines import LoRAMuon, PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
+from psilora.baselines import (
+    AltLoRA,
+    LoFT,
+    LoRAMuon,
+    LoRAPro,
+    PreconditionedAdamW,
+    PreconditionedSGD,
+    ProjectedMomentum,
+    Riemannion,
+    SVDLoRA,
+)
 from psilora.options import PAPER
 
 BETAS = (0.9, 0.99)
@@ -127,6 +137,11 @@ METHODS = {
     "riemannian": Method("Riemannian AdamW (PEFT)", riemannian, 2e-2),
     "lora-rite": Method("LoRA-RITE", lora_rite, 2e-2),
     "lora-muon": Method("LoRA-Muon", pair_rule(LoRAMuon), 0.2),
+    "riemannion": Method("Riemannion", pair_rule(Riemannion), 0.1),
+    "altlora": Method("AltLoRA", pair_rule(AltLoRA, betas=BETAS), 0.1),
+    "altlora-plus": Method("AltLoRA+", pair_rule(AltLoRA, betas=BETAS, second=True), 2e-2),
+    "loft": Method("LoFT-AdamW", pair_rule(LoFT, betas=BETAS), 2e-3),
+    "lora-pro": Method("LoRA-Pro", pair_rule(LoRAPro, betas=BETAS), 2e-3),
     "preconditioned-sgd": Method("Preconditioned SGD", pair_rule(PreconditionedSGD, momentum=0.9), 0.1),
     "preconditioned-adamw": Method("Preconditioned AdamW", pair_rule(PreconditionedAdamW, betas=BETAS), 2e-2),
     "projected": Method("Projected momentum, K = 1", pair_rule(ProjectedMomentum), 0.1),

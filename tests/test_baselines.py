@@ -13,8 +13,20 @@ from torch import Tensor, nn
 
 from psilora import PSILoRA
 from psilora.adapters import LoRAPair, find_pairs
-from psilora.baselines import LoRAMuon, PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
-from psilora.baselines.muon import inverse_root, polar
+from psilora.baselines import (
+    AltLoRA,
+    LoFT,
+    LoRAMuon,
+    LoRAPro,
+    PreconditionedAdamW,
+    PreconditionedSGD,
+    ProjectedMomentum,
+    Riemannion,
+    SVDLoRA,
+)
+from psilora.baselines.base import Layer
+from psilora.baselines.lora_pro import sylvester
+from psilora.baselines.pseudo import inverse_root, polar, pseudo_inverse
 
 STEPS = 4
 EVERY: list[tuple[type, dict[str, Any]]] = [
@@ -25,6 +37,11 @@ EVERY: list[tuple[type, dict[str, Any]]] = [
     (PreconditionedSGD, {"momentum": 0.9}),
     (PreconditionedAdamW, {}),
     (LoRAMuon, {}),
+    (Riemannion, {}),
+    (AltLoRA, {}),
+    (AltLoRA, {"second": True}),
+    (LoFT, {}),
+    (LoRAPro, {}),
 ]
 NAMES = [f"{cls.__name__}-{'-'.join(map(str, settings.values()))}" for cls, settings in EVERY]
 
@@ -48,8 +65,11 @@ def scaled(pair: LoRAPair) -> tuple[Tensor, Tensor]:
     return pair.B.clone() * root, pair.A.clone() * root
 
 
-def follow(cls: type, settings: dict[str, Any], rule: Rule, zero_B: bool = False) -> None:
-    """Train with the class and, layer by layer, with `rule` on (B̃, Ã) and the dense G; both must agree."""
+def follow(cls: type, settings: dict[str, Any], rule: Rule, zero_B: bool = False, product: bool = False) -> None:
+    """Train with the class and, layer by layer, with `rule` on (B̃, Ã) and the dense G; both must agree.
+
+    `product`: in B̃·Ã alone, where a method says nothing of its factors.
+    """
     model = plain_mlp()
     if zero_B:
         for pair in find_pairs(model)[0]:
@@ -63,8 +83,11 @@ def follow(cls: type, settings: dict[str, Any], rule: Rule, zero_B: bool = False
         expected = {p.name: rule(*scaled(p), gradients[p.name], states[p.name]) for p in pairs}
         train(model, optimizer, [batch])
         for pair in pairs:
-            for got, want in zip(scaled(pair), expected[pair.name], strict=True):
-                torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9)
+            got, want = scaled(pair), expected[pair.name]
+            if product:
+                got, want = (got[0] @ got[1],), (want[0] @ want[1],)
+            for one, other in zip(got, want, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("zero_B", [False, True])
@@ -195,6 +218,151 @@ def test_a_half_step_of_lora_muon_moves_the_weight_by_half_the_rate() -> None:
         torch.testing.assert_close(singular[:4], torch.full((4,), 0.1, dtype=torch.float64))
 
 
+def pinv(M: Tensor) -> Tensor:
+    return torch.linalg.pinv(M, rtol=1e-12)
+
+
+@pytest.mark.parametrize("zero_B", [False, True])
+def test_riemannion_is_muon_in_the_tangent_space_of_dense_matrices(zero_B: bool) -> None:
+    def cut(M: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        U, S, Vh = torch.linalg.svd(M, full_matrices=False)
+        keep = S[:rank] > 1e-12 * S[0]
+        return U[:, :rank][:, keep], S[:rank][keep], Vh[:rank][keep]
+
+    def rule(B: Tensor, A: Tensor, G: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        W, left, right = B @ A, B @ pinv(B), pinv(A) @ A
+
+        def projected(Z: Tensor) -> Tensor:
+            return left @ Z + Z @ right - left @ Z @ right
+
+        M = state["M"] = projected(G) + 0.8 * (projected(state["M"]) if state else 0.0)
+        U, _, Vh = cut(M, 8)
+        U, S, Vh = cut((1 - 0.05 * 0.1) * W - 0.05 * projected(U @ Vh), 4)
+        return U * S, Vh
+
+    follow(Riemannion, {"momentum": 0.8, "weight_decay": 0.1}, rule, zero_B, product=True)
+
+
+def test_riemannion_does_not_depend_on_the_split() -> None:
+    first, second = plain_mlp(), plain_mlp()
+    second.load_state_dict(first.state_dict())
+    T = torch.eye(4, dtype=torch.float64) + 0.3 * torch.randn(4, 4, dtype=torch.float64)
+    for pair in find_pairs(second)[0]:
+        pair.lora_B.data.copy_(pair.lora_B @ T)
+        pair.lora_A.data.copy_(torch.linalg.inv(T) @ pair.lora_A)
+    batches = [data() for _ in range(3)]
+    for model in (first, second):
+        train(model, Riemannion(model, 0.05), batches)
+    for one, two in zip(find_pairs(first)[0], find_pairs(second)[0], strict=True):
+        torch.testing.assert_close(one.B @ one.A, two.B @ two.A, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("second", [False, True])
+@pytest.mark.parametrize("zero_B", [False, True])
+def test_altlora_projects_its_momentum_and_moves_one_factor_per_step(second: bool, zero_B: bool) -> None:
+    def rule(B: Tensor, A: Tensor, G: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        turn = state["n"] = state.get("n", -1) + 1
+        name, t = "BA"[turn % 2], turn // 2 + 1
+        if name == "A":  # of the weight's increment O·m only what the new O can express is kept
+            g, back = pinv(B) @ G, pinv(B) @ state["O_A"] @ state["m_A"] if "O_A" in state else 0.0
+        else:
+            g, back = G @ pinv(A), state["m_B"] @ state["O_B"] @ pinv(A) if "O_B" in state else 0.0
+        m = state[f"m_{name}"] = 0.8 * back + 0.2 * g
+        state[f"O_{name}"] = B if name == "A" else A
+        v = state[f"v_{name}"] = 0.95 * state.get(f"v_{name}", 0.0) + 0.05 * g**2
+        D = m / (1 - 0.8**t)
+        if second:
+            D = D / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+        return (B, A - 0.05 * (D + 0.1 * A)) if name == "A" else (B - 0.05 * (D + 0.1 * B), A)
+
+    follow(AltLoRA, {"betas": (0.8, 0.95), "second": second, "weight_decay": 0.1}, rule, zero_B)
+
+
+@pytest.mark.parametrize("zero_B", [False, True])
+def test_loft_carries_both_moments_of_the_weight_over(zero_B: bool) -> None:
+    def rule(B: Tensor, A: Tensor, G: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        n = state["n"] = state.get("n", -1) + 1
+        result = {"A": A, "B": B}
+        for name, other in (("A", B), ("B", A.T)):  # what the moments of a factor are multiplied with
+            g = pinv(other) @ (G if name == "A" else G.T)
+            C = pinv(other) @ state[f"O_{name}"] if n else torch.zeros(4, 4, dtype=G.dtype)
+            m = state[f"m_{name}"] = 0.8 * C @ state.get(f"m_{name}", g) + 0.2 * g
+            old = state.get(f"p_{name}", [torch.zeros(4, 4, dtype=G.dtype)] * g.shape[1])
+            p = [0.95 * C @ p_j @ C.T + 0.05 * torch.outer(c, c) for p_j, c in zip(old, g.T, strict=True)]
+            state[f"p_{name}"], state[f"O_{name}"] = p, other
+            v = torch.stack([(other @ p_j @ other.T).diagonal() for p_j in p], 1)
+            D = other @ m / (1 - 0.8 ** (n + 1)) / ((v / (1 - 0.95 ** (n + 1))).clamp_min(0).sqrt() + 1e-6)
+            if name == "BA"[n % 2]:
+                step = pinv(other) @ D
+                result[name] = result[name] - 0.05 * ((step if name == "A" else step.T) + 0.1 * result[name])
+        return result["B"], result["A"]
+
+    follow(LoFT, {"betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}, rule, zero_B)
+
+
+def test_loft_is_adamw_on_the_weight_at_full_rank() -> None:
+    """In a step of A, with B square and orthogonal and no memory, the weight moves as AdamW moves it."""
+    Q = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64))[0]
+    optimizer = object.__new__(LoFT)
+    group = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    W = nn.Parameter(torch.randn(6, 6, dtype=torch.float64))
+    adam = torch.optim.AdamW([W], lr=0.05, betas=(0.8, 0.95), weight_decay=0.0)
+    state: dict[str, Tensor] = {"step": torch.tensor(1.0)}  # A's turn
+    G = torch.randn(6, 6, dtype=torch.float64)
+    A = Q.T @ W.detach()
+    step_B, step_A, _ = optimizer.propose(Layer(Q, A, Q.T @ G, G @ A.T, None), state, {**group, "betas": (0.0, 0.0)})
+    W.grad = G
+    adam.param_groups[0]["betas"] = (0.0, 0.0)
+    before = W.detach().clone()
+    adam.step()
+    torch.testing.assert_close(Q @ step_A, W.detach() - before, rtol=1e-7, atol=1e-9)
+    assert not step_B.any()
+
+
+@pytest.mark.parametrize("zero_B", [False, True])
+def test_lora_pro_follows_adam_on_the_equivalent_gradient(zero_B: bool) -> None:
+    def rule(B: Tensor, A: Tensor, G: Tensor, state: State) -> tuple[Tensor, Tensor]:
+        left, right = B @ pinv(B), pinv(A) @ A
+        g = left @ G + G @ right - left @ G @ right
+        weight = state.setdefault("W", nn.Parameter(torch.zeros_like(G)))
+        adam = state.setdefault("adam", torch.optim.AdamW([weight], lr=1.0, betas=(0.8, 0.95), weight_decay=0.0))
+        weight.grad = g
+        weight.data.zero_()
+        adam.step()
+        D = -weight.detach()
+        eye = torch.eye(4, dtype=G.dtype)
+        system = torch.kron(B.T @ B, eye) + torch.kron(eye, A @ A.T)
+        X = torch.linalg.solve(system, -(pinv(B) @ D @ A.T).flatten()).view(4, 4)
+        g_A, g_B = pinv(B) @ D + X @ A, (D - left @ D) @ pinv(A) - B @ X
+        kept = (1 - 0.05 * 0.1) ** 0.5
+        return kept * B - 0.05 * g_B, kept * A - 0.05 * g_A
+
+    follow(LoRAPro, {"betas": (0.8, 0.95), "weight_decay": 0.1}, rule, zero_B)
+
+
+def test_the_steps_of_lora_pro_are_the_tangent_projection_of_its_direction() -> None:
+    """Whatever X is; and with no preconditioner at all (ε huge), of the gradient."""
+    model = plain_mlp()
+    pair = find_pairs(model)[0][0]
+    B, A = scaled(pair)
+    batch = data()
+    G = full_gradients(model, batch)[pair.name]
+    optimizer = LoRAPro(model, 1e-7 * 1e9, eps=1e9)
+    train(model, optimizer, [batch])
+    new_B, new_A = scaled(pair)
+    left, right = B @ pinv(B), pinv(A) @ A
+    change = (new_B - B) @ A + B @ (new_A - A)
+    torch.testing.assert_close(change, -1e-7 * (left @ G + G @ right - left @ G @ right), rtol=1e-5, atol=1e-12)
+
+
+def test_sylvester_with_null_directions() -> None:
+    first, second = (torch.randn(4, 6, dtype=torch.float64) for _ in range(2))
+    first, second, right = first @ first.T, second @ second.T, torch.randn(4, 4, dtype=torch.float64)
+    X = sylvester(first, second, right)
+    torch.testing.assert_close(first @ X + X @ second, right)
+    assert not sylvester(torch.zeros(4, 4), torch.zeros(4, 4), torch.ones(4, 4)).any()
+
+
 def test_polar_factors_and_roots_leave_out_null_directions() -> None:
     M = torch.randn(6, 2, dtype=torch.float64) @ torch.randn(2, 4, dtype=torch.float64)
     torch.testing.assert_close(torch.linalg.svdvals(polar(M)), torch.tensor([1.0, 1, 0, 0], dtype=torch.float64))
@@ -202,6 +370,7 @@ def test_polar_factors_and_roots_leave_out_null_directions() -> None:
     gram = M.T @ M
     root = inverse_root(gram)
     torch.testing.assert_close(root @ root, torch.linalg.pinv(gram, rtol=1e-10))
+    torch.testing.assert_close(pseudo_inverse(gram), root @ root)
 
 
 @pytest.mark.parametrize(("cls", "settings"), EVERY, ids=NAMES)

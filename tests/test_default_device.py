@@ -47,6 +47,10 @@ OPTIMIZERS: dict[str, Any] = {
     "LoRAMuon": lambda model: baselines.LoRAMuon(model, 0.05),
     "PreconditionedAdamW": lambda model: baselines.PreconditionedAdamW(model, 0.05),
     "PreconditionedSGD": lambda model: baselines.PreconditionedSGD(model, 0.05, momentum=0.5),
+    "Riemannion": lambda model: baselines.Riemannion(model, 0.05),
+    "AltLoRA+": lambda model: baselines.AltLoRA(model, 0.05, second=True),
+    "LoFT": lambda model: baselines.LoFT(model, 0.05),
+    "LoRAPro": lambda model: baselines.LoRAPro(model, 0.05),
     "ProjectedMomentum": lambda model: baselines.ProjectedMomentum(model, 0.05),
     **{
         f"SVDLoRA {rule}": lambda model, rule=rule: baselines.SVDLoRA(model, 0.05, rule=rule)

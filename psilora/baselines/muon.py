@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, check_range
+from psilora.baselines.pseudo import inverse_root, polar
 
 
 class LoRAMuon(PairOptimizer):
@@ -41,23 +42,3 @@ class LoRAMuon(PairOptimizer):
         R_A, R_B = inverse_root(layer.A @ layer.A.mT), inverse_root(layer.B.mT @ layer.B)
         step_B, step_A = -half * polar(m_B @ R_A) @ R_A, -half * R_B @ polar(R_B @ m_A)
         return step_B, step_A, {"momentum_B": m_B, "momentum_A": m_A}
-
-
-def inverse_root(gram: Tensor) -> Tensor:
-    """Return gram^(−½) (r, r), zero on the eigenvectors whose eigenvalues are rounding: the pseudo-inverse's root.
-
-    Eigenvalues up to r·eps·(the largest) count as rounding; a zero matrix gives zero.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    floor = gram.shape[-1] * torch.finfo(gram.dtype).eps * values.amax()
-    roots = torch.where(values > floor.clamp_min(0), values.clamp_min(torch.finfo(gram.dtype).tiny).rsqrt(), 0.0)
-    root: Tensor = (vectors * roots) @ vectors.mT
-    return root
-
-
-def polar(M: Tensor) -> Tensor:
-    """Return UVᵀ of M = UΣVᵀ without the singular vectors whose values are rounding, so that zero gives zero."""
-    U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-    keep = S > max(M.shape) * torch.finfo(M.dtype).eps * S.amax()
-    factor: Tensor = (U * keep) @ Vh
-    return factor

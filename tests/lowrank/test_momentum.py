@@ -99,3 +99,30 @@ def test_a_step_in_fp32_mends_factors_of_the_momentum_that_have_drifted_apart(
     assert healthy < 30 and mended < (1.01 if first == "A" else 1.2), "L is of the A_m that the last B-turn has seen"
     assert condition(17.0, balanced=False)[0] > 30, "as published, whatever comes of it"
     assert (same - product).norm() < 1e-2 * product.norm()
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_momentum_of_fewer_rows_than_its_rank_in_fp32(rows: int) -> None:
+    """B_m has rank < r_m; where A_m stays in the rest is for λ alone to say: fp32 knows it at the default, not at 0."""
+
+    def momentum(dtype: torch.dtype, **settings: float) -> torch.Tensor:
+        torch.manual_seed(0)
+        layer = one_layer(40, 32, 8, 8.0).to(dtype)
+        optimizer = bare(layer, 0.02, momentum=0.9, **settings)
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(10):
+            x, noise = (torch.randn(rows, d, generator=generator, dtype=F64).to(dtype) for d in (32, 40))
+            optimizer.zero_grad()
+            (layer(x) * noise).mean().backward()
+            optimizer.step()
+        assert optimizer.stats()["repaired_pivots"] == 0 or settings
+        B_m, A_m = (optimizer.state[p]["momentum"].double() for p in (layer.lora_B.weight, layer.lora_A.weight))
+        return B_m @ A_m
+
+    def error(**settings: float) -> float:
+        exact = momentum(F64, **settings)
+        return float((momentum(torch.float32, **settings) - exact).norm() / exact.norm())
+
+    assert error() < 1e-4
+    with pytest.warns(UserWarning, match="not positive definite"):
+        assert error(prox=0.0) > 1e-3, "docs/choosing.md says so"
