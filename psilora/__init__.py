@@ -3,9 +3,20 @@
 from psilora.adapters.linear import LoRALinear
 from psilora.lowrank.lorsum import lorsum
 from psilora.lowrank.ritz import ritz
+from psilora.lr_finder import LRSweep, lr_find
 from psilora.optimizer import PSILoRA
 from psilora.presets import OPLoRA, create_psilora_optimizer
 
 __version__ = "0.1.0"
 
-__all__ = ["LoRALinear", "OPLoRA", "PSILoRA", "__version__", "create_psilora_optimizer", "lorsum", "ritz"]
+__all__ = [
+    "LRSweep",
+    "LoRALinear",
+    "OPLoRA",
+    "PSILoRA",
+    "__version__",
+    "create_psilora_optimizer",
+    "lorsum",
+    "lr_find",
+    "ritz",
+]

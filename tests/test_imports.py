@@ -21,8 +21,8 @@ ORDER = (
     ("optimizer",),
     ("presets", "integrations", "doctor", "functional"),
 )
-#: `native` hands on names of `linalg`; `checkpoint` serves any optimizer and imports nothing of the package.
-ALLOWED_APART: dict[str, tuple[str, ...]] = {"native": ("linalg",), "checkpoint": ()}
+#: `native` hands on names of `linalg`; `checkpoint` and `lr_finder` serve any optimizer and import nothing of psilora.
+ALLOWED_APART: dict[str, tuple[str, ...]] = {"native": ("linalg",), "checkpoint": (), "lr_finder": ()}
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 
 
