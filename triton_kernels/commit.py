@@ -99,7 +99,7 @@ def _commit_side(
             weight = ((127 - shift) << 23).to(tl.float32, bitcast=True)
     for first in range(start, end, BN):
         n = (first + tl.arange(0, BN))[None, :]
-        inside = (n < end) & (k < r)
+        inside = (n < end) & (k < r)  # [RP, BN]
         at = param + element(k, n, d if SIDE == 0 else r, SIDE == 1)
         old = tl.load(at, mask=inside, other=0.0)
         step = tl.load(steps + k * d + n, mask=inside, other=0.0)
@@ -112,14 +112,14 @@ def _commit_side(
         if HAS_MOMENTUM:
             for block in tl.static_range(OWN):
                 j = k + block * RP
-                inside = (n < end) & (j < rm)
+                inside = (n < end) & (j < rm)  # [RP, BN]
                 new = tl.load(rows + (j + r) * d + n, mask=inside, other=0.0) * weight
                 if RESPLIT:
                     if split > 0.0:
                         new = _resplit(coefficients_ptr, rows + r * d, problem, n, end, rm, d, SIDE, RP, BN)
                 tl.store(own + element(j, n, d if SIDE == 0 else rm, SIDE == 1), new, mask=inside)
         if HAS_METRIC:
-            column = first + tl.arange(0, BN)
+            column = first + tl.arange(0, BN)  # [BN]
             new = tl.load(
                 address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES) + column, mask=column < end
             )

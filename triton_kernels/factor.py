@@ -96,7 +96,7 @@ def momentum_base(
 @triton.jit
 def _rows(top, RP: tl.constexpr, ROWS: tl.constexpr):
     """Offsets of the rows top … top + ROWS − 1 of a (RP, RP) matrix."""
-    return (top + tl.arange(0, ROWS))[:, None] * RP + tl.arange(0, RP)[None, :]
+    return (top + tl.arange(0, ROWS))[:, None] * RP + tl.arange(0, RP)[None, :]  # [ROWS, RP]
 
 
 @triton.jit
@@ -237,7 +237,7 @@ def _factor_kernel(
             )
             tl.store(out + OWN_BASE * Q + at, base)
         tl.debug_barrier()
-        diagonal = tl.load(scratch + tl.arange(0, RP) * (RP + 1))
+        diagonal = tl.load(scratch + tl.arange(0, RP) * (RP + 1))  # [RP]
         tl.store(sizes_ptr + (1 - SIDE) * problems + problem, tl.sum(diagonal, axis=0))
         info = inverse_factor_to(out + OWN_INVERSE * Q, scratch, scratch + Q, ridge, rm, RP)
         tl.store(info_ptr + problems + problem, info)

@@ -68,14 +68,14 @@ def partial_gram(
     for block in tl.static_range((RP // SQUARE) * (RP // SQUARE)):
         row = block // (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
         column = block % (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
-        total = tl.zeros((SQUARE, SQUARE), tl.float32)
+        total = tl.zeros((SQUARE, SQUARE), tl.float32)  # [SQUARE, SQUARE]
         for first in range(start, end, KS):
             n = first + tl.arange(0, KS)
-            x_at = element(row[:, None], n[None, :], x_leading, X_TRANSPOSED)
+            x_at = element(row[:, None], n[None, :], x_leading, X_TRANSPOSED)  # [SQUARE, KS]
             x = tl.load(x_ptr + x_at, mask=(row[:, None] < x_count) & (n[None, :] < end), other=0.0).to(tl.float32)
             if METRIC:
                 x = x * tl.load(m_ptr + n, mask=n < end, other=0.0)[None, :]
-            y_at = element(column[None, :], n[:, None], y_leading, Y_TRANSPOSED)
+            y_at = element(column[None, :], n[:, None], y_leading, Y_TRANSPOSED)  # [KS, SQUARE]
             y = tl.load(y_ptr + y_at, mask=(column[None, :] < y_count) & (n[:, None] < end), other=0.0).to(tl.float32)
             total += tl.dot(x, y, input_precision="ieee")
         tl.store(out_ptr + row[:, None] * RP + column[None, :], total * scale)
@@ -92,7 +92,7 @@ def summed(
     lane = tl.arange(0, AT_ONCE)
     at = lane[:, None, None] * (KINDS * RP * RP) + (row[:, None] * RP + column[None, :])[None, :, :]
     base = partials_ptr + (first.to(tl.int64) * KINDS + KIND) * (RP * RP)
-    added = tl.zeros((ROWS, RP), tl.float32)
+    added = tl.zeros((ROWS, RP), tl.float32)  # [ROWS, RP]
     for i in range(0, count, AT_ONCE):
         added += tl.sum(tl.load(base + at, mask=(i + lane < count)[:, None, None], other=0.0), axis=0)
         base += AT_ONCE * KINDS * RP * RP
@@ -224,7 +224,7 @@ def _update_metric(
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)
         inside = n < end
-        before = tl.load(old + n, mask=inside, other=0.0)
+        before = tl.load(old + n, mask=inside, other=0.0)  # [BN]
         new = tl.load(squares + n, mask=inside, other=0.0) * factor
         after = before + (1.0 - tl.load(scalars + BETA)) * (new - before)
         base = after * inverse + tl.load(scalars + DAMPING)
@@ -247,7 +247,7 @@ def emit_rows(
     k = tl.arange(0, RP)[:, None]
     for first in range(start, end, BN):
         n = (first + tl.arange(0, BN))[None, :]
-        inside = (n < end) & (k < r)
+        inside = (n < end) & (k < r)  # [RP, BN]
         value = tl.load(param + element(k, n, d if SIDE == 0 else r, SIDE == 1), mask=inside, other=0.0)
         tl.store(rows + k * d + n, value.to(tl.float32) * root, mask=inside)
         if HAS_MOMENTUM:

@@ -25,9 +25,15 @@ from psilora.triton_kernels.tables import (
 )
 from psilora.triton_kernels.variants import Variant
 
-#: Columns of the tables; the kernel reads them by position.
-POINTERS = ("partials", "out")
-DIMS = ("splits", "d", "k", "stride_out_d", "stride_out_k")
+# Columns of a sum's tables, each with the number of them last: of the tile map, of an output, and of a span of tokens.
+TILE_OUTPUT, D_BLOCK, R_BLOCK, SPLIT, FIRST_SPAN, END_SPAN, TILE = map(tl.constexpr, range(7))
+OUT_D, OUT_K, OUT_STRIDE_D, OUT_STRIDE_K, OUT_STRIDE_SPLIT, OUTPUT = map(tl.constexpr, range(6))
+ITEM, BEGIN, STOP, SPAN = map(tl.constexpr, range(4))
+
+# Columns of the reduction's tables: addresses, sizes and strides of an output, and its tile map.
+PARTIALS, OUT, POINTERS = map(tl.constexpr, range(3))
+SPLITS, SUM_D, SUM_K, SUM_STRIDE_D, SUM_STRIDE_K, SUM = map(tl.constexpr, range(6))
+SUM_OUTPUT, SUM_BLOCK, SUM_TILE = map(tl.constexpr, range(3))
 BLOCK = 1024
 
 
@@ -35,22 +41,22 @@ BLOCK = 1024
 def _reduce_kernel(pointers_ptr, dims_ptr, tiles_ptr, BLOCK: tl.constexpr):
     """out[d, k] = Σ_s partials[s, d, k] in the order of s, BLOCK entries per program."""
     tile = tl.program_id(0).to(tl.int64)
-    output = tl.load(tiles_ptr + tile * 2).to(tl.int64)
-    offs = tl.load(tiles_ptr + tile * 2 + 1) * BLOCK + tl.arange(0, BLOCK)
-    partials_ptr = tl.load(pointers_ptr + output * 2).to(tl.pointer_type(tl.float32))
-    out_ptr = tl.load(pointers_ptr + output * 2 + 1).to(tl.pointer_type(tl.float32))
-    splits = tl.load(dims_ptr + output * 5)
-    d = tl.load(dims_ptr + output * 5 + 1)
-    k = tl.load(dims_ptr + output * 5 + 2)
+    output = tl.load(tiles_ptr + tile * SUM_TILE + SUM_OUTPUT).to(tl.int64)
+    offs = tl.load(tiles_ptr + tile * SUM_TILE + SUM_BLOCK) * BLOCK + tl.arange(0, BLOCK)
+    partials_ptr = tl.load(pointers_ptr + output * POINTERS + PARTIALS).to(tl.pointer_type(tl.float32))
+    out_ptr = tl.load(pointers_ptr + output * POINTERS + OUT).to(tl.pointer_type(tl.float32))
+    splits = tl.load(dims_ptr + output * SUM + SPLITS)
+    d = tl.load(dims_ptr + output * SUM + SUM_D)
+    k = tl.load(dims_ptr + output * SUM + SUM_K)
     size = d * k
     inside = offs < size
-    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)  # [BLOCK]
     partials_ptrs = tl.multiple_of(partials_ptr, 16) + offs
     for _ in range(splits):
         total += tl.load(partials_ptrs, mask=inside, other=0.0)
         partials_ptrs += size
-    stride_d = tl.load(dims_ptr + output * 5 + 3).to(tl.int64)
-    stride_k = tl.load(dims_ptr + output * 5 + 4).to(tl.int64)
+    stride_d = tl.load(dims_ptr + output * SUM + SUM_STRIDE_D).to(tl.int64)
+    stride_k = tl.load(dims_ptr + output * SUM + SUM_STRIDE_K).to(tl.int64)
     tl.store(out_ptr + (offs // k) * stride_d + (offs % k) * stride_k, total, mask=inside)
 
 
@@ -68,11 +74,11 @@ class Reduction:
         pairs = [(o, part) for o, part in enumerate(partials) if part is not None]
         self._outputs = [o for o, _ in pairs]
         device = table.device
-        self._pointers = table.reserve(len(pairs), len(POINTERS))
+        self._pointers = table.reserve(len(pairs), POINTERS.value)
         self._pointers.set(0, [part for _, part in pairs])
-        self._dims = int32_table(((*part.shape, *out[o].stride()) for o, part in pairs), len(DIMS), device)
+        self._dims = int32_table(((*part.shape, *out[o].stride()) for o, part in pairs), SUM.value, device)
         tiles = [(i, b) for i, (_, part) in enumerate(pairs) for b in range(blocks(part[0].numel(), BLOCK))]
-        self._launch = Launch(_reduce_kernel, int32_table(tiles, 2, device), {"BLOCK": BLOCK}, 4, 2)
+        self._launch = Launch(_reduce_kernel, int32_table(tiles, SUM_TILE.value, device), {"BLOCK": BLOCK}, 4, 2)
 
     def bind(self, out: Sequence[Tensor]) -> None:
         """Stage the addresses of the outputs."""
@@ -91,9 +97,8 @@ def reduce_ref(partials: Tensor) -> Tensor:
 class TokenSum:
     """What plans of sums over tokens share: the tables of items and outputs, the parts, and their reduction.
 
-    A subclass calls `_cut` for each of its groups of outputs and `_complete` once. Its kernel finds 6 numbers per
-    program in the tile map (output, d_block, r_block, split, first_span, end_span), 5 per output (d, k, and the strides
-    of what it writes along d, k and splits), and 3 per span (item, begin, end).
+    A subclass calls `_cut` for each of its groups of outputs and `_complete` once. Its kernel finds the
+    columns named above (TILE, OUTPUT, SPAN) in its tile map, its table of outputs and that of the spans of tokens.
 
     Attributes:
         num_splits: Per output, the number of partials, at least 1.

@@ -67,7 +67,7 @@ PRODUCT_BLOCK = tl.constexpr(3)
 @triton.jit
 def _load_rows(ptr, leading, count, k, n, end, TRANSPOSED: tl.constexpr):
     """Return rows k, columns n of a factor as fp32, zero outside (count, end)."""
-    at = ptr + element(k, n, leading, TRANSPOSED)
+    at = ptr + element(k, n, leading, TRANSPOSED)  # [RP, BN]
     return tl.load(at, mask=(k < count) & (n < end), other=0.0).to(tl.float32)
 
 
@@ -79,7 +79,7 @@ def _load_product(product_ptr, d, row, count, k, n, end):
     columns = tl.load(product_ptr + 2).to(tl.int32)
     at = base + (n * columns + (k + row))
     inside = (k < count) & (n < end)
-    product = tl.load(at, mask=inside, other=0.0)
+    product = tl.load(at, mask=inside, other=0.0)  # [RP, BN]
     for _ in range(1, splits):
         at += d * columns
         product += tl.load(at, mask=inside, other=0.0)
@@ -89,13 +89,13 @@ def _load_product(product_ptr, d, row, count, k, n, end):
 @triton.jit
 def _bad_rows(values):
     """Return 1 for every row with an infinity or a NaN, else 0."""
-    return tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), axis=1)
+    return tl.max(tl.where(tl.abs(values) < float("inf"), 0, 1), axis=1)  # [RP]
 
 
 @triton.jit
 def _busy_rows(values):
     """Return 1 for every row with an entry that is not zero, else 0."""
-    return tl.max(tl.where(values == 0.0, 0, 1), axis=1)
+    return tl.max(tl.where(values == 0.0, 0, 1), axis=1)  # [RP]
 
 
 @triton.jit
@@ -111,11 +111,11 @@ def _times(
 ):  # fmt: skip
     """Return a matrix (RP, RP) in memory, FLIP its transpose, times rows of x for columns n."""
     row = tl.arange(0, RP)[:, None]
-    total = tl.zeros((RP, n.shape[1]), tl.float32)
+    total = tl.zeros((RP, n.shape[1]), tl.float32)  # [RP, BN]
     for first in range(0, RP, 16):
         slice_k = first + tl.arange(0, 16)
         at = slice_k[None, :] * RP + row if FLIP else row * RP + slice_k[None, :]
-        x = _load_rows(x_ptr, leading, count, slice_k[:, None], n, end, X_TRANSPOSED)
+        x = _load_rows(x_ptr, leading, count, slice_k[:, None], n, end, X_TRANSPOSED)  # [16, BN]
         total += tl.dot(tl.load(coefficient_ptr + at), x, input_precision="ieee")
     return total
 
@@ -166,15 +166,15 @@ def _weight_columns(
     T: tl.constexpr = SIDE == 1
     Q: tl.constexpr = RP * RP
     coefficient = coefficients_ptr + problem * COEFFICIENTS * Q
-    k = tl.arange(0, RP)[:, None]
+    k = tl.arange(0, RP)[:, None]  # [RP, 1]
     bad = tl.zeros((RP,), tl.int32)
     busy = tl.zeros((RP,), tl.int32)
     for first in range(start, end, BN):
-        n = first + tl.arange(0, BN)[None, :]
+        n = first + tl.arange(0, BN)[None, :]  # [1, BN]
         inside = (k < r) & (n < end)
-        f1 = _load_rows(param, ld, r, k, n, end, T) * root
+        f1 = _load_rows(param, ld, r, k, n, end, T) * root  # [RP, BN]
         if CHECK or SOURCE == KNOWN:
-            slope = _load_rows(grad, ld, r, k, n, end, T)
+            slope = _load_rows(grad, ld, r, k, n, end, T)  # [RP, BN]
             bad = tl.maximum(bad, _bad_rows(slope))
         if SOURCE == KNOWN:
             target = slope * (clip / root)
@@ -184,7 +184,7 @@ def _weight_columns(
         else:
             scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
             target = scale * _load_product(product_ptr, d, 0, r, k, n, end)
-        rhs = (-lr * tl.load(scalars + FRESH)) * target
+        rhs = (-lr * tl.load(scalars + FRESH)) * target  # [RP, BN]
         if HAS_MOMENTUM:
             pull = _times(coefficient + OLD * Q, own, own_ld, rm, k, n, end, T, RP, False)
             rhs -= (lr * tl.load(scalars + MU)) * pull
@@ -225,11 +225,11 @@ def _momentum_columns(
     T: tl.constexpr = SIDE == 1
     Q: tl.constexpr = RP * RP
     coefficient = coefficients_ptr + problem * COEFFICIENTS * Q
-    k = tl.arange(0, RP)[:, None]
+    k = tl.arange(0, RP)[:, None]  # [RP, 1]
     bad = tl.zeros((RP,), tl.int32)
     busy = tl.zeros((RP,), tl.int32)
     for first in range(start, end, BN):
-        n = first + tl.arange(0, BN)[None, :]
+        n = first + tl.arange(0, BN)[None, :]  # [1, BN]
         inside = (k < rm) & (n < end)
         if SOURCE == TANGENT:
             target = (clip / root) * _times(coefficient + OWN_P1 * Q, grad, ld, r, k, n, end, T, RP, False)
@@ -237,7 +237,7 @@ def _momentum_columns(
         else:
             scale = clip * tl.load(scale_ptr + 1) / tl.load(scalars + SCALING)
             target = scale * _load_product(product_ptr, d, r if BESIDE else 0, rm, k, n, end)
-        rhs = tl.load(scalars + FRESH) * target
+        rhs = tl.load(scalars + FRESH) * target  # [RP, BN]
         rhs += _times(coefficient + OWN_BASE * Q, own, own_ld, rm, k, n, end, T, RP, False)
         busy = tl.maximum(busy, _busy_rows(rhs))
         step = _solved(rhs, coefficient + OWN_INVERSE * Q, steps, d, rm, k, n, end, RP)

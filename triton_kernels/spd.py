@@ -37,7 +37,7 @@ def _eliminate(work, RP: tl.constexpr):
     col = index[None, :]
     good = tl.full((), 1, tl.int32)
     for k in range(RP):
-        column = tl.sum(tl.where(col == k, work, 0.0), axis=1)
+        column = tl.sum(tl.where(col == k, work, 0.0), axis=1)  # [RP]
         across = tl.sum(tl.where(row == k, work, 0.0), axis=0)
         pivot = tl.sum(tl.where(index == k, column, 0.0), axis=0)
         usable = (pivot > 0.0) & (pivot < float("inf"))
@@ -65,7 +65,7 @@ def multiply(
     for block in tl.static_range((SIZE // SQUARE) * (SIZE // SQUARE)):
         row = block // (SIZE // SQUARE) * SQUARE + tl.arange(0, SQUARE)
         column = block % (SIZE // SQUARE) * SQUARE + tl.arange(0, SQUARE)
-        total = tl.zeros((SQUARE, SQUARE), tl.float32)
+        total = tl.zeros((SQUARE, SQUARE), tl.float32)  # [SQUARE, SQUARE]
         for first in range(0, SIZE, 16):
             k = first + tl.arange(0, 16)
             x_at = k[None, :] * x_leading + row[:, None] if X_FLIP else row[:, None] * x_leading + k[None, :]

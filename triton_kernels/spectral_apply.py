@@ -41,11 +41,11 @@ def _product(
     T: tl.constexpr, RP: tl.constexpr, KS: tl.constexpr, CHUNK: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Return C·Z for the rows `row` of C (·, rank) with leading dimension n, and columns of Z (rank, d)."""
-    total = tl.zeros((CHUNK, BN), tl.float32)
+    total = tl.zeros((CHUNK, BN), tl.float32)  # [CHUNK, BN]
     for first in range(0, RP, KS):
         k = first + tl.arange(0, KS)
         c = tl.load(c_ptr + row[:, None] * n + k[None, :], mask=(row[:, None] < rank) & (k[None, :] < rank), other=0.0)
-        at = element(k[:, None], columns[None, :], z_leading, T)
+        at = element(k[:, None], columns[None, :], z_leading, T)  # [KS, BN]
         z = tl.load(z_ptr + at, mask=(k[:, None] < rank) & (columns[None, :] < end), other=0.0)
         total = tl.dot(c, z, total, input_precision="ieee")
     return total

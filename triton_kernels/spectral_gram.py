@@ -66,13 +66,13 @@ def _partial(
     for block in range((RP // SQUARE) * (RP // SQUARE)):
         row = block // (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
         column = block % (RP // SQUARE) * SQUARE + tl.arange(0, SQUARE)
-        total = tl.zeros((SQUARE, SQUARE), tl.float64)
+        total = tl.zeros((SQUARE, SQUARE), tl.float64)  # [SQUARE, SQUARE]
         for first in range(start, end, KS):
             n = first + tl.arange(0, KS)
             inside = n < end
-            x_at = element(row[:, None], n[None, :], x_leading, T)
+            x_at = element(row[:, None], n[None, :], x_leading, T)  # [SQUARE, KS]
             x = tl.load(x_ptr + x_at, mask=(row[:, None] < rank) & inside[None, :], other=0.0).to(tl.float64)
-            y_at = element(column[None, :], n[:, None], y_leading, T)
+            y_at = element(column[None, :], n[:, None], y_leading, T)  # [KS, SQUARE]
             y = tl.load(y_ptr + y_at, mask=(column[None, :] < rank) & inside[:, None], other=0.0).to(tl.float64)
             if WEIGHTED:
                 x *= tl.load(u_ptr + n, mask=inside, other=0.0)[None, :]
@@ -87,7 +87,7 @@ def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: 
     weight = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
     damping = tl.load(numbers_ptr + problem * NUMBERS + DAMPING)
     power = tl.load(numbers_ptr + problem * NUMBERS + POWER).to(tl.float32)
-    total = tl.zeros((BN,), tl.float64)
+    total = tl.zeros((BN,), tl.float64)  # [BN]
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)
         inside = n < end
@@ -207,7 +207,7 @@ def _sum_kernel(
     row = top + tl.arange(0, ROWS)
     column = tl.arange(0, RP)
     at = partials_ptr + (first * KINDS + kind) * (RP * RP) + row[:, None] * RP + column[None, :]
-    total = tl.zeros((ROWS, RP), tl.float64)
+    total = tl.zeros((ROWS, RP), tl.float64)  # [ROWS, RP]
     for _ in range(count):
         total += tl.load(at)
         at += KINDS * RP * RP
@@ -260,7 +260,7 @@ def _moments_side(
     frozen = tl.load(frozen_ptr + problem * 2 + SIDE) != 0
     ROWS: tl.constexpr = RP if RP < 32 else 32
     KS: tl.constexpr = 16
-    total = tl.zeros((BN,), tl.float64)
+    total = tl.zeros((BN,), tl.float64)  # [BN]
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)
         inside = n < end

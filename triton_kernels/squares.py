@@ -12,7 +12,21 @@ import torch
 from torch import Tensor
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.reduce import TokenSum
+from psilora.triton_kernels.reduce import (
+    BEGIN,
+    D_BLOCK,
+    END_SPAN,
+    FIRST_SPAN,
+    ITEM,
+    OUT_D,
+    OUTPUT,
+    SPAN,
+    SPLIT,
+    STOP,
+    TILE,
+    TILE_OUTPUT,
+    TokenSum,
+)
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import (
     Launch,
@@ -25,9 +39,8 @@ from psilora.triton_kernels.tables import (
 )
 from psilora.triton_kernels.variants import Variant
 
-#: Columns of the tables; the kernel reads them by position.
-ITEM_DIMS = ("stride_x_n", "stride_x_d")
-TILES = ("output", "d_block", "r_block", "split", "first_span", "end_span")
+# Columns of the table of items, and their number; those of outputs, tiles and spans are `reduce`'s.
+X_STRIDE_N, X_STRIDE_D, ITEM_DIMS = map(tl.constexpr, range(3))
 BLOCK_N, NUM_WARPS, NUM_STAGES = 32, 4, 4
 
 
@@ -50,22 +63,22 @@ def _squares_kernel(
     X_UNIT: entries of X per 16 bytes where its rows are aligned to that, else 0.
     """
     tile = tl.program_id(0).to(tl.int64)
-    output = tl.load(tiles_ptr + tile * 6).to(tl.int64)
-    offs_d = tl.load(tiles_ptr + tile * 6 + 1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.load(tiles_ptr + tile * 6 + 3).to(tl.int64)
+    output = tl.load(tiles_ptr + tile * TILE + TILE_OUTPUT).to(tl.int64)
+    offs_d = tl.load(tiles_ptr + tile * TILE + D_BLOCK) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.load(tiles_ptr + tile * TILE + SPLIT).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
-    d = tl.load(output_dims_ptr + output * 5)
+    d = tl.load(output_dims_ptr + output * OUTPUT + OUT_D)
     # Without these hints on what was loaded from a table, the copies fall back to single elements.
     if X_UNIT > 0:
         d = tl.multiple_of(d, X_UNIT)
     columns = offs_d < d
     total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for span in range(tl.load(tiles_ptr + tile * 6 + 4), tl.load(tiles_ptr + tile * 6 + 5)):
-        item = tl.load(spans_ptr + span * 3).to(tl.int64)
-        begin = tl.load(spans_ptr + span * 3 + 1)
-        stop = tl.load(spans_ptr + span * 3 + 2)
+    for span in range(tl.load(tiles_ptr + tile * TILE + FIRST_SPAN), tl.load(tiles_ptr + tile * TILE + END_SPAN)):
+        item = tl.load(spans_ptr + span * SPAN + ITEM).to(tl.int64)
+        begin = tl.load(spans_ptr + span * SPAN + BEGIN)
+        stop = tl.load(spans_ptr + span * SPAN + STOP)
         x_ptr = tl.load(pointers_ptr + item).to(tl.pointer_type(X_DTYPE))
-        stride_x_n = tl.load(dims_ptr + item * 2)
+        stride_x_n = tl.load(dims_ptr + item * ITEM_DIMS + X_STRIDE_N)
         offs_b = (begin + offs_n)[:, None].to(tl.int64)
         if X_UNIT > 0:
             x_ptr = tl.multiple_of(x_ptr, 16)
@@ -73,7 +86,8 @@ def _squares_kernel(
             x_ptrs = x_ptr + offs_b * stride_x_n + offs_d[None, :]
         else:
             stride_x_n = stride_x_n.to(tl.int64)
-            x_ptrs = x_ptr + offs_b * stride_x_n + offs_d[None, :] * tl.load(dims_ptr + item * 2 + 1).to(tl.int64)
+            stride_x_d = tl.load(dims_ptr + item * ITEM_DIMS + X_STRIDE_D).to(tl.int64)
+            x_ptrs = x_ptr + offs_b * stride_x_n + offs_d[None, :] * stride_x_d
         for n0 in tl.range(begin, stop, BLOCK_N, num_stages=STAGES):
             x = tl.load(x_ptrs, mask=(offs_n < stop - n0)[:, None] & columns[None, :], other=0.0).to(tl.float32)
             total += x * x  # [BN, BD]
@@ -142,7 +156,7 @@ class SquaresPlan(TokenSum):
         _check(x, outputs, out)
         columns = [q.unsqueeze(1) for q in out]
         super().__init__({"x": x}, outputs, [(q.shape[0], 1) for q in out], columns, table, scratch)
-        self._item_dims = int32_table((a.stride() for a in x), len(ITEM_DIMS), self.device)
+        self._item_dims = int32_table((a.stride() for a in x), ITEM_DIMS.value, self.device)
         groups: dict[tuple[torch.dtype, bool], list[int]] = {}
         for o, items in enumerate(self._members):
             dtype = x[items[0]].dtype if items else torch.float32
@@ -150,7 +164,7 @@ class SquaresPlan(TokenSum):
         launches = []
         for (dtype, fast), group in groups.items():
             tiles = self._cut(group, BLOCK_N, _block_d(fast), 1, programs or fill_target(self.device))
-            tile_map = int32_table(tiles, len(TILES), self.device)
+            tile_map = int32_table(tiles, TILE.value, self.device)
             launches.append(Launch(_squares_kernel, tile_map, _constexprs(dtype, fast), NUM_WARPS, NUM_STAGES))
         self._complete(launches, columns)
         self.bind(x, out)

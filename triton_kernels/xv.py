@@ -30,10 +30,10 @@ from psilora.triton_kernels.tables import (
 )
 from psilora.triton_kernels.variants import Variant
 
-#: Columns of the tables; the kernel reads them by position.
-POINTERS = ("x", "f", "p")
-DIMS = ("n", "d", "k", "stride_x_n", "stride_x_d", "stride_f_k", "stride_f_d", "stride_p_n")
-TILES = ("item", "m_block", "r_block")
+# Columns of the tables, each with the number of them last: addresses, sizes and strides of an item, and the tile map.
+X, F, P, POINTERS = map(tl.constexpr, range(4))
+N, D, K, X_STRIDE_N, X_STRIDE_D, F_STRIDE_K, F_STRIDE_D, P_STRIDE_N, DIMS = map(tl.constexpr, range(9))
+ITEM, M_BLOCK, R_BLOCK, TILE = map(tl.constexpr, range(4))
 
 ANY, ALONG_D, ALONG_K = 0, 1, 2
 
@@ -56,20 +56,20 @@ def _xv_kernel(
     along d, 2 along k, both aligned to 16 bytes.
     """
     tile = tl.program_id(0).to(tl.int64)
-    item = tl.load(tiles_ptr + tile * 3).to(tl.int64)
-    offs_m = tl.load(tiles_ptr + tile * 3 + 1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_r = tl.load(tiles_ptr + tile * 3 + 2).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    item = tl.load(tiles_ptr + tile * TILE + ITEM).to(tl.int64)
+    offs_m = tl.load(tiles_ptr + tile * TILE + M_BLOCK).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_r = tl.load(tiles_ptr + tile * TILE + R_BLOCK).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_d = tl.arange(0, BLOCK_D)
-    x_ptr = tl.load(pointers_ptr + item * 3).to(tl.pointer_type(X_DTYPE))
-    f_ptr = tl.load(pointers_ptr + item * 3 + 1).to(tl.pointer_type(tl.float32))
-    p_ptr = tl.load(pointers_ptr + item * 3 + 2).to(tl.pointer_type(tl.float32))
-    n = tl.load(dims_ptr + item * 8)
-    d = tl.load(dims_ptr + item * 8 + 1)
-    k = tl.load(dims_ptr + item * 8 + 2)
-    stride_x_n = tl.load(dims_ptr + item * 8 + 3)
-    stride_f_k = tl.load(dims_ptr + item * 8 + 5)
-    stride_f_d = tl.load(dims_ptr + item * 8 + 6)
-    stride_p_n = tl.load(dims_ptr + item * 8 + 7).to(tl.int64)
+    x_ptr = tl.load(pointers_ptr + item * POINTERS + X).to(tl.pointer_type(X_DTYPE))
+    f_ptr = tl.load(pointers_ptr + item * POINTERS + F).to(tl.pointer_type(tl.float32))
+    p_ptr = tl.load(pointers_ptr + item * POINTERS + P).to(tl.pointer_type(tl.float32))
+    n = tl.load(dims_ptr + item * DIMS + N)
+    d = tl.load(dims_ptr + item * DIMS + D)
+    k = tl.load(dims_ptr + item * DIMS + K)
+    stride_x_n = tl.load(dims_ptr + item * DIMS + X_STRIDE_N)
+    stride_f_k = tl.load(dims_ptr + item * DIMS + F_STRIDE_K)
+    stride_f_d = tl.load(dims_ptr + item * DIMS + F_STRIDE_D)
+    stride_p_n = tl.load(dims_ptr + item * DIMS + P_STRIDE_N).to(tl.int64)
     # Without these hints on what was loaded from a table, the copies fall back to single elements.
     if X_UNIT > 0:
         x_ptr = tl.multiple_of(x_ptr, 16)
@@ -77,7 +77,7 @@ def _xv_kernel(
         x_ptrs = x_ptr + offs_m[:, None] * tl.multiple_of(stride_x_n, X_UNIT).to(tl.int64) + offs_d[None, :]
         step_x = BLOCK_D
     else:
-        stride_x_d = tl.load(dims_ptr + item * 8 + 4).to(tl.int64)
+        stride_x_d = tl.load(dims_ptr + item * DIMS + X_STRIDE_D).to(tl.int64)
         x_ptrs = x_ptr + offs_m[:, None] * stride_x_n.to(tl.int64) + offs_d[None, :] * stride_x_d
         step_x = BLOCK_D * stride_x_d
     if F_ORDER == 1:
@@ -230,14 +230,14 @@ class XVPlan:
         device = common_device([*x, *f, *out])
         self.device = device
         self.table = PointerTable(device) if table is None else table
-        self._pointers = self.table.reserve(len(x), len(POINTERS))
-        self._layouts = [Layouts(name, tensors) for name, tensors in zip(POINTERS, (x, f, out), strict=True)]
+        self._pointers = self.table.reserve(len(x), POINTERS.value)
+        self._layouts = [Layouts(name, tensors) for name, tensors in zip("xfp", (x, f, out), strict=True)]
         self._dims = int32_table(
             (
                 (*a.shape, b.shape[0], a.stride(0), a.stride(1), b.stride(0), b.stride(1), p.stride(0))
                 for a, b, p in zip(x, f, out, strict=True)
             ),
-            len(DIMS),
+            DIMS.value,
             device,
         )
         self._launches = _launches(
@@ -314,7 +314,7 @@ def _launches(
         ]
         constexprs = _constexprs(dtype, fast, order, block_r, config)
         launches.append(
-            Launch(_xv_kernel, int32_table(tiles, len(TILES), device), constexprs, config.num_warps, config.num_stages)
+            Launch(_xv_kernel, int32_table(tiles, TILE.value, device), constexprs, config.num_warps, config.num_stages)
         )
     return launches
 
