@@ -11,22 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from psilora.triton_kernels import reduce as sums
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.reduce import (
-    BEGIN,
-    D_BLOCK,
-    END_SPAN,
-    FIRST_SPAN,
-    ITEM,
-    OUT_D,
-    OUTPUT,
-    SPAN,
-    SPLIT,
-    STOP,
-    TILE,
-    TILE_OUTPUT,
-    TokenSum,
-)
+from psilora.triton_kernels.reduce import TokenSum
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import (
     Launch,
@@ -63,20 +50,23 @@ def _squares_kernel(
     X_UNIT: entries of X per 16 bytes where its rows are aligned to that, else 0.
     """
     tile = tl.program_id(0).to(tl.int64)
-    output = tl.load(tiles_ptr + tile * TILE + TILE_OUTPUT).to(tl.int64)
-    offs_d = tl.load(tiles_ptr + tile * TILE + D_BLOCK) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.load(tiles_ptr + tile * TILE + SPLIT).to(tl.int64)
+    output = tl.load(tiles_ptr + tile * sums.TILE + sums.TILE_OUTPUT).to(tl.int64)
+    offs_d = tl.load(tiles_ptr + tile * sums.TILE + sums.D_BLOCK) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.load(tiles_ptr + tile * sums.TILE + sums.SPLIT).to(tl.int64)
     offs_n = tl.arange(0, BLOCK_N)
-    d = tl.load(output_dims_ptr + output * OUTPUT + OUT_D)
+    d = tl.load(output_dims_ptr + output * sums.OUTPUT + sums.OUT_D)
     # Without these hints on what was loaded from a table, the copies fall back to single elements.
     if X_UNIT > 0:
         d = tl.multiple_of(d, X_UNIT)
     columns = offs_d < d
     total = tl.zeros((BLOCK_N, BLOCK_D), dtype=tl.float32)
-    for span in range(tl.load(tiles_ptr + tile * TILE + FIRST_SPAN), tl.load(tiles_ptr + tile * TILE + END_SPAN)):
-        item = tl.load(spans_ptr + span * SPAN + ITEM).to(tl.int64)
-        begin = tl.load(spans_ptr + span * SPAN + BEGIN)
-        stop = tl.load(spans_ptr + span * SPAN + STOP)
+    for span in range(
+        tl.load(tiles_ptr + tile * sums.TILE + sums.FIRST_SPAN),
+        tl.load(tiles_ptr + tile * sums.TILE + sums.END_SPAN),
+    ):
+        item = tl.load(spans_ptr + span * sums.SPAN + sums.ITEM).to(tl.int64)
+        begin = tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN)
+        stop = tl.load(spans_ptr + span * sums.SPAN + sums.STOP)
         x_ptr = tl.load(pointers_ptr + item).to(tl.pointer_type(X_DTYPE))
         stride_x_n = tl.load(dims_ptr + item * ITEM_DIMS + X_STRIDE_N)
         offs_b = (begin + offs_n)[:, None].to(tl.int64)
@@ -164,7 +154,7 @@ class SquaresPlan(TokenSum):
         launches = []
         for (dtype, fast), group in groups.items():
             tiles = self._cut(group, BLOCK_N, _block_d(fast), 1, programs or fill_target(self.device))
-            tile_map = int32_table(tiles, TILE.value, self.device)
+            tile_map = int32_table(tiles, sums.TILE.value, self.device)
             launches.append(Launch(_squares_kernel, tile_map, _constexprs(dtype, fast), NUM_WARPS, NUM_STAGES))
         self._complete(launches, columns)
         self.bind(x, out)

@@ -14,27 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from psilora.triton_kernels import reduce as sums
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.reduce import (
-    BEGIN,
-    D_BLOCK,
-    END_SPAN,
-    FIRST_SPAN,
-    ITEM,
-    OUT_D,
-    OUT_K,
-    OUT_STRIDE_D,
-    OUT_STRIDE_K,
-    OUT_STRIDE_SPLIT,
-    OUTPUT,
-    R_BLOCK,
-    SPAN,
-    SPLIT,
-    STOP,
-    TILE,
-    TILE_OUTPUT,
-    TokenSum,
-)
+from psilora.triton_kernels.reduce import TokenSum
 from psilora.triton_kernels.split import TRITON_DTYPES, _operand, _power_of_two, _split3
 from psilora.triton_kernels.tables import (
     Launch,
@@ -78,15 +60,15 @@ def _stz_kernel(
     K_INNER: rows of every H of the launch are contiguous; not knowing it makes the store scatter.
     """
     tile = tl.program_id(0).to(tl.int64)
-    layer = tl.load(tiles_ptr + tile * TILE + TILE_OUTPUT).to(tl.int64)
-    offs_d = tl.load(tiles_ptr + tile * TILE + D_BLOCK) * BLOCK_D + tl.arange(0, BLOCK_D)
-    offs_r = tl.load(tiles_ptr + tile * TILE + R_BLOCK) * BLOCK_R + tl.arange(0, BLOCK_R)
-    split = tl.load(tiles_ptr + tile * TILE + SPLIT).to(tl.int64)
-    first = tl.load(tiles_ptr + tile * TILE + FIRST_SPAN)
-    end = tl.load(tiles_ptr + tile * TILE + END_SPAN)
+    layer = tl.load(tiles_ptr + tile * sums.TILE + sums.TILE_OUTPUT).to(tl.int64)
+    offs_d = tl.load(tiles_ptr + tile * sums.TILE + sums.D_BLOCK) * BLOCK_D + tl.arange(0, BLOCK_D)
+    offs_r = tl.load(tiles_ptr + tile * sums.TILE + sums.R_BLOCK) * BLOCK_R + tl.arange(0, BLOCK_R)
+    split = tl.load(tiles_ptr + tile * sums.TILE + sums.SPLIT).to(tl.int64)
+    first = tl.load(tiles_ptr + tile * sums.TILE + sums.FIRST_SPAN)
+    end = tl.load(tiles_ptr + tile * sums.TILE + sums.END_SPAN)
     offs_n = tl.arange(0, BLOCK_N)
-    d = tl.load(layer_dims_ptr + layer * OUTPUT + OUT_D)
-    k = tl.load(layer_dims_ptr + layer * OUTPUT + OUT_K)
+    d = tl.load(layer_dims_ptr + layer * sums.OUTPUT + sums.OUT_D)
+    k = tl.load(layer_dims_ptr + layer * sums.OUTPUT + sums.OUT_K)
     # Without these hints on what was loaded from a table, the copies fall back to single elements.
     if S_UNIT > 0:
         d = tl.multiple_of(d, S_UNIT)
@@ -100,14 +82,14 @@ def _stz_kernel(
     if S_DTYPE == tl.float16:
         top = tl.zeros((BLOCK_R,), dtype=tl.float32)
         for span in range(first, end):
-            item = tl.load(spans_ptr + span * SPAN + ITEM).to(tl.int64)
+            item = tl.load(spans_ptr + span * sums.SPAN + sums.ITEM).to(tl.int64)
             p_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + P).to(tl.pointer_type(tl.float32))
             stride_p_n = tl.load(dims_ptr + item * ITEM_DIMS + P_STRIDE_N)
             if P_UNIT > 0:
                 p_ptr = tl.multiple_of(p_ptr, 16)
                 stride_p_n = tl.multiple_of(stride_p_n, P_UNIT)
-            stop = tl.load(spans_ptr + span * SPAN + STOP)
-            for n0 in range(tl.load(spans_ptr + span * SPAN + BEGIN), stop, BLOCK_N):
+            stop = tl.load(spans_ptr + span * sums.SPAN + sums.STOP)
+            for n0 in range(tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN), stop, BLOCK_N):
                 rows = n0 + offs_n
                 p_ptrs = p_ptr + rows[:, None] * stride_p_n.to(tl.int64) + offs_r[None, :]
                 p = tl.load(p_ptrs, mask=(rows < stop)[:, None] & columns_r[None, :], other=0.0)
@@ -124,9 +106,9 @@ def _stz_kernel(
         second = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
         third = tl.zeros((BLOCK_R, BLOCK_D), dtype=tl.float32)
     for span in range(first, end):
-        item = tl.load(spans_ptr + span * SPAN + ITEM).to(tl.int64)
-        begin = tl.load(spans_ptr + span * SPAN + BEGIN)
-        stop = tl.load(spans_ptr + span * SPAN + STOP)
+        item = tl.load(spans_ptr + span * sums.SPAN + sums.ITEM).to(tl.int64)
+        begin = tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN)
+        stop = tl.load(spans_ptr + span * sums.SPAN + sums.STOP)
         s_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + S).to(tl.pointer_type(S_DTYPE))
         p_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + P).to(tl.pointer_type(tl.float32))
         stride_s_n = tl.load(dims_ptr + item * ITEM_DIMS + S_STRIDE_N)
@@ -178,11 +160,11 @@ def _stz_kernel(
     total = main + (second + third)
 
     h_ptr = tl.load(layer_pointers_ptr + layer).to(tl.pointer_type(tl.float32))
-    stride_h_d = tl.load(layer_dims_ptr + layer * OUTPUT + OUT_STRIDE_D).to(tl.int64)
+    stride_h_d = tl.load(layer_dims_ptr + layer * sums.OUTPUT + sums.OUT_STRIDE_D).to(tl.int64)
     columns_h = offs_r
     if not K_INNER:
-        columns_h = offs_r * tl.load(layer_dims_ptr + layer * OUTPUT + OUT_STRIDE_K).to(tl.int64)
-    h_ptr += split * tl.load(layer_dims_ptr + layer * OUTPUT + OUT_STRIDE_SPLIT)
+        columns_h = offs_r * tl.load(layer_dims_ptr + layer * sums.OUTPUT + sums.OUT_STRIDE_K).to(tl.int64)
+    h_ptr += split * tl.load(layer_dims_ptr + layer * sums.OUTPUT + sums.OUT_STRIDE_SPLIT)
     if S_FIRST:
         h_ptrs = h_ptr + offs_d[:, None] * stride_h_d + columns_h[None, :]
         tl.store(h_ptrs, total * unscale[None, :], mask=columns_d[:, None] & columns_r[None, :])
@@ -307,7 +289,7 @@ class STZPlan(TokenSum):
         for (dtype, fast_s, aligned_p, block_r), group in groups.items():
             config = stz_config(dtype, fast_s, block_r, capability or capability_of(self.device))
             tiles = self._cut(group, config.block_n, config.block_d, block_r, programs or fill_target(self.device))
-            tile_map = int32_table(tiles, TILE.value, self.device)
+            tile_map = int32_table(tiles, sums.TILE.value, self.device)
             inner = all(out is None or self.num_splits[o] > 1 or out[o].stride(1) == 1 for o in group)
             constexprs = _constexprs(dtype, fast_s, bool(aligned_p), inner, block_r, config)
             launches.append(Launch(_stz_kernel, tile_map, constexprs, config.num_warps, config.num_stages))

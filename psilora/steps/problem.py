@@ -59,6 +59,11 @@ class Problem:
         return self.record.holds if self.exact and self.record is not None else "nothing"
 
     @property
+    def reuse(self) -> bool:
+        """Whether BᵀG and GAᵀ at the current factors are `.grad` itself: not when that was rounded to 16 bits."""
+        return not (self.exact and min(self.dA.element_size(), self.dB.element_size()) < 4)
+
+    @property
     def formats(self) -> list[tuple[object, ...]]:
         """The dtypes and alignments of X and S of every call, where they are kept: with the pair, what kernels ask."""
         if not self.exact or self.record is None or self.record.holds != "rows":

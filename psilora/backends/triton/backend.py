@@ -123,7 +123,6 @@ def layer_of(problem: Problem) -> Layer:
     from psilora.backends.triton.gradient.plan import Layer, Structure
 
     o, pair = GradientOptions.of(problem.options), problem.pair
-    low = min(problem.dA.element_size(), problem.dB.element_size()) < 4
     chunks = problem.record.chunks if problem.record is not None else []
     return Layer(
         pair.d_out,
@@ -138,7 +137,7 @@ def layer_of(problem: Problem) -> Layer:
             corrected=o.metric_bias_correction,
             decay=o.weight_decay > 0,
             exact=problem.exact,
-            reuse=not (problem.exact and low),
+            reuse=problem.reuse,
             balance=o.balance,
         ),
         pair.lora_A.dtype,

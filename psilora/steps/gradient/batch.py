@@ -64,6 +64,5 @@ class GradientBatch(Batch):
 
     @property
     def reuse(self) -> bool:
-        """Whether BᵀG and GAᵀ at the current factors are `.grad` itself: not when that was rounded to 16 bits."""
-        low = min(self.problems[0].dA.element_size(), self.problems[0].dB.element_size()) < 4
-        return not (self.problems[0].exact and low)
+        """See `Problem`."""
+        return self.problems[0].reuse
