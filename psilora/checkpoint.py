@@ -95,7 +95,7 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
     return next((found[step] for step in sorted(found, reverse=True) if zipfile.is_zipfile(found[step])), None)
 
 
-def load_checkpoint(path: str | Path, model: nn.Module, **parts: Stateful) -> int:
+def load_checkpoint(path: str | Path | None, model: nn.Module, **parts: Stateful) -> int:
     """Load what `save_checkpoint` saved, the random number generators included, and return the step.
 
     The file is read and names and shapes are compared before anything is changed.
@@ -106,10 +106,15 @@ def load_checkpoint(path: str | Path, model: nn.Module, **parts: Stateful) -> in
         parts: The same names as when it was saved.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or `latest_checkpoint` found none (None).
         IncompleteCheckpointError: The file is cut off or damaged.
         ValueError: Names, shapes or the format do not match, or it holds other objects; says which.
     """
+    if path is None:
+        raise FileNotFoundError(
+            "load_checkpoint got None, which latest_checkpoint returns where there is no checkpoint: begin at step 0, "
+            "as in `step = load_checkpoint(path, model, …) if path else 0`"
+        )
     content = _read(Path(path))
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     _same_names("trainable parameters", trainable, content["model"])

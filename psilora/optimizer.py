@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from psilora import runtime
-from psilora.adapters.model import check_model
+from psilora.adapters.model import Models
 from psilora.adapters.pair import LoRAPair, is_sparse, listed
 from psilora.backends import dispatch
-from psilora.backends.triton.backend import Backends
 from psilora.backends.warmup import warm_up
-from psilora.capture.policy import Planner
 from psilora.distributed.communicator import Communicator
-from psilora.distributed.sharding import Gathered, is_sharded, local, refuse_sharded
+from psilora.distributed.sharding import Gathered, local
+from psilora.lifecycle import Lifecycle
 from psilora.linalg.precision import full_precision
-from psilora.monitor.counters import Counters
-from psilora.monitor.observer import Observer
 from psilora.monitor.standstill import why_still
 from psilora.monitor.summary import PairInfo, pair_infos, summary
-from psilora.monitor.warn_once import Notices
-from psilora.options import OPTION_NAMES, Options, as_group, refuse_foreign, resolved
+from psilora.options import OPTION_NAMES, Options, refuse_foreign, resolved
 from psilora.options.published import PAPER
-from psilora.param_groups.adamw import AuxAdamW, adamw_group
-from psilora.param_groups.lora import Settings, checked_pairs, lora_groups
-from psilora.steps.assemble import Assembler, Collected
+from psilora.param_groups.bind import Recipe
+from psilora.steps.assemble import Collected
 from psilora.steps.clipping import gradient_factor
-from psilora.steps.controller import CONTROLLERS, SlopeController
+from psilora.steps.controller import CONTROLLERS
 from psilora.steps.counts import GlobalCounts, global_counts, refuse_unshared
 from psilora.steps.gradient_norm import full_squares
 from psilora.steps.problem import Problems, Scales
-from psilora.steps.state import compatible, copy_loaded, init_state, named
+from psilora.steps.state import compatible, copy_loaded, init_state
 from psilora.steps.update import all_finite
 from psilora.steps.verify import external_scale
 
@@ -43,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class PSILoRA(torch.optim.Optimizer):
+class PSILoRA(Lifecycle):
     r"""A full step on the weight of every LoRA pair, cut back to rank r by LoRSum (see `psilora.lorsum`).
 
     ΔW = s·B·A, with the gradient G = ∂L/∂W, which is never formed. Two kinds of step:
@@ -71,7 +64,8 @@ class PSILoRA(torch.optim.Optimizer):
     last param group, under their own rate `adamw_lr`, which follows the same schedule.
 
     Args:
-        model: The model with LoRA adapters, not its parameters.
+        model: The model with LoRA adapters, not its parameters; or several, as a list or a dict whose keys begin their
+            layers' names ("unet.…"), trained by one optimizer.
         lr: η ≥ 0, a number or one-element tensor.
         step: "spectral" or "gradient", "step_kind" in param groups. None or "auto" below: a default that depends on it.
         num_iters: K ≥ 0 rounds of alternating least squares; 0 is one simultaneous update (preconditioned LoRA).
@@ -129,6 +123,8 @@ class PSILoRA(torch.optim.Optimizer):
         groups: Overrides for some layers: a sequence of {"layers": regex searched in the layer's path, or a list of
             paths, **settings}, where " (adapter)" may follow a path; the first match wins, the rest forms group 0.
             Settings are those above from `lr` to `loss_reduction`, without max_grad_norm, norm, controller and backend.
+            {"parameters": regex or list of names, **settings} is for parameters outside the pairs, with AdamW's lr,
+            betas, eps and weight_decay: an embedding's rate, or norms and biases without decay.
         tokens: Rows N that a layer sees per step in this process, for gradient="auto": tokens, or output positions of a
             convolution. None: as many as each layer saw in the first step. The same in all processes, as every setting.
         capture_budget: Bytes of G that gradient="auto" may hold from backward to step, beside a metric's sums; None for
@@ -157,7 +153,7 @@ class PSILoRA(torch.optim.Optimizer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Models,
         lr: float | Tensor,
         *,
         step: str = "spectral",
@@ -215,69 +211,20 @@ class PSILoRA(torch.optim.Optimizer):
             if value not in allowed:
                 raise ValueError(f"Invalid {name}={value!r}. Must be one of {', '.join(map(repr, allowed))}.")
         self.max_grad_norm, self.norm, self.backend, self.nonfinite = max_grad_norm, norm, backend, nonfinite
-        pairs = checked_pairs(check_model(model, sharded=True), unsupported)
-        self._pairs = {id(pair.lora_A): pair for pair in pairs}
-        self._settings, self._assembler = Settings(self._pairs), Assembler()
-        param_groups = lora_groups(pairs, settings, groups)
-        taken = {id(p) for pair in pairs for p in (pair.lora_A, pair.lora_B)}
-        outside = {name: p for name, p in model.named_parameters() if p.requires_grad and id(p) not in taken}
-        if also is not None:
-            held = {id(p) for p in model.parameters()}
-            more = check_model(also, sharded=True).named_parameters()
-            outside |= {f"also.{name}": p for name, p in more if p.requires_grad and id(p) not in held}
-        rest = list(outside.values())
-        self._outside = {id(p): name for name, p in outside.items()}
-        if rest:
-            adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
-            param_groups.append(adamw_group(rest, maximize=maximize, **adamw))  # type: ignore[arg-type]
-        self._constructed = False
-        super().__init__(param_groups, as_group(resolved(settings)))
-        for group in self.param_groups:
-            if group["kind"] != "lora":
-                for name in set(as_group(settings)) - {"lr", "weight_decay", "maximize"}:
-                    group.pop(name, None)
-        self._constructed = True
-        self._controller = SlopeController(pairs) if controller == "slope" else None
-        self._others = AuxAdamW(self)
-        self._counters = Counters(pairs[0].lora_A.device)
-        self._observer = Observer()
-        self._notices = Notices(self.param_groups)
-        self._model = weakref.ref(model)
-        self._backends: Backends = {}
-        self._route: dispatch.Route | None = None
+        adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+        recipe = Recipe(settings, groups, {**adamw, "maximize": maximize}, unsupported, also)
         self.communicator = Communicator(process_group)
-        refuse_unshared(self._options(), self.communicator.world_size)
-        refuse_sharded(self._options(), controller)
-        self._sharded = any(is_sharded(p) for p in model.parameters() if p.requires_grad)
-        if self._sharded and backend != "reference" and self._counters.values.is_cuda:
-            runtime.warn("the reference backend takes the steps: the kernels take no factors that are sharded")
-        if self._sharded:  # the kernels recognise factors that have not changed by their tensors, which are new here
-            self.backend = "reference"
-        if norm == "full" and any(o.gradient == "backward" and o.captures is not None for _, o in self._options()):
-            raise ValueError("norm='full' needs G, of which gradient='backward' keeps nothing; use gradient='dense'")
-        self._planner = Planner(self._options(), tokens, capture_budget)
-        self._capture = self._planner.capture()
+        self._slope, self._planned = controller is not None, (tokens, capture_budget)
+        super().__init__(model, recipe)
 
     @classmethod
-    def paper(cls, model: nn.Module, lr: float | Tensor, **overrides: Any) -> PSILoRA:
+    def paper(cls, model: Models, lr: float | Tensor, **overrides: Any) -> PSILoRA:
         """Return a `PSILoRA` with the settings of the paper (`psilora.options.PAPER`), to compare with it.
 
         Its metric starts at 1, so early steps are far too small where the true statistics are: good rates lie elsewhere
         than for the defaults. With the LoRA scaling s = 1 (alpha = r) the rate is the paper's own.
         """
         return cls(model, lr, **{**PAPER, **overrides})
-
-    # ---- construction -------------------------------------------------------------------------------------------
-
-    def _options(self) -> list[tuple[LoRAPair, Options]]:
-        """Every pair with the current settings of its group; the same list while they are the same."""
-        return self._settings.read(self.param_groups)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refuse later groups: pairs and hooks come from the model; build a new optimizer instead."""
-        if getattr(self, "_constructed", False):
-            raise ValueError("PSILoRA finds its parameters in the model; to train others, build a new PSILoRA")
-        super().add_param_group(param_group)
 
     # ---- the step -----------------------------------------------------------------------------------------------
 
@@ -388,17 +335,12 @@ class PSILoRA(torch.optim.Optimizer):
         return found
 
     def _why_still(self, pair: LoRAPair, trained: bool) -> str:
-        return why_still(pair, self._model(), self._capture.record(pair), trained)
+        return why_still(pair, self._known_model(), self._capture.record(pair), trained)
 
     def _overflow(self, device: torch.device) -> Tensor | None:
         """Whether a GradScaler, which tells through `found_inf`, wants this step skipped, a 0-d bool; None without."""
         found: Tensor | None = getattr(self, "found_inf", None)
         return None if found is None else found.to(device).sum() > 0
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Reset the gradients and drop what was captured for them."""
-        super().zero_grad(set_to_none)
-        self._capture.clear()
 
     # ---- state --------------------------------------------------------------------------------------------------
 
@@ -417,10 +359,6 @@ class PSILoRA(torch.optim.Optimizer):
             group["names"] = names
         return state
 
-    def _names(self) -> list[list[str]]:
-        """What each param group trains."""
-        return named(self.param_groups, self._pairs, self._outside)
-
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype.
 
@@ -437,17 +375,6 @@ class PSILoRA(torch.optim.Optimizer):
         super().load_state_dict(found)
         copy_loaded(found, self.param_groups, self.state)
         self._capture.clear()
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._others.link(self)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a PSILoRA holds hooks on its model and cannot be copied or pickled; use state_dict()")
-
-    def detach(self) -> None:
-        """Remove every hook from the model and drop what was captured."""
-        self._capture.close()
 
     def capture_bytes(self) -> int:
         """Return the bytes held for the next step beside `.grad`; storage shared between layers is counted once."""

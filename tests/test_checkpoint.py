@@ -262,3 +262,10 @@ def test_sixteen_bit_adapters_resume_bit_exactly(tmp_path: Path) -> None:
     load_checkpoint(path, model, optimizer=optimizer)
     train(model, optimizer, batches[1:], loss=mse)
     assert all(torch.equal(expected[name], value) for name, value in factors(model).items())
+
+
+def test_no_checkpoint_yet_is_said(tmp_path: Path) -> None:
+    """The first start of a loop that always resumes: `latest_checkpoint` has found nothing."""
+    found = latest_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match="where there is no checkpoint: begin at step 0"):
+        load_checkpoint(found, plain_mlp())

@@ -12,8 +12,10 @@ import torch
 from models import bare, peft_mlp
 from peft import LoraConfig, get_peft_model
 
+import psilora
 from psilora import doctor
 from psilora.adapters import find_pairs
+from psilora.adapters.pair import mebibytes
 from psilora.backends.triton import backend as triton_backend
 from psilora.doctor.self_test import CASES
 
@@ -24,6 +26,36 @@ def test_it_runs_as_a_module_and_reports_versions_and_backends() -> None:
     for word in ("Versions", f"torch {torch.__version__.split('+')[0]}", "reference: active", "triton: ", "Self-test"):
         assert word in run.stdout
     assert "FAILED" not in run.stdout
+
+
+def test_nothing_is_trained_where_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    self_test = importlib.import_module("psilora.doctor.self_test")
+    monkeypatch.setattr(self_test, "_train", lambda *_: pytest.fail("it trains"))
+    assert doctor.main(["--no-self-test"]) == 0
+    out = capsys.readouterr().out
+    assert "Backends" in out and "Self-test" not in out
+    with pytest.raises(SystemExit):
+        doctor.main(["--self-test", "--no-self-test"])
+    assert "exclude each other" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as left:
+        doctor.main(["--version"])
+    assert left.value.code == 0 and capsys.readouterr().out == f"psilora {psilora.__version__}\n"
+
+
+def test_each_comparison_is_printed_when_it_is_done(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The trap: nothing is seen until all of them are through."""
+    self_test = importlib.import_module("psilora.doctor.self_test")
+    real, printed = self_test._train, []
+
+    def watched(*arguments) -> list[torch.Tensor]:
+        printed.append(capsys.readouterr().out)
+        return real(*arguments)
+
+    monkeypatch.setattr(self_test, "_train", watched)
+    assert doctor.main(["--self-test", "--backend", "reference", "--seconds", "60"]) == 0
+    assert printed[0].startswith("Self-test") and all("ok" in said for said in printed[2::2])
 
 
 def test_the_self_test_passes_and_can_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
@@ -74,9 +106,11 @@ def test_memory_counts_shared_inputs_once() -> None:
     assert not unsupported
     lines = doctor.memory(pairs, tokens=1024, itemsize=2)
     total_X, total_S = (32 + 16 + 8) * 1024 * 2, (16 + 8 + 4) * 1024 * 2
-    assert f"to {total_X / 1024:.3g} KiB" in lines[0] and f"S {total_S / 1024:.3g} KiB" in lines[0]
+    assert f"to {total_X / 2**20:.3g} MiB" in lines[0] and f"S {total_S / 2**20:.3g} MiB" in lines[0]
     state = 2 * ((32 + 16) + (16 + 8) + (8 + 4)) * 4
-    assert f"{2 * state / 1024:.3g} KiB" in lines[4] and f"{state} B" in lines[5]
+    assert f"{2 * state / 2**20:.3g} MiB" in lines[4] and f"{state / 2**20:.3g} MiB" in lines[5]
+    wide, _ = find_pairs(peft_mlp((32, 16, 8, 4), r=2))
+    assert "X 448.0 MiB (shared) to 448.0 MiB" in doctor.memory(wide, tokens=2**22, itemsize=2)[0]
 
 
 def test_the_layers_of_a_model_without_its_weights(tmp_path, capsys: pytest.CaptureFixture) -> None:
@@ -88,13 +122,15 @@ def test_the_layers_of_a_model_without_its_weights(tmp_path, capsys: pytest.Capt
     model = ["--model", str(tmp_path), "--target-modules", "query,value", "--tokens", "256"]
     assert doctor.main(model) == 0
     out = capsys.readouterr().out
-    assert "2 × query: dense, SᵀX holds 4096 bytes, X and S of 256 rows 32768" in out
+    assert "2 × query: dense, SᵀX holds 0.00391 MiB, X and S of 256 rows 0.0312 MiB" in out
     assert "2 × query 32×32, r = 8: captured exactly" in out
-    assert "together 16 KiB" in out
+    assert "together 0.0156 MiB: 4 dense" in out
+    assert "together 4 pairs with 2,048 trainable numbers" in out
     assert doctor.main([*model, "--budget", "1e-5"]) == 0
     tight = capsys.readouterr().out
-    assert "tangent, dense would hold 4096 bytes, and all layers more than 10737" in tight and "together 8 KiB" in tight
-    assert "X 32 KiB (shared) to 64 KiB, S 64 KiB" in out  # query and value read the same input
+    assert "tangent, dense would hold 0.00391 MiB, and all layers more than 0.0102 MiB" in tight
+    assert "together 0.00781 MiB: 2 dense, 2 tangent" in tight
+    assert "X 0.0312 MiB (shared) to 0.0625 MiB, S 0.0625 MiB" in out  # query and value read the same input
 
 
 @pytest.mark.parametrize(
@@ -146,7 +182,7 @@ def test_a_convolutional_model(tmp_path, capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out
     assert "1 × convolution 8×147, r = 8: captured exactly, by patches of 7×7" in out
     rows, dense = 512 * (147 + 8) * 2, 4 * 147 * 8
-    assert f"1 × convolution: dense, SᵀX holds {dense} bytes, X and S of 512 rows {rows}" in out
+    assert f"1 × convolution: dense, SᵀX holds {mebibytes(dense)}, X and S of 512 rows {mebibytes(rows)}" in out
     assert doctor.main(["--model", str(tmp_path), "--target-modules", ".*encoder.*convolution"]) == 0
     assert "8×147" not in capsys.readouterr().out
     images = ["--target-modules", "convolution", "--image", "64", "--batch", "2"]
@@ -154,7 +190,8 @@ def test_a_convolutional_model(tmp_path, capsys: pytest.CaptureFixture) -> None:
     out = capsys.readouterr().out  # every layer has rows of its own: strides of 2 halve the 64 pixels
     assert "Memory at 2 images of 64×64" in out
     for rows, d_in, d_out in ((2 * 32**2, 147, 8), (2 * 16**2, 72, 8), (2 * 8**2, 8, 16), (2 * 8**2, 144, 16)):
-        assert f"SᵀX holds {4 * d_in * d_out} bytes, X and S of {rows} rows {rows * (d_in + d_out) * 2}" in out
+        captured = mebibytes(rows * (d_in + d_out) * 2)
+        assert f"SᵀX holds {mebibytes(4 * d_in * d_out)}, X and S of {rows} rows {captured}" in out
 
 
 def test_rows_of_images_are_those_that_training_sees(tmp_path, capsys: pytest.CaptureFixture) -> None:

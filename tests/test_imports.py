@@ -18,6 +18,7 @@ ORDER = (
     ("param_groups",),
     ("steps", "baselines"),
     ("backends", "monitor"),
+    ("lifecycle",),
     ("optimizer",),
     ("presets", "integrations", "doctor", "functional"),
 )

@@ -102,13 +102,3 @@ def test_repaired_pivots_are_counted_and_warned_about_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, optimizer, [data(dtype=torch.float32)])
-
-
-def test_later_groups_and_copies_are_refused() -> None:
-    optimizer = bare(plain_mlp(), 0.1)
-    with pytest.raises(ValueError, match="build a new PSILoRA"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    with pytest.raises(TypeError, match="use state_dict"):
-        import pickle
-
-        pickle.dumps(optimizer)

@@ -2,7 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
 from torch import nn
+
+#: What an optimizer is built on.
+Models: TypeAlias = "nn.Module | Sequence[nn.Module] | Mapping[str, nn.Module]"
+
+
+def joined(model: object) -> object:
+    """Return several models as one, whose names begin with their keys, or their places in a list; others as they are.
+
+    Raises:
+        ValueError: A key is no name of a module.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if isinstance(model, (list, tuple)) and model and all(isinstance(part, nn.Module) for part in model):
+        parts: Mapping[str, nn.Module] = {str(i): part for i, part in enumerate(model)}
+    elif isinstance(model, Mapping) and model and all(isinstance(part, nn.Module) for part in model.values()):
+        parts = model
+    else:
+        return model
+    for name, part in parts.items():
+        if not isinstance(name, str) or not name or "." in name:
+            raise ValueError(f"Invalid name {name!r} of a model. Must be a string without a dot.")
+        check_model(part, sharded=True)
+    whole = nn.Module()  # a ModuleDict has names of its own, such as "keys", which no model could have
+    for name, part in parts.items():
+        if hasattr(whole, name):
+            raise ValueError(f"Invalid name {name!r} of a model. nn.Module has an attribute of that name.")
+        whole.add_module(name, part)
+    return whole
 
 
 def check_model(model: object, *, sharded: bool = False) -> nn.Module:
@@ -12,13 +44,11 @@ def check_model(model: object, *, sharded: bool = False) -> nn.Module:
         model: What the user passed.
         sharded: Whether parameters may be DTensors.
     """
-    if isinstance(model, (list, tuple)) and model and all(isinstance(part, nn.Module) for part in model):
-        raise TypeError(
-            f"model must be one nn.Module, got a {type(model).__name__} of {len(model)}; build one optimizer for each "
-            "of them, or pass nn.ModuleList of them"
-        )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}; pass the model, not its parameters")
+        raise TypeError(
+            f"model must be an nn.Module, got {type(model).__name__}; pass the model (several in a list or a dict), "
+            "not its parameters"
+        )
     if isinstance(model, nn.DataParallel):
         raise ValueError(
             "the model is wrapped in nn.DataParallel, whose replicas hide their activations; "

@@ -108,6 +108,12 @@ def listed(names: list[str], limit: int = 8) -> str:
     return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def mebibytes(count: float) -> str:
+    """Return a number of bytes in the one unit that messages and reports use."""
+    size = count / 2**20
+    return f"{size:,.1f} MiB" if size >= 100 else f"{size:.3g} MiB"
+
+
 def describe(items: list[LoRAPair] | list[Unsupported]) -> str:
     """Return "name (reason), …" for an error or warning."""
     return listed([f"{i.name} ({i.reason if isinstance(i, Unsupported) else i.uncaptured})" for i in items])

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from psilora import runtime
-from psilora.adapters.pair import LoRAPair, describe
+from psilora.adapters.pair import LoRAPair, describe, mebibytes
 from psilora.capture.hooks import Capture
 from psilora.capture.storage import HOLDS
 from psilora.linalg.precision import compute_dtype
@@ -52,7 +52,8 @@ def choose(
         if total <= budget:
             break
         total -= chosen[i].bytes
-        what = f"{chosen[i].gradient} would hold {chosen[i].bytes} bytes, and all layers more than {int(budget)}"
+        held, most = mebibytes(chosen[i].bytes), mebibytes(budget)
+        what = f"{chosen[i].gradient} would hold {held}, and all layers more than {most}"
         chosen[i] = Choice("tangent", 0, what)
     return chosen
 
@@ -61,8 +62,8 @@ def _smallest(pair: LoRAPair, rows: int, itemsize: int) -> Choice:
     captured = rows * (pair.d_in + pair.d_out) * itemsize
     dense = pair.d_in * pair.d_out * compute_dtype(pair.lora_A.dtype).itemsize
     if captured <= dense:
-        return Choice("exact", captured, f"X and S of {rows} rows hold {captured} bytes, SᵀX {dense}")
-    return Choice("dense", dense, f"SᵀX holds {dense} bytes, X and S of {rows} rows {captured}")
+        return Choice("exact", captured, f"X and S of {rows} rows hold {mebibytes(captured)}, SᵀX {mebibytes(dense)}")
+    return Choice("dense", dense, f"SᵀX holds {mebibytes(dense)}, X and S of {rows} rows {mebibytes(captured)}")
 
 
 class Planner:

@@ -13,7 +13,7 @@ import torch
 from psilora.adapters.find import find_pairs
 from psilora.backends.dispatch import automatic as automatic_backend
 from psilora.backends.dispatch import backend_unavailable
-from psilora.doctor.self_test import BACKENDS, CASES, runs, self_test
+from psilora.doctor.self_test import BACKENDS, CASES, comparisons, runs
 from psilora.doctor.survey import adapted_skeleton, automatic, layers, memory, rows_of_images
 from psilora.linalg import native
 
@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8, help="images per step, with --image (default 8)")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--budget", type=float, help="capture_budget for gradient='auto', in GiB (none)")
+    parser.add_argument("--version", action="version", version=f"psilora {importlib.metadata.version('psilora')}")
     parser.add_argument("--self-test", action="store_true", help="only compare the backends with the float64 oracle")
+    parser.add_argument("--no-self-test", action="store_true", help="only report, train nothing")
     parser.add_argument("--backend", choices=BACKENDS, help="test this backend alone (all)")
     parser.add_argument("--seconds", type=float, default=5.0, help="time after which no case is begun (default 5)")
     options = parser.parse_args(arguments)
@@ -46,6 +48,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             parser.error(f"--{name}={value} must be >= {least}")
     if options.budget is not None and not options.budget >= 0:
         parser.error(f"--budget={options.budget} must be >= 0")
+    if options.self_test and options.no_self_test:
+        parser.error("--self-test and --no-self-test exclude each other")
     if options.self_test and options.model:
         parser.error("--self-test trains a model of its own; leave out --model")
     if not options.self_test:
@@ -53,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_section("Devices", devices())
         _print_section("Backends", backends())
         if options.model:
+            _say(f"Reading the configuration of {options.model} …")
             model = adapted_skeleton(options.model, options.rank, _targets(options.target_modules))
             pairs, unsupported = find_pairs(model)
             width = getattr(torch, options.dtype).itemsize
@@ -65,16 +70,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             budget = None if options.budget is None else options.budget * 2**30
             _print_section("gradient='auto'", automatic(pairs, rows, width, budget))
             return 0
+    if options.no_self_test:
+        return 0
+    passed = []
     try:
-        results = self_test(options.seconds, options.backend)
+        _print_section("Self-test against the float64 oracle", ())
+        for r in comparisons(options.seconds, options.backend):
+            _say(f"  {r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}")
+            passed.append(r.ok)
     except ValueError as error:
         parser.error(str(error))
-    rows = [f"{r.name}: relative error {r.error:.1e} {'ok' if r.ok else f'> {r.limit:.0e} FAILED'}" for r in results]
-    left = len(CASES) * len(runs(options.backend)) - len(results)
-    _print_section("Self-test against the float64 oracle", rows)
-    if left and options.self_test:
-        print(f"  {left} more comparisons were left out after {options.seconds:g} s")
-    return 0 if all(result.ok for result in results) else 1
+    left = len(CASES) * len(runs(options.backend)) - len(passed)
+    if left:
+        _say(f"  {left} more comparisons were left out after {options.seconds:g} s")
+    return 0 if all(passed) else 1
 
 
 def _targets(argument: str) -> str | list[str]:
@@ -84,9 +93,14 @@ def _targets(argument: str) -> str | list[str]:
 
 
 def _print_section(title: str, rows: Iterable[str]) -> None:
-    print(f"{title}")
+    _say(title)
     for row in rows:
-        print(f"  {row}")
+        _say(f"  {row}")
+
+
+def _say(line: str) -> None:
+    """Print a line at once, also into a pipe: what comes after it may take a while."""
+    print(line, flush=True)
 
 
 def versions() -> list[str]:

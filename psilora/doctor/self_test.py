@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,11 @@ def runs(backend: str | None) -> list[tuple[str, str, torch.dtype]]:
 
 
 def self_test(budget: float = 5.0, backend: str | None = None) -> list[Result]:
+    """Return the results of `comparisons` together."""
+    return list(comparisons(budget, backend))
+
+
+def comparisons(budget: float = 5.0, backend: str | None = None) -> Iterator[Result]:
     """Train two layers for three steps on every backend and device here, and compare with the reference in float64.
 
     Args:
@@ -64,18 +70,18 @@ def self_test(budget: float = 5.0, backend: str | None = None) -> list[Result]:
     if backend is not None:
         check_backend(backend)
     chosen = runs(backend)
-    results: list[Result] = []
+    done = False
     start = time.monotonic()
     for case in CASES:
         want = _train("reference", "cpu", torch.float64, case)
         for name, device, dtype in chosen:
-            if results and time.monotonic() - start > budget:
-                return results
+            if done and time.monotonic() - start > budget:
+                return
             got = _train(name, device, dtype, case)
             errors = [float((g - w).abs().max() / w.abs().max()) for g, w in zip(got, want, strict=True)]
             settings = ", ".join(f"{k}={v}" for k, v in case.items()) or "default"
-            results.append(Result(f"{name} on {device}, {settings}", max(errors), 1e-4))
-    return results
+            done = True
+            yield Result(f"{name} on {device}, {settings}", max(errors), 1e-4)
 
 
 def _train(backend: str, device: str, dtype: torch.dtype, case: dict[str, Any]) -> list[torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from psilora.adapters.pair import LoRAPair, Unsupported
+from psilora.adapters.pair import LoRAPair, Unsupported, mebibytes
 from psilora.capture.policy import choose
 from psilora.options.metrics import DENSE_LIMIT
 
@@ -78,13 +78,16 @@ def rows_of_images(model: nn.Module, pairs: Sequence[LoRAPair], batch: int, size
 
 
 def layers(pairs: Sequence[LoRAPair], unsupported: Sequence[Unsupported]) -> list[str]:
-    """Return the layers grouped by shape and capture mode, then what cannot be trained."""
+    """Return the layers grouped by shape and capture mode, what cannot be trained, and how much there is of them."""
     kinds = Counter((p.name.rsplit(".", 1)[-1], p.d_out, p.d_in, p.rank, _mode(p)) for p in pairs)
     lines = []
     for (name, d_out, d_in, r, mode), n in kinds.items():
         above = f", more than the {min(d_out, d_in)} it can use" if r > min(d_out, d_in) else ""
         lines.append(f"{n} × {name} {d_out}×{d_in}, r = {r}{above}: {mode}")
     lines += [f"{u.name}: not trainable here, {u.reason}" for u in unsupported]
+    if pairs:
+        numbers = sum(pair.rank * (pair.d_in + pair.d_out) for pair in pairs)
+        lines.append(f"together {len(pairs)} pairs with {numbers:,} trainable numbers")
     return lines or ["no LoRA pair found"]
 
 
@@ -113,15 +116,16 @@ def memory(pairs: Sequence[LoRAPair], tokens: int | Sequence[int], itemsize: int
     left = len(pairs) - len(narrow)
     wide = f", without {left} layer{'s' * (left > 1)} wider than {DENSE_LIMIT}, which it cannot take" if left else ""
     return [
-        f"gradient='exact': X {_size(shared_X)} (shared) to {_size(sum(X))}, S {_size(S)}, held from backward to step",
-        f"gradient='dense': {_size(sum(4 * p.d_in * p.d_out for p in captured))}, whatever the rows",
-        f"gradient='backward': {_size(sum(8 * p.rank * p.d_out for p in captured))}, for K = 1 alone",
+        f"gradient='exact': X {mebibytes(shared_X)} (shared) to {mebibytes(sum(X))}, S {mebibytes(S)}, held from "
+        "backward to step",
+        f"gradient='dense': {mebibytes(sum(4 * p.d_in * p.d_out for p in captured))}, whatever the rows",
+        f"gradient='backward': {mebibytes(sum(8 * p.rank * p.d_out for p in captured))}, for K = 1 alone",
         "step='spectral' and gradient='tangent': no captures",
-        f"momentum of step='spectral' (rank 2r): {_size(8 * factors)}, as AdamW on the same parameters",
-        f"momentum of step='gradient' (rank r): {_size(4 * factors)}",
-        f"metric of either: {_size(4 * diagonal)}",
-        f"metric='kfac-low-rank' (rank r): {_size(4 * (factors + 2 * len(pairs)))}",
-        f"metric='kfac-dense' or 'shampoo-dense': {_size(sum(4 * (p.d_in**2 + p.d_out**2) for p in narrow))}{wide}",
+        f"momentum of step='spectral' (rank 2r): {mebibytes(8 * factors)}, as AdamW on the same parameters",
+        f"momentum of step='gradient' (rank r): {mebibytes(4 * factors)}",
+        f"metric of either: {mebibytes(4 * diagonal)}",
+        f"metric='kfac-low-rank' (rank r): {mebibytes(4 * (factors + 2 * len(pairs)))}",
+        f"metric='kfac-dense' or 'shampoo-dense': {mebibytes(sum(4 * (p.d_in**2 + p.d_out**2) for p in narrow))}{wide}",
     ]
 
 
@@ -138,12 +142,5 @@ def automatic(pairs: Sequence[LoRAPair], tokens: int | Sequence[int], itemsize: 
     chosen = choose(captured, counts, budget, itemsize)
     kinds = Counter((p.name.rsplit(".", 1)[-1], c.gradient, c.reason) for p, c in zip(captured, chosen, strict=True))
     lines = [f"{n} × {name}: {gradient}, {reason}" for (name, gradient, reason), n in kinds.items()]
-    return [*lines, f"together {_size(sum(c.bytes for c in chosen))}"]
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
+    of_each = ", ".join(f"{n} {gradient}" for gradient, n in sorted(Counter(c.gradient for c in chosen).items()))
+    return [*lines, f"together {mebibytes(sum(c.bytes for c in chosen))}: {of_each or 'nothing is captured'}"]

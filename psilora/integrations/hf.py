@@ -13,40 +13,69 @@ Three ways in, by who owns the model when:
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from psilora import runtime
 from psilora.optimizer import PSILoRA
 
 
 class PSILoRAFactory:
     """What the Trainer calls with its model where it would call an optimizer class with parameters."""
 
-    def __init__(self, *groups: object, **settings: object) -> None:
-        if groups or settings:
+    def __new__(cls, *groups: object, **settings: Any) -> Any:
+        """Return a factory, or at once the optimizer of the trainer that calls, where transformers knows no factories.
+
+        transformers 4 calls whatever stands in the place of an optimizer class with groups of parameters.
+
+        Raises:
+            TypeError: It was called with parameters, and not by a Trainer.
+        """
+        factory = super().__new__(cls)
+        if not (groups or settings):
+            return factory
+        trainer = _calling_trainer()
+        if trainer is None:
             raise TypeError(
-                "this version of transformers hands an optimizer its parameters, not the model; "
-                "set trainer.optimizer = PSILoRA(trainer.model, lr) before trainer.train()"
+                "this factory takes a model, not parameters, unless a Trainer calls it; set "
+                "trainer.optimizer = PSILoRA(trainer.model, lr) before trainer.train()"
             )
+        return factory(trainer.model, **settings)
 
     def __call__(self, model: nn.Module, **settings: Any) -> PSILoRA:
         """Return `PSILoRA(model, **settings)`, with what a trainer that calls this holds as its loss as `also`."""
-        return PSILoRA(model, **{"also": _loss_of_trainer(), **settings})
+        trainer = _calling_trainer()
+        if trainer is not None:
+            say_ignored_rate(trainer.args, settings["lr"])
+        return PSILoRA(model, **{"also": _loss_of_trainer(trainer), **settings})
 
 
-def _loss_of_trainer() -> nn.Module | None:
-    """The loss of the sentence-transformers trainer that calls, whose own optimizer trains the loss's weights too.
+def say_ignored_rate(args: TrainingArguments, lr: float | Tensor) -> None:
+    """Warn where `TrainingArguments.learning_rate` was set, and to something else than the rate that is used."""
+    default = next(f.default for f in dataclasses.fields(args) if f.name == "learning_rate")  # TRL has its own
+    given = args.learning_rate
+    if given is not None and given not in (default, lr):
+        runtime.warn(
+            f"TrainingArguments.learning_rate={given:g} is not used: PSILoRA has its own, lr={float(lr):g}; its rates "
+            "are on another scale than AdamW's, so leave learning_rate out, or give both the same value"
+        )
 
-    The Trainer hands a factory its model alone, so it is looked up in the calling frames.
-    """
+
+def _calling_trainer() -> Trainer | None:
+    """The trainer that calls: it hands a factory its model alone, so it is looked up in the calling frames."""
     frame = inspect.currentframe()
     while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
         frame = frame.f_back
-    trainer = None if frame is None else frame.f_locals["self"]
+    return None if frame is None else frame.f_locals["self"]
+
+
+def _loss_of_trainer(trainer: Trainer | None) -> nn.Module | None:
+    """The loss of a sentence-transformers trainer, whose own optimizer trains the loss's weights too."""
     if not any(cls.__module__.startswith("sentence_transformers.") for cls in type(trainer).__mro__):
         return None
     loss = getattr(trainer, "loss", None)
@@ -59,7 +88,8 @@ def optimizer_cls_and_kwargs(lr: float, **settings: Any) -> tuple[type[PSILoRAFa
     """Return the Trainer's argument of that name: PSILoRA on the trainer's own model, built when training starts.
 
     Args:
-        lr: η, as for `PSILoRA`; `TrainingArguments.learning_rate` is not used.
+        lr: η, as for `PSILoRA`; `TrainingArguments.learning_rate` is not used, and a warning says so where
+            it was set.
         settings: Other arguments of `PSILoRA`. The weights of a sentence-transformers trainer's losses are trained with
             the head; another module outside the model is named by `also`.
     """
@@ -79,6 +109,14 @@ class PSILoRACallback(TrainerCallback):
             raise ValueError(f"Invalid every={every}. Must be >= 1.")
         self.trainer, self.every = trainer, every
         self._observing = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Say where a rate of the arguments is not used."""
+        optimizer = kwargs.get("optimizer")
+        if optimizer is not None:
+            say_ignored_rate(args, _unwrapped(optimizer).defaults["lr"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -40,6 +40,14 @@ class Notices:
         self._moved: set[int] = set()  # the ids of those that have had one
         self._still: set[str] = set()
 
+    def rebound(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Begin anew with the pairs of these groups: those there were, and perhaps more of them."""
+        self._built += [_rate(group) for group in groups[len(self._built) :]]
+        self._idle, self._started = 0, False
+        self._waiting, self._moved = {}, set()
+        for said in (self._blind, self._halved, self._still):
+            said.clear()
+
     def trained(self, some: bool) -> None:
         """Note whether a step found gradients; warn after a few in a row without any."""
         if some:
@@ -50,7 +58,7 @@ class Notices:
         if self._idle == limit:
             runtime.warn(
                 f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
-                "a change of adapters build a new PSILoRA"
+                "a change of adapters call optimizer.rebind()"
             )
 
     def partly(

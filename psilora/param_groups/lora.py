@@ -13,7 +13,6 @@ from psilora.adapters.find import find_pairs, none_found
 from psilora.adapters.pair import LoRAPair, describe
 from psilora.options import (
     GROUP_KEYS,
-    OPTION_NAMES,
     Options,
     SpectralOptions,
     as_group,
@@ -42,20 +41,23 @@ def checked_pairs(model: nn.Module, unsupported: str) -> list[LoRAPair]:
 
 
 def lora_groups(
-    pairs: Sequence[LoRAPair], settings: Mapping[str, Any], overrides: Sequence[Mapping[str, Any]]
-) -> list[dict[str, Any]]:
-    """Split the pairs into param groups: group 0 for the rest, then one per override."""
-    if isinstance(overrides, str) or not isinstance(overrides, Sequence):
-        raise ValueError(f"Invalid groups={overrides!r}. Must be a sequence of {{'layers': …, **settings}}.")
+    pairs: Sequence[LoRAPair],
+    settings: Mapping[str, Any],
+    overrides: Sequence[Mapping[str, Any]],
+    *,
+    strict: bool = True,
+) -> list[tuple[int, dict[str, Any]]]:
+    """Split the pairs into param groups, without empty ones: number 0 for the rest, then one per override.
+
+    Args:
+        pairs: Of the model.
+        settings: Those of all pairs.
+        overrides: {"layers": …, **settings}, with known keys.
+        strict: Whether an override for which no pair is left is an error.
+    """
     groups = [{**as_group(resolved(settings)), "kind": "lora", "params": []}]
     matchers: list[Callable[[LoRAPair], bool]] = []
     for override in overrides:
-        if not isinstance(override, Mapping):
-            raise ValueError(f"Invalid group {override!r} in groups. Must be a dict {{'layers': …, **settings}}.")
-        unknown = set(override) - set(OPTION_NAMES) - {"layers"}
-        if "layers" not in override or unknown:
-            problem = f"has unknown keys {sorted(unknown)}" if unknown else "has no 'layers'"
-            raise ValueError(f"a group {problem}; allowed are 'layers' and {', '.join(OPTION_NAMES)}")
         chosen = inherited(settings, override)
         group = {**as_group(resolved(chosen)), "kind": "lora", "params": []}
         refuse_foreign(override, chosen["step"])
@@ -69,13 +71,11 @@ def lora_groups(
         check_pair(pair, Options.from_group(groups[index]))
         groups[index]["params"] += [pair.lora_A, pair.lora_B]
     for override, group in zip(overrides, groups[1:], strict=True):
-        if not group["params"]:
+        if strict and not group["params"]:
             raise ValueError(
                 f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
             )
-    groups = [group for group in groups if group["params"]]
-    share_depth(groups)
-    return groups
+    return [(i, group) for i, group in enumerate(groups) if group["params"]]
 
 
 def share_depth(groups: Sequence[dict[str, Any]]) -> None:

@@ -68,6 +68,18 @@ class SlopeController:
                     change = torch.zeros_like(parameter, dtype=compute_dtype(parameter.dtype))
                     state[parameter]["change"] = change
 
+    def kept(self, state: State) -> Tensor | None:
+        """Return `NUMBERS` where there are some, else None."""
+        first = self.pairs[0].lora_A
+        return state[first].get("controller") if first in state else None
+
+    def adopt(self, numbers: Tensor, state: State) -> None:
+        """Take the numbers of a controller of other pairs on the same parameters' state."""
+        for entry in state.values():
+            entry.pop("controller", None)
+        first = self.pairs[0].lora_A
+        state[first]["controller"] = numbers.to(first.device)
+
     def numbers(self, state: State) -> Tensor:
         """Return `NUMBERS` as they are after the last step."""
         numbers: Tensor = state[self.pairs[0].lora_A]["controller"]

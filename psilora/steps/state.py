@@ -15,12 +15,20 @@ from psilora.options.base import GROUP_KEYS, Options
 from psilora.param_groups.lora import check_pair, momentum_rank, pair_options
 from psilora.steps import STEPS
 
+#: What this package keeps in the state of a LoRA parameter; wrappers of optimizers may keep more there.
+NAMES = frozenset({"step", "momentum", "metric", "metric_rest", "norms", "controller", "change"})
+
 
 def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
     """Return the dtype of the state `name` of a LoRA parameter: fp32 or better, whatever the parameter's."""
     if name in ("controller", "norms"):
         return torch.float64
     return torch.float32 if name == "step" else compute_dtype(parameter.dtype)
+
+
+def _dtype_loaded(name: str, value: Tensor, parameter: Tensor) -> torch.dtype:
+    """The dtype that a loaded state has; what wrappers of optimizers keep there stays as it is."""
+    return state_dtype(name, parameter) if name in NAMES else value.dtype
 
 
 def init_state(pair: LoRAPair, options: Options, state_B: dict[str, Any], state_A: dict[str, Any]) -> None:
@@ -110,7 +118,7 @@ def compatible(
     states = _by_parameter({**state_dict, "param_groups": complete}, groups)
     for pair, options in settings:
         check_pair(pair, options)
-        _check_pair_state(pair, options, states)
+        check_pair_state(pair, options, states)
     for i, group in enumerate(groups):
         for j, parameter in enumerate(group["params"] if group["kind"] != "lora" else ()):
             for key, value in states[id(parameter)].items():
@@ -150,7 +158,7 @@ def _same_name(saved: str, ours: str) -> bool:
     return long == short or not short or long.endswith(("" if short[0] == " " else ".") + short)
 
 
-def _check_pair_state(pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]]) -> None:
+def check_pair_state(pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]]) -> None:
     """Raise ValueError if a state has another shape than its settings give a pair of this shape."""
     lora_A, lora_B = (
         nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in (pair.lora_A, pair.lora_B)
@@ -197,7 +205,7 @@ def copy_loaded(
             if not isinstance(value, Tensor):
                 continue
             if kind == "lora":
-                dtype = state_dtype(key, parameter)
+                dtype = _dtype_loaded(key, value, parameter)
                 state[parameter][key] = value.detach().to(parameter.device, dtype, copy=True)
             else:
                 state[parameter][key] = state[parameter][key].clone()

@@ -134,10 +134,8 @@ def test_adalora_is_named_and_the_advice_can_be_followed(unsupported: str) -> No
     assert len(PSILoRA(beside, 0.05, unsupported="adamw")._pairs) == 3
 
 
-def test_models_in_a_list_are_counted_and_a_module_list_is_taken() -> None:
+def test_a_module_list_is_one_model() -> None:
     models = [plain_mlp(), plain_mlp()]
-    with pytest.raises(TypeError, match=r"must be one nn.Module, got a list of 2; .* nn.ModuleList"):
-        PSILoRA(models, 0.05)  # type: ignore[arg-type]
     both = nn.ModuleList(models)
     optimizer, before = bare(both, 0.05), factors(both)
     x: Tensor = torch.randn(8, 24, dtype=torch.float64)

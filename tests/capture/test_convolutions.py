@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from psilora import doctor
 from psilora.adapters import find_pairs
 from psilora.adapters.convolution import convolution, unfolded
+from psilora.adapters.pair import mebibytes
 from psilora.backends.triton import backend as triton_backend
 from psilora.capture.policy import choose
 
@@ -484,7 +485,7 @@ def test_auto_counts_the_rows_of_each_layer() -> None:
     assert optimizer.gradients() == {conv.name: "dense", head.name: "exact"}
     reasons = [optimizer._planner.choices[pair.name].reason for pair in (conv, head)]
     assert f"X and S of {2 * 18 * 18} rows {2 * 18 * 18 * (27 + 8) * 8}" in reasons[0]
-    assert f"X and S of 2 rows hold {2 * (128 + 4) * 8} bytes, SᵀX {128 * 4 * 8}" in reasons[1]
+    assert f"X and S of 2 rows hold {mebibytes(2 * (128 + 4) * 8)}, SᵀX {mebibytes(128 * 4 * 8)}" in reasons[1]
     small = bare(model, gradient="auto")
     train(model, small, [images(1, (4, 4))])
     assert set(small.gradients().values()) == {"exact"}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from psilora import PSILoRA
-from psilora.integrations.hf import PSILoRAFactory, optimizer_cls_and_kwargs
+from psilora.integrations.hf import PSILoRACallback, PSILoRAFactory, optimizer_cls_and_kwargs
 
 
 def arguments(path: Path, **changes: Any) -> TrainingArguments:
@@ -173,6 +173,63 @@ def test_resuming_is_bit_exact_and_needs_the_state(tmp_path: Path) -> None:
     assert not all(torch.equal(expected[name], ends[1][name]) for name in expected), "without the state it would differ"
 
 
-def test_a_trainer_that_hands_over_parameters_is_told_the_other_way(tmp_path: Path) -> None:
+class OfVersion4(Trainer):
+    """Calls what stands for an optimizer class with groups of parameters, as transformers 4 does."""
+
+    def create_optimizer(self, *_: object, **__: object) -> torch.optim.Optimizer:
+        made, settings = self.optimizer_cls_and_kwargs
+        groups = [{"params": [p for p in self.model.parameters() if p.requires_grad], "weight_decay": 0.0}]
+        self.optimizer = made(groups, **settings)
+        return self.optimizer
+
+
+def test_a_trainer_that_hands_over_parameters_is_served_too(tmp_path: Path) -> None:
+    ends = []
+    for kind in (Trainer, OfVersion4):
+        torch.manual_seed(0)
+        model = adapted()
+        made = optimizer_cls_and_kwargs(0.1)
+        trainer = kind(model, arguments(tmp_path), train_dataset=token_rows(), optimizer_cls_and_kwargs=made)
+        trainer.train()
+        ends.append(factors(model))
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
     with pytest.raises(TypeError, match=r"set trainer.optimizer = PSILoRA\(trainer.model, lr\)"):
         PSILoRAFactory([{"params": []}], lr=0.1)
+
+
+@pytest.mark.parametrize("way", ["factory", "callback"])
+def test_a_learning_rate_that_is_not_used_is_said(tmp_path: Path, way: str) -> None:
+    """The trap: the rate in TrainingArguments, which every other optimizer takes, does nothing."""
+
+    def trainer(**changes: Any) -> Trainer:
+        model = adapted()
+        given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs(0.1)}
+        if way == "callback":
+            given = {"optimizers": (PSILoRA(model, 0.1), None)}
+        made = Trainer(model, arguments(tmp_path, max_steps=1, **changes), train_dataset=token_rows(), **given)
+        if way == "callback":
+            made.add_callback(PSILoRACallback(made))
+        return made
+
+    with pytest.warns(UserWarning, match=r"TrainingArguments.learning_rate=0.0003 is not used: .* lr=0.1"):
+        trainer(learning_rate=3e-4).train()
+    trainer(learning_rate=0.1).train()  # warnings are errors
+    trainer().train()
+
+
+def test_the_figures_go_wherever_the_trainer_reports(tmp_path: Path) -> None:
+    """W&B, TensorBoard and others are callbacks that are handed every log; the trap is a callback that knows one."""
+    model, seen = adapted(), []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args, state, control, logs: dict[str, float], **_: object) -> None:
+            seen.append({name for name in logs if name.startswith("psilora/")})
+
+    trainer = Trainer(
+        model, arguments(tmp_path, max_steps=3), train_dataset=token_rows(), optimizers=(PSILoRA(model, 0.1), None)
+    )
+    trainer.add_callback(Reporter)
+    trainer.add_callback(PSILoRACallback(trainer, every=2))
+    trainer.train()
+    logged = [names for names in seen if names]
+    assert len(logged) == 2 and {"psilora/skipped_steps", "psilora/repaired_pivots"} < logged[0]
