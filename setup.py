@@ -5,13 +5,18 @@ and other libraries import it, so nothing here may ever install a top-level `tri
 
 The native extension is compiled against the torch that is installed, so it is only built with
 `--no-build-isolation`. `PSILORA_BUILD_EXT` decides: 0 never; 1 always, any obstacle being an error; auto, the
-default, where torch and a C++ compiler are there, and a failed build leaves a pure-Python installation.
+default, where torch and a C++ compiler are there. Under auto a failure leaves out the CUDA half (as where nvcc is of
+another version than torch's CUDA), then the extension: the wheel is then a pure one, py3-none-any.
+
+The package page shows README.md, where links to the repository's files lead nowhere: they are made absolute by the
+address "Repository" of [project.urls], and become plain text, without pictures, while there is none.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -77,25 +82,45 @@ def extension_options() -> dict[str, Any]:
         return {}
 
     import torch
+    from setuptools.command.bdist_wheel import bdist_wheel
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
     class Build(BuildExtension):  # type: ignore[misc, unused-ignore]
-        """Compile the extension; under auto a failure is reported and the extension left out."""
+        """Compile the extension; under auto what fails is reported and left out."""
 
         def build_extensions(self) -> None:
             try:
-                super().build_extensions()
+                try:
+                    super().build_extensions()
+                except (Exception, SystemExit) as error:
+                    if mode == "1" or kind is not CUDAExtension:
+                        raise
+                    say(f"CUDA half NOT built: {error}")
+                    self.extensions[:] = [without_cuda]
+                    super().build_extensions()
             except (Exception, SystemExit) as error:
                 if mode == "1":
                     raise
                 say(f"native extension NOT built, psilora works without it: {error}")
                 say("set PSILORA_BUILD_EXT=1 to make this an error, 0 to skip the attempt")
                 self.extensions = []
+                self.distribution.ext_modules = []
+
+    class Wheel(bdist_wheel):
+        """Build before the wheel is named: one without its extension is for every platform."""
+
+        def run(self) -> None:
+            self.run_command("build")
+            self.skip_build = True
+            if not self.distribution.ext_modules:
+                self.root_is_pure = True
+            super().run()
 
     sources = sorted(str(path) for path in Path("csrc").glob("*.cpp")) + sorted(
         str(path) for path in Path("csrc/cpu").glob("*.cpp")
     )
     flags = {"cxx": CXX_FLAGS}
+    without_cuda = CppExtension("psilora._C", sources=list(sources), extra_compile_args={"cxx": CXX_FLAGS})
     kind = CppExtension
     if cuda_wanted():
         kind = CUDAExtension
@@ -106,7 +131,23 @@ def extension_options() -> dict[str, Any]:
     halves = "CPU and CUDA" if kind is CUDAExtension else "CPU"
     say(f"building the native extension ({halves}, {platform.machine()})")
     extension = kind("psilora._C", sources=sources, extra_compile_args=flags)
-    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build, "bdist_wheel": Wheel}}
+
+
+def package_page() -> str:
+    """Return README.md with links that work away from the repository."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    known = re.search(r'^Repository = "([^"]+?)/?"$', Path("pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+
+    def absolute(match: re.Match[str]) -> str:
+        picture, words, target = match.groups()
+        if re.match(r"[a-z]+:|#", target):
+            return match[0]
+        if known is not None:
+            return f"{picture}[{words}]({known[1]}/{'raw' if picture else 'blob'}/main/{target})"
+        return "" if picture else words
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)", absolute, text)
 
 
 kernel_packages = [f"psilora.{KERNELS}"] + [f"psilora.{KERNELS}.{name}" for name in find_packages(KERNELS)]
@@ -114,5 +155,7 @@ kernel_packages = [f"psilora.{KERNELS}"] + [f"psilora.{KERNELS}.{name}" for name
 setup(
     packages=[*find_packages(include=["psilora", "psilora.*"]), *kernel_packages],
     package_dir={f"psilora.{KERNELS}": KERNELS},
+    long_description=package_page(),
+    long_description_content_type="text/markdown",
     **extension_options(),
 )

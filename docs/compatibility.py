@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "bitsandbytes": "bitsandbytes",
     "torchao": "torchao",
     "DeepSpeed": "deepspeed",
+    "pytorch_optimizer": "pytorch_optimizer",
 }
 
 HEAD = """# Compatibility

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from psilora import runtime
+from psilora.adapters.find import find_pairs
 from psilora.adapters.model import check_model
 from psilora.adapters.pair import LoRAPair
 from psilora.options import OPTION_NAMES
@@ -100,6 +101,8 @@ class Recipe:
         others = adamw_groups(outside, self.adamw, self.parameters, strict=strict)
         groups |= {("adamw", i): group for i, group in others}
         said = {id(p) for (_, i), group in groups.items() if i for p in group["params"]}
+        if self.unsupported == "adamw":
+            said |= {id(p) for adapter in find_pairs(model)[1] for p in adapter.parameters}
         unsaid = {n: p for n, p in outside.items() if id(p) not in said and not n.startswith("also.")}
         message = too_many(sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs), unsaid)
         if message is not None:

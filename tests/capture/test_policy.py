@@ -190,7 +190,7 @@ def test_auto_takes_the_smaller_and_keeps_to_the_budget() -> None:
     assert [c.gradient for c in choose(pairs, 24, None, itemsize=2)] == ["exact"] * 3
     tight = choose(pairs, 10, 4 * 10 * (72 + 56))
     assert [c.gradient for c in tight] == ["tangent", "exact", "exact"]
-    assert "exact would hold 3520 bytes, and all layers more than 5120" in tight[0].reason
+    assert "exact would hold 0.00336 MiB, and all layers more than 0.00488 MiB" in tight[0].reason
 
 
 def test_auto_observes_the_first_step_and_trains_exactly() -> None:
@@ -225,7 +225,7 @@ def test_bad_sizes_are_named(name: str, value: float) -> None:
 def test_the_doctor_explains_auto() -> None:
     pairs, _ = find_pairs(plain_mlp((48, 40, 32, 24), dtype=torch.float32))
     lines = doctor.automatic(pairs, tokens=1000, itemsize=4, budget=9000)
-    assert any(line.startswith("1 × l1: tangent, dense would hold 7680 bytes") for line in lines)
+    assert any(line.startswith("1 × l1: tangent, dense would hold 0.00732 MiB") for line in lines)
     assert any(
         line.startswith("1 × l2: dense, SᵀX holds 0.00488 MiB, X and S of 1000 rows 0.275 MiB") for line in lines
     )

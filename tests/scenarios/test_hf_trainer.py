@@ -197,6 +197,8 @@ def test_a_trainer_that_hands_over_parameters_is_served_too(tmp_path: Path) -> N
         PSILoRAFactory([{"params": []}], lr=0.1)
 
 
+# transformers' own, which pytest.warns would hand on as if it were raised here
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("way", ["factory", "callback"])
 def test_a_learning_rate_that_is_not_used_is_said(tmp_path: Path, way: str) -> None:
     """The trap: the rate in TrainingArguments, which every other optimizer takes, does nothing."""
