@@ -27,6 +27,8 @@ DISTRIBUTIONS = {
     "torchao": "torchao",
     "DeepSpeed": "deepspeed",
     "pytorch_optimizer": "pytorch_optimizer",
+    "diffusers": "diffusers",
+    "sentence-transformers": "sentence-transformers",
 }
 
 HEAD = """# Compatibility

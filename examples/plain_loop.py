@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     config = LoraConfig(r=8, target_modules="all-linear", lora_dropout=0.05, modules_to_save=["lm_head"])
     model = get_peft_model(tiny_llama(), config)
-    optimizer = PSILoRA(model, lr=0.1, max_grad_norm=1.0, adamw_lr=3e-3)
+    head = {"parameters": "lm_head", "lr": 3e-3}  # trained by AdamW
+    optimizer = PSILoRA(model, lr=0.1, max_grad_norm=1.0, groups=[head])
     schedule = LambdaLR(optimizer, lambda step: min(step / 5, 1.0, (options.steps - step) / options.steps))
     parts = {"optimizer": optimizer, "schedule": schedule}
 

@@ -45,7 +45,8 @@ class PSILoRAFactory:
                 "this factory takes a model, not parameters, unless a Trainer calls it; set "
                 "trainer.optimizer = PSILoRA(trainer.model, lr) before trainer.train()"
             )
-        return factory(trainer.model, **settings)
+        model: Any = trainer.model
+        return factory(model, **settings)
 
     def __call__(self, model: nn.Module, **settings: Any) -> PSILoRA:
         """Return `PSILoRA(model, **settings)`, with what a trainer that calls this holds as its loss as `also`."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-COVERED = {"plain_loop", "hf_trainer", "trl_sft", "finetune_llm", "ddp", "fsdp", "qlora"}
+COVERED = {"plain_loop", "hf_trainer", "trl_sft", "ddp", "fsdp", "qlora", "accelerate_loop", "lightning_module"}
+COVERED |= {"finetune_llm", "diffusers_unet", "sentence_pairs", "layouts", "relora"}
 ELSEWHERE = {"finetune", "finetune_report", "docstrings", "offline"}
 
 
@@ -62,6 +63,54 @@ def test_a_language_model_is_fine_tuned_both_ways_and_its_adapters_are_saved(tmp
     assert (tmp_path / "curves.png").stat().st_size > 0
     text = (tmp_path / "samples.md").read_text()
     assert text.count("- its own: ") == text.count("- PSILoRA: ") == 3 and runs[1]["after"][0].split()[0] in text
+
+
+def test_accelerate_loop_learns() -> None:
+    losses = example("accelerate_loop")(["--epochs", "1"])
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning:lightning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec.*:FutureWarning")
+def test_lightning_module_learns() -> None:
+    pytest.importorskip("lightning", reason="Lightning is an extra: psilora[loops]")
+    losses = example("lightning_module")(["--steps", "20"])
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.1
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # diffusers' own, raised wherever it is called from
+@pytest.mark.scenario(
+    14, "diffusers", gradient="spectral", tested="examples/diffusers_unet.py: UNet convolutions and text encoder"
+)
+def test_diffusers_unet_learns(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("diffusers", reason="diffusers is an extra: psilora[examples]")
+    losses = example("diffusers_unet")(["--steps", "25"])
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert "36 LoRA pairs" in capsys.readouterr().out
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*sentence_transformers.*deprecated:DeprecationWarning")
+@pytest.mark.scenario(
+    14, "sentence-transformers", gradient="spectral", tested="examples/sentence_pairs.py: trainer, loss with weights"
+)
+def test_sentence_pairs_learns(tmp_path: Path) -> None:
+    pytest.importorskip("sentence_transformers", reason="sentence-transformers is an extra: psilora[examples]")
+    losses = example("sentence_pairs")(["--steps", "30", "--output", str(tmp_path)])
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_every_layout_learns() -> None:
+    pytest.importorskip("loralib", reason="loralib is an extra: psilora[loops]")
+    for name, losses in example("layouts")(["--steps", "30"]).items():
+        assert losses[-1] < losses[0] - 0.3, name
+
+
+def test_relora_goes_on_learning_after_each_restart() -> None:
+    losses = example("relora")(["--steps", "30", "--every", "10"])
+    thirds = [sum(losses[i + 5 : i + 10]) for i in (0, 10, 20)]
+    assert thirds[2] < thirds[0] and max(losses) < losses[0] + 0.1
 
 
 @pytest.mark.distributed
