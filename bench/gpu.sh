@@ -2,9 +2,11 @@
 # What needs a CUDA device, from a bare checkout and with what its Python already has (3.11 or later). Builds the package
 # into a folder of its own and goes through the stages; each stays below 10 minutes and leaves logs and JSON in OUT.
 #
-#   bash bench/gpu.sh [tests|sanitize|bench|all]      all (the default) takes up to half an hour
+#   bash bench/gpu.sh [first|tests|sanitize|bench|all]      all (the default) takes up to forty minutes
 #
-#   tests      the gpu tests, tests/test_gpu.py first; in parallel with pytest-xdist
+#   first      the default step alone: it compiles and passes its check, waits for nothing, repeats bit for bit a hundred
+#              times, lives in a graph; then its launches and the host's time beside AdamW, and Nsight Compute where it is
+#   tests      the gpu tests, tests/test_gpu*.py first; in parallel with pytest-xdist
 #   sanitize   compute-sanitizer's tools over the doctor's self-test of the kernels, which compiles them before
 #   bench      `python -m bench gpu`
 #
@@ -15,12 +17,13 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 stage=${1:-all}
 case $stage in
-  tests | sanitize | bench) stages=$stage ;;
-  all) stages="tests sanitize bench" ;;
-  *) echo "usage: bash bench/gpu.sh [tests|sanitize|bench|all]" >&2 && exit 2 ;;
+  first | tests | sanitize | bench) stages=$stage ;;
+  all) stages="first tests sanitize bench" ;;
+  *) echo "usage: bash bench/gpu.sh [first|tests|sanitize|bench|all]" >&2 && exit 2 ;;
 esac
 OUT=$(mkdir -p "${OUT:-bench/results}" && cd "${OUT:-bench/results}" && pwd)
 export PYTHON=${PYTHON:-python3} PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export PSILORA_BUILD_EXT=0  # no step on CUDA uses the extension
 python=("$PYTHON" -P)  # see site.sh
 read -ra tools <<<"${TOOLS:-memcheck racecheck initcheck synccheck}"
 commit=$(git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
@@ -39,6 +42,21 @@ run() {
   return "$status"
 }
 
+first() {
+  # In the order of the file, one at a time: what fails first says most.
+  run 330 first "${python[@]}" -m pytest -m gpu tests/test_gpu_default.py -v -rs --durations 10 -p no:cacheprovider \
+    -p no:xdist -W default
+  run 100 host "${python[@]}" -m bench host --device cuda --models llama-3-8b --seconds 3 --commit "$commit" \
+    --out "$OUT/gpu"
+  if ! command -v ncu >/dev/null; then
+    echo "== ncu is not installed: not run"
+    return
+  fi
+  run 150 ncu ncu --kernel-name 'regex:gram|roots|moments|collect|tangent|finish|apply' --launch-skip 8 --launch-count 8 \
+    "${python[@]}" -m pytest -m gpu tests/test_gpu_default.py -q -p no:cacheprovider -p no:xdist -W default \
+    -k 'agree and float32 and 16'
+}
+
 tests() {
   local parallel=()
   if "${python[@]}" -c 'import xdist' 2>/dev/null; then
@@ -47,7 +65,7 @@ tests() {
     echo "== pytest-xdist is not installed: one test at a time"
   fi
   # By files and folders, since pytest would drop the one before a folder that holds it.
-  run 400 tests "${python[@]}" -m pytest -m gpu tests/test_gpu.py tests/test_*.py tests/[a-z]*/ -q --durations 10 \
+  run 400 tests "${python[@]}" -m pytest -m gpu tests/test_gpu*.py tests/test_*.py tests/[a-z]*/ -q --durations 10 \
     -p no:cacheprovider -W default "${parallel[@]}"
 }
 
@@ -75,7 +93,6 @@ bench() {
 }
 
 "$PYTHON" -c 'import torch, sys; print(torch.__version__, torch.cuda.get_device_name()) if torch.cuda.is_available() else sys.exit("no CUDA device")' || exit 1
-[ "$stage" != sanitize ] || export PSILORA_BUILD_EXT=0
 run 160 build bash bench/site.sh "$scratch" || exit 1
 export PYTHONPATH="$scratch/site"
 for stage in $stages; do

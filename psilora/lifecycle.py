@@ -12,7 +12,6 @@ from torch import nn
 from psilora import runtime
 from psilora.adapters.model import Models, check_model, joined
 from psilora.adapters.pair import LoRAPair
-from psilora.backends import dispatch
 from psilora.backends.triton.backend import Backends
 from psilora.capture.policy import Planner
 from psilora.distributed.communicator import Communicator
@@ -77,7 +76,7 @@ class Lifecycle(torch.optim.Optimizer):
         self._controller = SlopeController(pairs) if self._slope else None
         self._others.link(self)
         self._backends: Backends = {}
-        self._route: dispatch.Route | None = None
+        self._taken: list[str] = []
         refuse_unshared(self._options(), self.communicator.world_size)
         refuse_sharded(self._options(), "slope" if self._slope else None)
         trained = [p for group in self.param_groups for p in group["params"]]
@@ -208,7 +207,7 @@ class Lifecycle(torch.optim.Optimizer):
                 "copied or pickled; use state_dict()"
             )
         rebuilt = {"_pairs", "_outside", "_controller", "_others", "_backends", "_planner", "_capture", "_notices"}
-        rebuilt |= {"_settings", "_assembler", "_route", "_observer", "communicator"}
+        rebuilt |= {"_settings", "_assembler", "_taken", "_observer", "communicator"}
         kept = {k: v for k, v in self.__dict__.items() if k not in rebuilt}
         names = {name: p for group in self.param_groups for p in group["params"] if (name := self._outside.get(id(p)))}
         return {**kept, "_model": None, "_joined": None, "_parts": (list(self._pairs.values()), names)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -247,7 +248,9 @@ class PSILoRA(Lifecycle):
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
         self._notices.rates(self.param_groups)
         self._capture.refresh()
-        joints = self._consensus()
+        joints = functools.cache(self._consensus)
+        if self._shared is not None:
+            joints()  # a round of messages, in which all processes take part at this point
         gathered = Gathered()
         try:
             found = self._collect(joints, gathered)
@@ -263,7 +266,7 @@ class PSILoRA(Lifecycle):
             self._assembler.release()
         if self._planner.waiting:
             world = self.communicator.world_size
-            self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints.items()})
+            self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints().items()})
         self._capture.clear()
         self._counters.poll()
         return loss
@@ -282,7 +285,7 @@ class PSILoRA(Lifecycle):
         wanted = self._observer.wanted
         seen = self._observer.before(problems, scales, self._capture.nbytes()) if wanted else []
         buckets = dispatch.compute(problems, scales, self.backend, communicator, self._backends)
-        self._route = problems.prepared.get("route")
+        self._taken = problems.prepared["route"].said
         others = [local(grad) for grad in self._others.gradients]
         wrong, overflow = dispatch.refused(buckets, others, device), self._overflow(device)
         if communicator is not None or self._sharded:
@@ -320,7 +323,7 @@ class PSILoRA(Lifecycle):
             refuse_unshared(self._options(), shared.world_size)
         return {id(pair): joint for pair, joint in zip(pairs, global_counts(pairs, self._capture, shared), strict=True)}
 
-    def _collect(self, joints: Mapping[int, GlobalCounts], gathered: Gathered) -> Collected:
+    def _collect(self, joints: Callable[[], Mapping[int, GlobalCounts]], gathered: Gathered) -> Collected:
         """The pairs that have gradients."""
         settings = self._options()
         self._planner.check(settings)
@@ -397,7 +400,7 @@ class PSILoRA(Lifecycle):
 
     def backends(self) -> list[str]:
         """Return which backend has taken how many pairs in the last step and, of the reference, why; [] before."""
-        return [] if self._route is None else self._route.said
+        return list(self._taken)
 
     def warmup(self) -> list[str]:
         """Compile everything that a step on the kernels needs, ahead of the first one; return in words what was done.

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_models import factors, network, step
 from models import bare
-from torch import Tensor, nn
+from torch import nn
 
-from psilora import LoRALinear, PSILoRA
+from psilora import LoRALinear
 from psilora.backends import self_check
 from psilora.backends.dispatch import backend_unavailable
 
@@ -31,27 +32,6 @@ KINDS: list[dict[str, Any]] = [
 ]
 #: Its singular value decompositions wait for the device, so that no graph can hold it.
 WAITING: list[dict[str, Any]] = [{"solver": "ritz", "momentum_rank": 3, "first": "B"}]
-
-
-def network(device: str, rank: int, dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Adapted layers of odd shapes; wide ones on a GPU."""
-    widths = (300, 513, 1024, 777, 64) if device == "cuda" else (24, 33, 20, 8)
-    layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
-        layer = LoRALinear(nn.Linear(d_in, d_out), min(rank, d_in, d_out), alpha=2.0 * rank)
-        nn.init.normal_(layer.lora_B.weight, std=0.1)
-        layers += [layer, nn.Tanh()]
-    return nn.Sequential(*layers[:-1]).to(device, dtype)
-
-
-def step(model: nn.Module, optimizer: PSILoRA, x: Tensor) -> None:
-    optimizer.zero_grad()
-    (model(x) - 1).square().mean().backward()
-    optimizer.step()
-
-
-def factors(model: nn.Module) -> list[Tensor]:
-    return [p.detach().clone() for p in model.parameters() if p.requires_grad]
 
 
 @pytest.mark.parametrize("device", DEVICES)

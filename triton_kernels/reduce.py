@@ -112,8 +112,9 @@ class TokenSum:
         out: Sequence[Tensor] | None,
         table: PointerTable | None,
         scratch: Scratch | None,
+        rows: Sequence[int] | None,
     ) -> None:
-        """Reserve the tables; every output of `shapes` (d, k) sums its items in `inputs`."""
+        """Reserve the tables; every output of `shapes` (d, k) sums its items in `inputs`, of at most `rows` rows."""
         self._scratch = scratch
         every = [tensor for tensors in (*inputs.values(), out or ()) for tensor in tensors]
         self.device = common_device(every) if table is None or every else table.device
@@ -121,10 +122,10 @@ class TokenSum:
         self.num_splits = [1] * len(shapes)
         self._shapes = shapes
         self._members = members(outputs, len(shapes))
-        self._sizes = [tensor.shape[0] for tensor in next(iter(inputs.values()))]
-        self._layouts = [Layouts(name, tensors) for name, tensors in inputs.items()]
+        self._sizes = [t.shape[0] for t in next(iter(inputs.values()))] if rows is None else list(rows)
+        self._layouts = [Layouts(name, tensors, rows) for name, tensors in inputs.items()]
         self._out_layout = None if out is None else Layouts("out", out)
-        self._items = self.table.reserve(len(self._sizes), len(inputs))
+        self._items = self.table.reserve(len(self._sizes), len(inputs) + 1)
         self._outputs = self.table.reserve(len(shapes), 1)
         self._spans = Spans()
         self._launches: list[Launch] = []
@@ -178,6 +179,8 @@ class TokenSum:
             if tensors is not None:
                 layout.require(tensors)
                 self._items.set(column, tensors)
+        if inputs[0] is not None:
+            self._items.put(len(inputs), [t.shape[0] for t in inputs[0]])
         if out is None:
             return
         if self._out_layout is None or self._reduction is None:
@@ -185,6 +188,11 @@ class TokenSum:
         self._out_layout.require(out)
         self._outputs.set(0, [h if part is None else part for h, part in zip(out, self._partials, strict=True)])
         self._reduction.bind(out)
+
+    def follow(self, addresses: Sequence[int], rows: Sequence[int]) -> None:
+        """Stage the addresses of the first input, of a known layout, and their rows: `bind` without its checks."""
+        self._items.put(0, addresses)
+        self._items.put(len(self._layouts), rows)
 
     def _launch(self, item_dims: Tensor) -> None:
         for launch in self._launches:

@@ -26,7 +26,9 @@ from psilora.triton_kernels.tables import (
 )
 from psilora.triton_kernels.variants import Variant
 
-# Columns of the table of items, and their number; those of outputs, tiles and spans are `reduce`'s.
+# Columns of the tables of items, each with the number of them last; those of outputs, tiles and spans are `reduce`'s.
+# The rows of an item, of which a span may hold more, lie beside its addresses, since both change from step to step.
+X, ROWS, ITEM_POINTERS = map(tl.constexpr, range(3))
 X_STRIDE_N, X_STRIDE_D, ITEM_DIMS = map(tl.constexpr, range(3))
 BLOCK_N, NUM_WARPS, NUM_STAGES = 32, 4, 4
 
@@ -66,8 +68,9 @@ def _squares_kernel(
     ):
         item = tl.load(spans_ptr + span * sums.SPAN + sums.ITEM).to(tl.int64)
         begin = tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN)
-        stop = tl.load(spans_ptr + span * sums.SPAN + sums.STOP)
-        x_ptr = tl.load(pointers_ptr + item).to(tl.pointer_type(X_DTYPE))
+        rows = tl.load(pointers_ptr + item * ITEM_POINTERS + ROWS).to(tl.int32)
+        stop = tl.minimum(tl.load(spans_ptr + span * sums.SPAN + sums.STOP), rows)
+        x_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + X).to(tl.pointer_type(X_DTYPE))
         stride_x_n = tl.load(dims_ptr + item * ITEM_DIMS + X_STRIDE_N)
         offs_b = (begin + offs_n)[:, None].to(tl.int64)
         if X_UNIT > 0:
@@ -132,6 +135,7 @@ class SquaresPlan(TokenSum):
         table: PointerTable | None = None,
         programs: int | None = None,
         scratch: Scratch | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Build the tables.
 
@@ -142,10 +146,11 @@ class SquaresPlan(TokenSum):
             table: The pointer table shared by the kernels of a step (None: the plan makes its own).
             programs: How many programs fill the device; default two per multiprocessor.
             scratch: Where the partials lie; default memory of their own.
+            rows: The most rows N_i that X_i may ever have; None for as many as now.
         """
         _check(x, outputs, out)
         columns = [q.unsqueeze(1) for q in out]
-        super().__init__({"x": x}, outputs, [(q.shape[0], 1) for q in out], columns, table, scratch)
+        super().__init__({"x": x}, outputs, [(q.shape[0], 1) for q in out], columns, table, scratch, rows)
         self._item_dims = int32_table((a.stride() for a in x), ITEM_DIMS.value, self.device)
         groups: dict[tuple[torch.dtype, bool], list[int]] = {}
         for o, items in enumerate(self._members):

@@ -32,7 +32,8 @@ from psilora.triton_kernels.tables import (
 from psilora.triton_kernels.variants import Variant
 
 # Columns of the tables of items, each with the number of them last; those of outputs, tiles and spans are `reduce`'s.
-S, P, ITEM_POINTERS = map(tl.constexpr, range(3))
+# The rows of an item, of which a span may hold more, lie beside its addresses, since both change from step to step.
+S, P, ROWS, ITEM_POINTERS = map(tl.constexpr, range(4))
 S_STRIDE_N, S_STRIDE_D, P_STRIDE_N, ITEM_DIMS = map(tl.constexpr, range(4))
 
 
@@ -88,7 +89,8 @@ def _stz_kernel(
             if P_UNIT > 0:
                 p_ptr = tl.multiple_of(p_ptr, 16)
                 stride_p_n = tl.multiple_of(stride_p_n, P_UNIT)
-            stop = tl.load(spans_ptr + span * sums.SPAN + sums.STOP)
+            known = tl.load(pointers_ptr + item * ITEM_POINTERS + ROWS).to(tl.int32)
+            stop = tl.minimum(tl.load(spans_ptr + span * sums.SPAN + sums.STOP), known)
             for n0 in range(tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN), stop, BLOCK_N):
                 rows = n0 + offs_n
                 p_ptrs = p_ptr + rows[:, None] * stride_p_n.to(tl.int64) + offs_r[None, :]
@@ -108,7 +110,8 @@ def _stz_kernel(
     for span in range(first, end):
         item = tl.load(spans_ptr + span * sums.SPAN + sums.ITEM).to(tl.int64)
         begin = tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN)
-        stop = tl.load(spans_ptr + span * sums.SPAN + sums.STOP)
+        known = tl.load(pointers_ptr + item * ITEM_POINTERS + ROWS).to(tl.int32)
+        stop = tl.minimum(tl.load(spans_ptr + span * sums.SPAN + sums.STOP), known)
         s_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + S).to(tl.pointer_type(S_DTYPE))
         p_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + P).to(tl.pointer_type(tl.float32))
         stride_s_n = tl.load(dims_ptr + item * ITEM_DIMS + S_STRIDE_N)
@@ -257,6 +260,7 @@ class STZPlan(TokenSum):
         programs: int | None = None,
         capability: int | None = None,
         scratch: Scratch | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Build the tables.
 
@@ -271,15 +275,16 @@ class STZPlan(TokenSum):
             programs: How many programs fill the device; default two per multiprocessor.
             capability: Compute capability to choose tiles for (90 for 9.0); default that of the device.
             scratch: Where the partials lie; default memory of their own.
+            rows: The most rows N_i that S_i may ever have, for which P_i has room; None for as many as now.
         """
         if out is not None:
             shapes = [(h.shape[0], h.shape[1]) for h in out]
         if shapes is None or (out is None) == reduce:
             raise ValueError("stz: give out with reduce=True, or shapes and no out with reduce=False")
-        _check(s, p, layers, shapes, out)
-        super().__init__({"s": s, "p": p}, layers, shapes, out, table, scratch)
-        rows = ((*a.stride(), b.stride(0)) for a, b in zip(s, p, strict=True))
-        self._item_dims = int32_table(rows, ITEM_DIMS.value, self.device)
+        _check(s, p, layers, shapes, out, rows)
+        super().__init__({"s": s, "p": p}, layers, shapes, out, table, scratch, rows)
+        strides = ((*a.stride(), b.stride(0)) for a, b in zip(s, p, strict=True))
+        self._item_dims = int32_table(strides, ITEM_DIMS.value, self.device)
         groups: dict[tuple[torch.dtype, bool, object, int], list[int]] = {}
         for layer, ((_, k), items) in enumerate(zip(shapes, self._members, strict=True)):
             dtype = s[items[0]].dtype if items else torch.float32
@@ -327,6 +332,7 @@ def _check(
     layers: Sequence[int],
     shapes: Sequence[tuple[int, int]],
     out: Sequence[Tensor] | None,
+    rows: Sequence[int] | None,
 ) -> None:
     if not len(s) == len(p) == len(layers):
         raise ValueError(f"stz: got {len(s)} s, {len(p)} p and {len(layers)} layers; one of each per item")
@@ -337,7 +343,7 @@ def _check(
         d, k = shapes[layer]
         for i in items:
             a, b = s[i], p[i]
-            if a.dim() != 2 or b.dim() != 2 or a.shape[1] != d or b.shape != (a.shape[0], k):
+            if a.dim() != 2 or b.dim() != 2 or a.shape[1] != d or b.shape != (rows[i] if rows else a.shape[0], k):
                 got = tuple(a.shape), tuple(b.shape)
                 raise ValueError(f"stz: item {i} has shapes {got}; layer {layer} needs (N, {d}) and (N, {k})")
             if a.dtype not in TRITON_DTYPES or a.dtype != s[items[0]].dtype:

@@ -44,6 +44,10 @@ class PointerBlock:
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         self.table.staged(self.offset, self.rows, self.columns)[:, column] = addresses
 
+    def put(self, column: int, numbers: Sequence[int]) -> None:
+        """Put a number per row into a column, to be sent by the next `upload`."""
+        self.table.staged(self.offset, self.rows, self.columns)[:, column] = numbers
+
     @property
     def device(self) -> Tensor:
         """The block on the device, (rows, columns) int64: a kernel's argument. Its address never changes."""
@@ -328,11 +332,21 @@ def members(groups: Sequence[int], count: int) -> list[list[int]]:
 
 
 class Layouts:
-    """What a plan has built into its tables about the tensors of one column: all but their addresses."""
+    """What a plan has built into its tables about the tensors of one column: all but their addresses.
 
-    def __init__(self, name: str, tensors: Sequence[Tensor]) -> None:
+    Args:
+        name: Of the column.
+        tensors: For their layouts.
+        rows: How many rows of each there may be at most; None for exactly as many as now.
+    """
+
+    def __init__(self, name: str, tensors: Sequence[Tensor], rows: Sequence[int] | None = None) -> None:
         self.name = name
+        self.rows = rows
         self.expected = [(t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
+
+    def _fits(self, i: int, shape: torch.Size, expected: torch.Size) -> bool:
+        return shape == expected if self.rows is None else shape[0] <= self.rows[i] and shape[1:] == expected[1:]
 
     def require(self, tensors: Sequence[Tensor]) -> None:
         """Raise ValueError at the first tensor that does not fit the plan; a better alignment than planned fits."""
@@ -340,7 +354,7 @@ class Layouts:
             raise ValueError(f"got {len(tensors)} {self.name}; the plan was made for {len(self.expected)}")
         for i, (tensor, (shape, strides, dtype, aligned)) in enumerate(zip(tensors, self.expected, strict=True)):
             if (
-                tensor.shape != shape
+                not self._fits(i, tensor.shape, shape)
                 or tensor.stride() != strides
                 or tensor.dtype != dtype
                 or (aligned and tensor.data_ptr() % ALIGNMENT)

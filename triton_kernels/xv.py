@@ -31,8 +31,9 @@ from psilora.triton_kernels.tables import (
 from psilora.triton_kernels.variants import Variant
 
 # Columns of the tables, each with the number of them last: addresses, sizes and strides of an item, and the tile map.
-X, F, P, POINTERS = map(tl.constexpr, range(4))
-N, D, K, X_STRIDE_N, X_STRIDE_D, F_STRIDE_K, F_STRIDE_D, P_STRIDE_N, DIMS = map(tl.constexpr, range(9))
+# The number of rows lies beside the addresses, since both change from step to step.
+X, F, P, N, POINTERS = map(tl.constexpr, range(5))
+D, K, X_STRIDE_N, X_STRIDE_D, F_STRIDE_K, F_STRIDE_D, P_STRIDE_N, DIMS = map(tl.constexpr, range(8))
 ITEM, M_BLOCK, R_BLOCK, TILE = map(tl.constexpr, range(4))
 
 ANY, ALONG_D, ALONG_K = 0, 1, 2
@@ -63,13 +64,15 @@ def _xv_kernel(
     x_ptr = tl.load(pointers_ptr + item * POINTERS + X).to(tl.pointer_type(X_DTYPE))
     f_ptr = tl.load(pointers_ptr + item * POINTERS + F).to(tl.pointer_type(tl.float32))
     p_ptr = tl.load(pointers_ptr + item * POINTERS + P).to(tl.pointer_type(tl.float32))
-    n = tl.load(dims_ptr + item * DIMS + N)
+    n = tl.load(pointers_ptr + item * POINTERS + N)
     d = tl.load(dims_ptr + item * DIMS + D)
     k = tl.load(dims_ptr + item * DIMS + K)
     stride_x_n = tl.load(dims_ptr + item * DIMS + X_STRIDE_N)
     stride_f_k = tl.load(dims_ptr + item * DIMS + F_STRIDE_K)
     stride_f_d = tl.load(dims_ptr + item * DIMS + F_STRIDE_D)
     stride_p_n = tl.load(dims_ptr + item * DIMS + P_STRIDE_N).to(tl.int64)
+    # A tile beyond the rows of this step, which a plan for more has, reads nothing.
+    d = tl.where(tl.load(tiles_ptr + tile * TILE + M_BLOCK).to(tl.int64) * BLOCK_M < n, d, 0)
     # Without these hints on what was loaded from a table, the copies fall back to single elements.
     if X_UNIT > 0:
         x_ptr = tl.multiple_of(x_ptr, 16)
@@ -215,6 +218,7 @@ class XVPlan:
         table: PointerTable | None = None,
         programs: int | None = None,
         capability: int | None = None,
+        rows: Sequence[int] | None = None,
     ) -> None:
         """Build the tables.
 
@@ -225,16 +229,18 @@ class XVPlan:
             table: The pointer table shared by the kernels of a step (None: the plan makes its own).
             programs: How many programs fill the device; default two per multiprocessor.
             capability: Compute capability to choose tiles for (90 for 9.0); default that of the device.
+            rows: The most rows N_i that X_i may ever have, for which `out` has room; None for as many as now.
         """
-        _check(x, f, out)
+        _check(x, f, out, rows)
         device = common_device([*x, *f, *out])
         self.device = device
         self.table = PointerTable(device) if table is None else table
         self._pointers = self.table.reserve(len(x), POINTERS.value)
-        self._layouts = [Layouts(name, tensors) for name, tensors in zip("xfp", (x, f, out), strict=True)]
+        limits = (rows, None, rows)
+        self._layouts = [Layouts(*column) for column in zip("xfp", (x, f, out), limits, strict=True)]
         self._dims = int32_table(
             (
-                (*a.shape, b.shape[0], a.stride(0), a.stride(1), b.stride(0), b.stride(1), p.stride(0))
+                (a.shape[1], b.shape[0], a.stride(0), a.stride(1), b.stride(0), b.stride(1), p.stride(0))
                 for a, b, p in zip(x, f, out, strict=True)
             ),
             DIMS.value,
@@ -243,6 +249,7 @@ class XVPlan:
         self._launches = _launches(
             x,
             f,
+            [a.shape[0] for a in x] if rows is None else rows,
             device,
             fill_target(device) if programs is None else programs,
             capability_of(device) if capability is None else capability,
@@ -260,6 +267,13 @@ class XVPlan:
             if tensors is not None:
                 self._layouts[column].require(tensors)
                 self._pointers.set(column, tensors)
+        if x is not None:
+            self._pointers.put(N.value, [a.shape[0] for a in x])
+
+    def follow(self, addresses: Sequence[int], rows: Sequence[int]) -> None:
+        """Stage the addresses of X of a known layout, and their rows: `bind` without its checks."""
+        self._pointers.put(0, addresses)
+        self._pointers.put(N.value, rows)
 
     def launch(self) -> None:
         """Run the kernel with the addresses last uploaded; no host synchronisation."""
@@ -267,11 +281,12 @@ class XVPlan:
             launch.run(self._pointers.device, self._dims)
 
 
-def _check(x: Sequence[Tensor], f: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+def _check(x: Sequence[Tensor], f: Sequence[Tensor], out: Sequence[Tensor], rows: Sequence[int] | None) -> None:
     if not len(x) == len(f) == len(out):
         raise ValueError(f"xv: got {len(x)} x, {len(f)} f and {len(out)} out; one of each per item is needed")
     for i, (a, b, p) in enumerate(zip(x, f, out, strict=True)):
-        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or p.shape != (a.shape[0], b.shape[0]):
+        room = a.shape[0] if rows is None else rows[i]
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[1] or p.shape != (room, b.shape[0]):
             shapes = tuple(a.shape), tuple(b.shape), tuple(p.shape)
             raise ValueError(f"xv: item {i} has shapes {shapes}; must be (N, d), (k, d) and (N, k)")
         if a.dtype not in (torch.bfloat16, torch.float16, torch.float32):
@@ -294,7 +309,12 @@ def _f_order(f: Tensor) -> int:
 
 
 def _launches(
-    x: Sequence[Tensor], f: Sequence[Tensor], device: torch.device, programs: int, capability: int
+    x: Sequence[Tensor],
+    f: Sequence[Tensor],
+    rows: Sequence[int],
+    device: torch.device,
+    programs: int,
+    capability: int,
 ) -> list[Launch]:
     groups: dict[tuple[torch.dtype, bool, object, int], list[int]] = {}
     for i, (a, b) in enumerate(zip(x, f, strict=True)):
@@ -303,13 +323,13 @@ def _launches(
     launches = []
     for (dtype, fast, order, block_r), members in groups.items():
         config = xv_config(dtype, fast, block_r, capability)
-        usual = sum(blocks(x[i].shape[0], config.block_m) * blocks(f[i].shape[0], block_r) for i in members)
+        usual = sum(blocks(rows[i], config.block_m) * blocks(f[i].shape[0], block_r) for i in members)
         if usual < programs:
             config = xv_config(dtype, fast, block_r, capability, few=True)
         tiles = [
             (i, m, r)
             for i in members
-            for m in range(blocks(x[i].shape[0], config.block_m))
+            for m in range(blocks(rows[i], config.block_m))
             for r in range(blocks(f[i].shape[0], block_r))
         ]
         constexprs = _constexprs(dtype, fast, order, block_r, config)

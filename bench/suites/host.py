@@ -1,8 +1,9 @@
 """What a step costs the host: launches of PyTorch and Triton, time against fused AdamW, and memory beside the state.
 
-Counts, and ratios of times of the host in one run; no time of a device. The kernels are replaced by functions that do
-nothing, so what is left is Python and PyTorch's own operations, on layers of a few columns; Triton's own work for a
-launch is left out. Workspaces are counted at the true widths on the meta device, where nothing is really allocated.
+Counts, and ratios of times of the host in one run; no time of a device. The kernels, AdamW's own included, are replaced
+by functions that do nothing, so what is left is Python and PyTorch's small operations, on layers of a few columns;
+Triton's own work for a launch is left out. Workspaces are counted at the true widths on the meta device, where nothing
+is really allocated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from bench import cuda
 from bench.candidate import Row
 from bench.measure import summary
 from bench.shapes import MODELS, Model
@@ -78,7 +80,8 @@ CASES = (
 
 def run(settings: Settings) -> list[Row]:
     """Return a row per case and model: counts of one step, and the host's time beside that of AdamW in the same run."""
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels are never run, but have to be defined
+    if settings.device == "cpu":  # where kernels are never run, but have to be defined
+        os.environ.setdefault("TRITON_INTERPRET", "1")
     reason = backend_unavailable("triton")
     if reason is not None:
         raise RuntimeError(f"this suite counts the launches of the Triton backend, which is not available: {reason}")
@@ -122,6 +125,22 @@ def no_kernels() -> Iterator[Counter[str]]:
                 del cls.__getitem__
             else:
                 cls.__getitem__ = own
+
+
+@contextlib.contextmanager
+def no_device_work() -> Iterator[None]:
+    """Replace what a GPU does in a few launches and a CPU in a loop over tensors: their norms, and AdamW itself."""
+    norm, adamw = torch._foreach_norm, torch._fused_adamw_
+
+    def norms(tensors: Sequence[Tensor], ord: float = 2, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+        like = tensors[0]
+        return torch.zeros(len(tensors), dtype=dtype or like.dtype, device=like.device).unbind()
+
+    torch._foreach_norm, torch._fused_adamw_ = norms, lambda *args, **options: None
+    try:
+        yield
+    finally:
+        torch._foreach_norm, torch._fused_adamw_ = norm, adamw
 
 
 @contextlib.contextmanager
@@ -228,6 +247,7 @@ def counted(model: Model, case: Case, settings: Settings) -> Row:
         with Launched() as mode:
             work.optimizer.step()
         kernels = Counter(launched)
+    with no_kernels(), as_on_a_gpu(), no_device_work():
         began = time.perf_counter()
         for number in range(2 + 8 * settings.repeats):
             for name in ("ours", "adamw") if number % 2 else ("adamw", "ours"):
@@ -239,8 +259,16 @@ def counted(model: Model, case: Case, settings: Settings) -> Row:
                     times[name].append(1e3 * (time.perf_counter() - start))
             if number >= 6 and time.perf_counter() - began > settings.seconds:
                 break
+    found: Row = {}
+    if settings.device == "cuda":  # what reaches the device, with the kernels themselves
+        for _ in range(2):
+            work.backward()
+            work.optimizer.step()
+        work.backward()
+        found["kernels"] = cuda.kernels(work.optimizer.step)
     ours, theirs = statistics.median(times["ours"]), statistics.median(times["adamw"])
     return {
+        **found,
         "aten_launches": mode.names.total(),
         "triton_launches": kernels.total(),
         "aten": dict(sorted(mode.names.items())),

@@ -122,10 +122,15 @@ class Route:
 
 def route_of(problems: Problems, backend: str, shared: bool) -> Route:
     """Return who takes these problems: as in the last step with them, if nothing speaks against it."""
-    formats = [form for p in problems if p.record is not None for form in p.formats]
+    layouts = [p.layout for p in problems if p.record is not None]
+    formats = [form for calls in layouts for _, form in calls]
     route: Route | None = problems.prepared.get("route")
     if route is None or not route.serves(backend, shared, formats):
         route = problems.prepared["route"] = _route(problems, backend, shared, formats)
+    if len(layouts) == len(problems):
+        for group in route.groups:
+            if len(group) == len(problems):
+                group.prepared["layouts"] = tuple(layouts)  # for this step alone, where it is taken out
     return route
 
 

@@ -19,14 +19,15 @@ class Counters:
 
     def __init__(self, device: torch.device) -> None:
         self.values = torch.zeros(len(EVENTS), dtype=torch.int64, device=device)
+        self._skipped, self._repaired = self.values.unbind()
         self._warned: set[str] = set()
         self._host: Tensor | None = None
         self._copied: torch.cuda.Event | None = None
 
     def add(self, skipped: Tensor, repaired: Tensor) -> None:
         """Add whether a step was skipped (0-d bool) and its repaired pivots (0-d), both on this device."""
-        self.values[0].add_(skipped)
-        self.values[1].add_(repaired)
+        self._skipped.add_(skipped)
+        self._repaired.add_(repaired)
 
     def poll(self) -> None:
         """Warn about what has newly happened: at once on the CPU; elsewhere when an earlier copy has arrived."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,15 +64,16 @@ class Assembler:
         self,
         settings: Sequence[tuple[LoRAPair, Options]],
         capture: Capture,
-        joints: Mapping[int, GlobalCounts],
+        joints: Callable[[], Mapping[int, GlobalCounts]],
         states: Mapping[Tensor, dict[str, Any]],
         gathered: Gathered,
         shared: bool = False,
     ) -> Collected:
         """Return what `assemble` does: the very problems of an earlier step where nothing but numbers has changed.
 
-        `settings` is the same list as before where they have not changed; `shared` says that several processes decide
-        together what is taken, as where captures are summed, and then every step is assembled anew.
+        `settings` is the same list as before where they have not changed. `joints` is asked where it has to be.
+        `shared` says that several processes decide together what is taken, as where captures are summed, and then every
+        step is assembled anew.
         """
         if settings is not self._settings:
             self._settings = settings
@@ -84,7 +85,7 @@ class Assembler:
             self._last = kept
             self._kept.move_to_end(there)
             return kept.found
-        found = assemble(settings, capture, joints, states, gathered)
+        found = assemble(settings, capture, joints(), states, gathered)
         found.device_types = {p.pair.lora_A.device.type for p in found.problems}
         self._last = None
         self._kept.pop(there, None)

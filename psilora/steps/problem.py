@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,14 +64,20 @@ class Problem:
         return not (self.exact and min(self.dA.element_size(), self.dB.element_size()) < 4)
 
     @property
-    def formats(self) -> list[tuple[object, ...]]:
-        """The dtypes and alignments of X and S of every call, where they are kept: with the pair, what kernels ask."""
-        if not self.exact or self.record is None or self.record.holds != "rows":
-            return []
-        return [
-            (x.dtype, s.dtype, x.stride(), s.stride(), x.data_ptr() % 16, s.data_ptr() % 16)
-            for x, s in self.record.chunks
-        ]
+    def layout(self) -> tuple[tuple[int, tuple[object, ...]], ...]:
+        """Rows N, and the dtypes, strides and alignments of X and S, of every call, where they are kept."""
+        return tuple(
+            [
+                (x.shape[0], (x.dtype, s.dtype, x.stride(), s.stride(), x.data_ptr() % 16, s.data_ptr() % 16))
+                for x, s in self.chunks
+            ]
+        )
+
+    @property
+    def chunks(self) -> Sequence[tuple[Tensor, Tensor]]:
+        """X and S of every call, where G is known from them."""
+        record = self.record
+        return record.chunks if self.exact and record is not None and record.holds == "rows" else ()
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -101,6 +107,11 @@ class Problems(list[Problem]):
     def __init__(self, problems: Iterable[Problem] = ()) -> None:
         super().__init__(problems)
         self.prepared: dict[str, Any] = {}
+
+    def where(self, wanted: Callable[[Problem], bool]) -> Problems:
+        """Return those that are wanted; this very list if they are all."""
+        found = Problems(problem for problem in self if wanted(problem))
+        return self if len(found) == len(self) else found
 
     @staticmethod
     def of(problems: Sequence[Problem]) -> Problems:

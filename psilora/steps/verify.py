@@ -49,7 +49,8 @@ def external_scale(
     judged = bool(new) or (bool(exact) and runtime.at_hand(device))
     if communicator is None:
         probes = [(problem, record.left) for problem, record in seen if record.left is not None]
-        scale, typical = _scales(probes, device)
+        scale = _scale(probes, device)
+        typical = _typical(probes, device) if judged else scale
         residuals = [(p, _residual(p.dB, then, typical)) for p, then in probes] if judged else []
     else:
         scale, typical, residuals = _joint_scales([p for p, _ in seen], world, device)
@@ -69,20 +70,37 @@ def external_scale(
 Residual = tuple[Problem, tuple[Tensor, Tensor]]
 
 
-def _scales(probes: Sequence[tuple[Problem, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return Σ⟨now, then⟩ / Σ‖then‖² and the median of the probes' own ratios; 1 where every probe was zero.
+def _scale(probes: Sequence[tuple[Problem, Tensor]], device: torch.device) -> Tensor:
+    """Return Σ⟨now, then⟩ / Σ‖then‖², 1 where every probe was zero, in a few launches whatever the number of probes."""
+    by_device: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+    for problem, then in probes:
+        by_device.setdefault(problem.dB.device, []).append((problem.dB.reshape(-1), then.reshape(-1)))
+    if not by_device:
+        return torch.ones((), dtype=torch.float64, device=device)
+    sums = []
+    for where, pairs in by_device.items():
+        size = sum(now.numel() for now, _ in pairs)
+        now, then = (torch.empty(size, dtype=torch.float64, device=where) for _ in range(2))
+        torch.cat([pair[0] for pair in pairs], out=now)
+        torch.cat([pair[1] for pair in pairs], out=then)
+        sums.append([torch.dot(now, then).to(device), torch.dot(then, then).to(device)])
+    dots, squares = sums[0] if len(sums) == 1 else (torch.stack(column).sum() for column in zip(*sums, strict=True))
+    return torch.where(squares == 0, 1.0, dots / squares)
 
-    They are equal where all is well; a single wrong layer moves the first but not the median, which judges it.
+
+def _typical(probes: Sequence[tuple[Problem, Tensor]], device: torch.device) -> Tensor:
+    """Return the median of the probes' own ratios, 1 where there is nothing to divide by.
+
+    It is `_scale` where all is well; a single wrong layer moves that but not the median, which judges it.
     """
     if not probes:
-        one = torch.ones((), dtype=torch.float64, device=device)
-        return one, one
+        return torch.ones((), dtype=torch.float64, device=device)
     dots, squares = [], []
     for problem, then in probes:
         now, then = problem.dB.double(), then.flatten(1).double()
         dots.append((now * then).sum().to(device))
         squares.append(then.square().sum().to(device))
-    return _ratios(torch.stack(dots), torch.stack(squares))
+    return _ratios(torch.stack(dots), torch.stack(squares))[1]
 
 
 def _joint_scales(

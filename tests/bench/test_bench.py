@@ -180,7 +180,7 @@ def test_the_gpu_script_says_so_without_a_device() -> None:
     )
     assert script.returncode == 1 and "no CUDA device" in script.stderr
     wrong = subprocess.run(["bash", "bench/gpu.sh", "test"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert wrong.returncode == 2 and "usage: bash bench/gpu.sh [tests|sanitize|bench|all]" in wrong.stderr
+    assert wrong.returncode == 2 and "usage: bash bench/gpu.sh [first|tests|sanitize|bench|all]" in wrong.stderr
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="bench/gpu.sh needs python -P")
@@ -212,5 +212,6 @@ def test_the_gpu_script_imports_what_it_has_installed(tmp_path: Path) -> None:
 def test_the_gpu_script_runs_no_module_from_the_checkout() -> None:
     lines = (ROOT / "bench/gpu.sh").read_text().splitlines()
     modules = [line for line in lines if re.search(r" -m (pytest|psilora|bench)", line) and not line.startswith("#")]
-    assert len(modules) == 3 and all('"${python[@]}"' in line for line in modules)
+    assert "export PSILORA_BUILD_EXT=0  # no step on CUDA uses the extension" in lines
+    assert len(modules) == 6 and all('"${python[@]}"' in line for line in modules)
     assert 'python=("$PYTHON" -P)  # see site.sh' in lines

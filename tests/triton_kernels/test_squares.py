@@ -134,3 +134,18 @@ def test_large(dtype: torch.dtype, many: bool) -> None:
     first = squares(x, outputs)
     assert all(torch.equal(a, b) for a, b in zip(first, squares(x, outputs), strict=True))
     assert_sums(first, x, outputs)
+
+
+@pytest.mark.parametrize("programs", [1, 80])
+def test_a_plan_with_room_for_more_rows(programs: int) -> None:
+    """Rows beyond those of a step, which lie in the same memory here, are not counted."""
+    room, outputs = [300, 40, 100], [0, 0, 1]
+    wide = [random(n, d) for n, d in zip(room, (64, 64, 30), strict=True)]
+    out = [poisoned(64), poisoned(30)]
+    plan = SquaresPlan(wide, outputs, out, programs=programs, rows=room)
+    for rows in ([300, 7, 100], [1, 40, 3], [64, 0, 33]):
+        x = [a[:n] for a, n in zip(wide, rows, strict=True)]
+        plan.follow([a.data_ptr() for a in x], rows)
+        plan.table.upload()
+        plan.launch()
+        assert_sums(out, x, outputs)

@@ -261,3 +261,26 @@ def test_large(dtype: torch.dtype, k: int, many: bool) -> None:
     again = stz(s, p, layers)
     assert all(torch.equal(a, b) for a, b in zip(out, again, strict=True))
     assert_products(out, s, p, layers)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("programs", [1, 60])
+def test_a_plan_with_room_for_more_rows(dtype: torch.dtype, programs: int) -> None:
+    """One plan serves every number of rows up to its own, in one program or split; rows of P beyond are not read."""
+    room, layers = [600, 40, 100], [0, 0, 1]
+    shapes = [(64, 8), (64, 8), (30, 5)]
+    out = [poisoned(64, 8), poisoned(30, 5)]
+    between = [torch.full((n, k), float("nan"), device=DEVICE) for n, (_, k) in zip(room, shapes, strict=True)]
+    s = [random(n, d, dtype=dtype) for n, (d, _) in zip(room, shapes, strict=True)]
+    plan = STZPlan(s, between, layers, out, programs=programs, rows=room)
+    assert (max(plan.num_splits) > 1) == (programs == 60)
+    for rows in ([600, 7, 100], [1, 40, 3], [64, 0, 33]):
+        s = [random(n, d, dtype=dtype) for n, (d, _) in zip(rows, shapes, strict=True)]
+        p = []
+        for whole, n in zip(between, rows, strict=True):
+            whole.fill_(float("nan"))
+            whole[:n] = torch.randn(n, whole.shape[1], device=DEVICE)
+            p.append(whole[:n])
+        plan.follow([a.data_ptr() for a in s], rows)
+        run(plan)
+        assert_products(out, s, p, layers)

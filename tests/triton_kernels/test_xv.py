@@ -284,3 +284,28 @@ def test_large(dtype: torch.dtype, k: int, along: str) -> None:
     for a, b, p, q in zip(x, f, out, again, strict=True):
         assert torch.equal(p, q)
         assert_product(p, a, b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_plan_with_room_for_more_rows(dtype: torch.dtype) -> None:
+    """One plan serves every number of rows up to its own; what lies beyond them is neither read nor written."""
+    room, d, k = [300, 100], 48, 5
+    f = [random(k, d), random(k, d)]
+    out = [poisoned(n, k) for n in room]
+    first = [random(300, d, dtype=dtype), random(7, d, dtype=dtype)]
+    plan = XVPlan(first, f, out, rows=room)
+    for rows in ([300, 7], [1, 100], [64, 0], [65, 33]):
+        for p in out:
+            p.fill_(float("nan"))
+        x = [random(n, d, dtype=dtype) for n in rows]
+        plan.follow([a.data_ptr() for a in x], rows)
+        plan.table.upload()
+        plan.launch()
+        for a, b, p, n in zip(x, f, out, rows, strict=True):
+            assert_product(p[:n], a, b)
+            assert bool(p[n:].isnan().all())
+    plan.bind([a[:n] for a, n in zip(first, (50, 3), strict=True)])
+    with pytest.raises(ValueError, match=r"x\[1\] is \(101, 48\)"):
+        plan.bind([first[0], random(101, d, dtype=dtype)])
+    with pytest.raises(ValueError, match=r"must be \(N, d\), \(k, d\) and \(N, k\)"):
+        XVPlan(first, f, out, rows=[300, 99])

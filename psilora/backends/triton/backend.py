@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeAlias
@@ -37,6 +38,8 @@ Computed: TypeAlias = "Execution | RitzUpdate"
 Backends: TypeAlias = "dict[torch.device, Backend]"
 #: Executions kept per optimizer: one per set of captured shapes.
 KEPT_RUNS = 16
+#: Layouts of X and S, with every number of rows, whose run is found without a look at the layers.
+KEPT_KEYS = 1024
 #: Runs of spectral steps kept: adapters that take turns each have their own.
 KEPT_SPECTRAL = 4
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -120,10 +123,10 @@ def _ritz(problem: Problem) -> bool:
 
 def layer_of(problem: Problem) -> Layer:
     """Return what the plan knows of a problem."""
-    from psilora.backends.triton.gradient.plan import Layer, Structure
+    from psilora.backends.triton.gradient.plan import Layer, Structure, most_rows
 
     o, pair = GradientOptions.of(problem.options), problem.pair
-    chunks = problem.record.chunks if problem.record is not None else []
+    chunks = problem.chunks
     return Layer(
         pair.d_out,
         pair.d_in,
@@ -147,7 +150,7 @@ def layer_of(problem: Problem) -> Layer:
         chunks[0][0].dtype if chunks else torch.float32,
         chunks[0][1].dtype if chunks else torch.float32,
         pair.lora_A.device,
-        tuple(x.shape[0] for x, _ in chunks),
+        tuple(most_rows(x.shape[0]) for x, _ in chunks),
     )
 
 
@@ -220,6 +223,8 @@ class Backend:
 
     def __init__(self) -> None:
         self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
+        self._keys: dict[object, int] = {}  # of what runs are prepared for: numbers, which are found more quickly
+        self._numbers = itertools.count()
         self._workspaces: dict[object, list[Workspace]] = {}
         self._spectral: collections.OrderedDict[object, Spectral] = collections.OrderedDict()
         self._products: Products | None = None
@@ -231,12 +236,15 @@ class Backend:
         problems = Problems.of(problems)
         kinds: dict[str, Problems] | None = problems.prepared.get("kinds")
         if kinds is None:
-            own = {step: Problems(p for p in problems if p.options.step == step) for step in _KERNELS}
+            own = {step: problems.where(functools.partial(_takes_step, step)) for step in _KERNELS}
             kinds = problems.prepared["kinds"] = {step: found for step, found in own.items() if found}
         return [done for step, own in kinds.items() for done in _KERNELS[step](self, own, scales)]
 
     def _gradient_kind(self, problems: Problems, scales: Scales) -> list[Computed]:
-        alternating, ritz = [p for p in problems if not _ritz(p)], [p for p in problems if _ritz(p)]
+        if "solvers" not in problems.prepared:
+            own = problems.where(lambda p: not _ritz(p))
+            problems.prepared["solvers"] = own, [p for p in problems if _ritz(p)]
+        alternating, ritz = problems.prepared["solvers"]
         found: list[Computed] = [*self._gradient_steps(alternating, scales)] if alternating else []
         return [*found, *self._ritz_steps(ritz, scales)] if ritz else found
 
@@ -274,18 +282,36 @@ class Backend:
         if capturing(run.device):
             self._captured.append(run)
 
-    def _gradient_steps(self, problems: Sequence[Problem], scales: Scales) -> list[Execution]:
+    def _key(self, problems: Problems) -> int:
+        """A number for what a run is prepared for: layers, and the layouts of X and S with about as many rows."""
+        from psilora.backends.triton.gradient.plan import most_rows
+
+        layouts = problems.prepared.pop("layouts", None) or tuple([p.layout for p in problems])
+        keys: dict[object, int] = problems.prepared.setdefault("keys", {})
+        key = keys.get(layouts)
+        if key is None:
+            calls = tuple(tuple((most_rows(n), form) for n, form in layout) for layout in layouts)
+            whole = (tuple(layer_of(p) for p in problems), calls)
+            for known in (keys, self._keys):
+                if len(known) >= KEPT_KEYS:
+                    known.clear()
+            if whole not in self._keys:
+                self._keys[whole] = next(self._numbers)
+            key = keys[layouts] = self._keys[whole]
+        return key
+
+    def _gradient_steps(self, problems: Problems, scales: Scales) -> list[Execution]:
         from psilora.backends.triton.gradient import plan
         from psilora.backends.triton.gradient.bucket import Workspace
         from psilora.backends.triton.gradient.run import Run
         from psilora.triton_kernels.tables import Scratch
 
-        layers = [layer_of(p) for p in problems]
-        key = tuple((layer, _captured(p)) for layer, p in zip(layers, problems, strict=True))
+        key = self._key(problems)
         run = self._runs.get(key)
         if self._scratch is None:
             self._scratch = Scratch(problems[0].pair.lora_A.device)
         if run is None:
+            layers = [layer_of(p) for p in problems]
             step = plan.make_plan(layers)
             shapes = tuple((*layer.key, layer.d_out, layer.d_in, layer.rank, layer.momentum_rank) for layer in layers)
             if shapes not in self._workspaces:
@@ -303,12 +329,20 @@ class Backend:
         self._note_capture(run)
         if self._captured:  # a replay changes factors that keep their version, and has to form their Grams itself
             run.forget()
-        run.start(problems, scales)
-        return [Execution(run, i, [problems[m] for m in bucket.members]) for i, bucket in enumerate(run.plan.buckets)]
+        members = tuple(bucket.members for bucket in run.plan.buckets)
+        parts: dict[object, list[Problems]] = problems.prepared.setdefault("buckets", {})
+        if members not in parts:
+            parts[members] = [Problems(problems[m] for m in own) for own in members]
+        run.start(parts[members], scales)
+        return [Execution(run, i, own) for i, own in enumerate(parts[members])]
 
 
 #: Who launches the kernels of each kind of step.
 _KERNELS = {SpectralOptions.step: Backend._spectral_kind, GradientOptions.step: Backend._gradient_kind}
+
+
+def _takes_step(step: str, problem: Problem) -> bool:
+    return problem.options.step == step
 
 
 def _spectral_key(problem: Problem) -> tuple[object, ...]:
@@ -325,12 +359,3 @@ def _spectral_run(problems: Sequence[Problem]) -> Spectral:
 
     of_default = joint.takes(SpectralOptions.of(problems[0].options))
     return joint.JointRun(problems) if of_default else SpectralRun(problems)
-
-
-def _captured(problem: Problem) -> tuple[object, ...]:
-    """What prepared products depend on: layouts of X and S."""
-    if not problem.exact or problem.record is None:
-        return ()
-    return tuple(
-        (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0) for chunk in problem.record.chunks for t in chunk
-    )

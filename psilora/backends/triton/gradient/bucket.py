@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,14 +16,16 @@ from psilora.backends.triton.gradient.plan import NONE, SIDES, TANGENT, BucketPl
 from psilora.backends.triton.launch import device_rates, note_written
 from psilora.lowrank.gradient_operator import TangentGradient
 from psilora.lowrank.momentum import BALANCED_ITERS, DOUBTFUL, IMBALANCE
-from psilora.options import GradientOptions
+from psilora.options import GradientOptions, Options
+from psilora.steps import gauge
 from psilora.steps.gradient.metrics import statistics
-from psilora.steps.problem import Problem, Scales
+from psilora.steps.problem import Problem, Problems, Scales
 from psilora.triton_kernels import commit as commit_kernels
 from psilora.triton_kernels import factor as factor_kernels
 from psilora.triton_kernels import gram as gram_kernels
 from psilora.triton_kernels import layout
 from psilora.triton_kernels import solve as solve_kernels
+from psilora.triton_kernels import verdict as verdict_kernels
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, partial_buffers
 
@@ -65,15 +69,16 @@ class Workspace:
         self.fresh: object = None
 
 
-def signature(problems: Sequence[Problem]) -> object:
+def signature(problems: Problems) -> object:
     """Return what changes whenever a factor, a momentum or a scaling does: identities and versions."""
-    found: list[object] = []
-    for p in problems:
-        tensors = [p.pair.lora_A, p.pair.lora_B]
-        if p.options.momentum > 0:
-            tensors += [p.state_A["momentum"], p.state_B["momentum"]]
-        found.append((p.pair.scaling, *((id(t), t.data_ptr(), t._version) for t in tensors)))
-    return found
+    if "signature" not in problems.prepared:
+        tensors = [t for p in problems for t in (p.pair.lora_A, p.pair.lora_B)]
+        own = [p for p in problems if p.options.momentum > 0]
+        tensors += [t for p in own for t in (p.state_A["momentum"], p.state_B["momentum"])]
+        places = [p.pair.scaling for p in problems], [(id(t), t.data_ptr()) for t in tensors]
+        problems.prepared["signature"] = places, tensors
+    places, tensors = problems.prepared["signature"]
+    return places, [t._version for t in tensors]
 
 
 class BucketRun:
@@ -82,7 +87,7 @@ class BucketRun:
     def __init__(
         self, bucket: BucketPlan, workspace: Workspace, table: PointerTable, problems: Sequence[Problem]
     ) -> None:
-        self.plan, self.workspace, self.table, self.problems = bucket, workspace, table, list(problems)
+        self.plan, self.workspace, self.table, self.problems = bucket, workspace, table, Problems.of(problems)
         self.structure, self.padded, self.count = bucket.structure, bucket.padded, len(bucket.layers)
         device = workspace.device
         self.addresses = table.reserve(self.count, int(layout.ADDRESSES.value))
@@ -99,6 +104,14 @@ class BucketRun:
         self.tiles = int32_table(bucket.tiles, int(layout.TILE.value), device)
         self.parts = [int32_table(bucket.parts[side], 2, device) for side in (0, 1)]
         self.kept: list[Any] = []
+        self.no_norms = torch.zeros(1, dtype=torch.float64, device=device)
+        self.refused = torch.zeros((), dtype=torch.bool, device=device)
+        self.repaired = torch.zeros((), dtype=torch.int64, device=device)
+        self.found_shifts = torch.zeros(self.count, dtype=torch.int32, device=device)
+        self._staged: weakref.ref[Problems] | None = None  # those whose addresses lie in the table
+        self._known: list[Options] = []
+        self._rows: list[int] = []
+        self._on_device = False
 
     @property
     def _splitting(self) -> int | None:
@@ -119,16 +132,25 @@ class BucketRun:
         turns = self.plan.course.turns
         return t < len(turns) and turns[t].product
 
-    def stage(self, problems: Sequence[Problem], scales: Scales) -> None:
+    def stage(self, problems: Problems, scales: Scales) -> None:
         """Put the addresses and scalars of a step into the table."""
-        self.problems = list(problems)
-        g, work = layout, self.workspace
+        self.problems = problems
         gradients = [[p.dA.contiguous() for p in problems], [p.dB.contiguous() for p in problems]]
         self.kept = [gradients]
         for side in (0, 1):
+            self.addresses.set(layout.GRAD.value + side, gradients[side])
+        if self._staged is None or self._staged() is not problems:  # the same problems lie where they did
+            self._stage_addresses(problems)
+            self._staged, self._known = weakref.ref(problems), []
+        if self.structure.metric:
+            self._stage_squares(problems, scales)
+        self._stage_scalars(problems)
+
+    def _stage_addresses(self, problems: Problems) -> None:
+        g, work = layout, self.workspace
+        for side in (0, 1):
             states = [p.state_B if side else p.state_A for p in problems]
             self.addresses.set(g.PARAM.value + side, [p.pair.lora_B if side else p.pair.lora_A for p in problems])
-            self.addresses.set(g.GRAD.value + side, gradients[side])
             self.addresses.set(g.ROWS.value + side, work.rows[side])
             self.addresses.set(g.STEPS.value + side, work.steps[side])
             self.addresses.set(g.COUNT.value + side, [state["step"] for state in states])
@@ -138,9 +160,6 @@ class BucketRun:
                 self.addresses.set(g.METRIC.value + side, [state["metric"] for state in states])
                 self.addresses.set(g.AVERAGE.value + side, work.averages[side])
                 self.addresses.set(g.WEIGHT.value + side, work.weights[side])
-        if self.structure.metric:
-            self._stage_squares(problems, scales)
-        self._stage_scalars(problems)
 
     def _stage_squares(self, problems: Sequence[Problem], scales: Scales) -> None:
         if self.own_statistics:
@@ -154,9 +173,17 @@ class BucketRun:
 
     def _stage_scalars(self, problems: Sequence[Problem]) -> None:
         g = layout
+        options = [p.options for p in problems]
+        # The statistics of a metric are divided by the rows.
+        rows = [p.record.rows for p in problems if p.record is not None] if self.structure.metric else []
+        same = len(options) == len(self._known) and all(map(operator.is_, options, self._known))
+        if same and rows == self._rows and not self._on_device:
+            return
+        self._known, self._rows = options, rows
         width = int(g.SCALARS.value)
         values = np.zeros((self.count, width), dtype=np.float32)
         rates = device_rates([p.options.lr for p in problems], self.workspace.device)
+        self._on_device = any(rate is not None for rate in rates)
         for row, p in zip(values, problems, strict=True):
             o, s = p.options, p.pair.scaling
             sign = -1.0 if o.maximize else 1.0
@@ -210,6 +237,11 @@ class BucketRun:
         return self._zeroed()[start : start + 2 * turns * self.count].view(turns, 2, self.count)
 
     @property
+    def shifts(self) -> Tensor | None:
+        """The shift k of each layer (L,) int32, as the verdict has found them, or None where nothing is balanced."""
+        return self.found_shifts if self.structure.balance else None
+
+    @property
     def sizes(self) -> Tensor:
         """(3, L) fp32: ‖A_m‖² and ‖B_m‖² as the step's last turns have seen them, and whether to split B_m·A_m anew."""
         start = self.count * (1 + 4 * len(self.plan.course.turns))
@@ -240,6 +272,19 @@ class BucketRun:
             EMIT_A=course.rows[0], EMIT_B=course.rows[1], MASK_A=course.grams[0], MASK_B=course.grams[1],
         )  # fmt: skip
 
+    def launch_verdict(self) -> None:
+        """What the turns have come to: whether anything is refused, what was repaired, and what is to be balanced."""
+        problems, options = self.problems, self.problems[0].options
+        balance = self.structure.balance
+        norms = self.no_norms
+        if balance:
+            factors: list[Tensor] = [*(p.pair.lora_A for p in problems), *(p.pair.lora_B for p in problems)]
+            norms = torch.stack(torch._foreach_norm(factors, 2, dtype=torch.float64))
+        verdict_kernels.verdict(
+            self.addresses.device, self.flags, self.info, self.busy, norms, self.refused, self.repaired,
+            self.found_shifts, balance=balance, burn_in=options.burn_in, largest=gauge.LARGEST_SHIFT,
+        )  # fmt: skip
+
     def launch_turn(self, t: int, scale: Tensor) -> None:
         """One turn: the factor launch and the solve."""
         turn, work, s = self.plan.course.turns[t], self.workspace, self.structure
@@ -268,8 +313,7 @@ class BucketRun:
     def compile_commit(self, scale: Tensor) -> None:
         """Launch the commit as a refusal: one that does not compile fails here, where nothing has been written yet."""
         device = self.workspace.device
-        shifts = torch.zeros(self.count, dtype=torch.int32, device=device) if self.structure.balance else None
-        self._commit(scale, torch.zeros((), dtype=torch.bool, device=device), shifts)
+        self._commit(scale, torch.zeros((), dtype=torch.bool, device=device), self.shifts)
 
     def launch_commit(self, scale: Tensor, ok: Tensor, shifts: Tensor | None) -> None:
         """Write parameters and state, and leave the Grams for the next step where they can last."""
@@ -277,7 +321,10 @@ class BucketRun:
         note_written(self.problems)
         if self.plan.course.lasting:
             self.workspace.fresh = signature(self.problems)
-        self.problems, self.kept = [], []  # the launches are in stream order; gradients need not wait for a next step
+        self.problems, self.kept = (
+            Problems(),
+            [],
+        )  # the launches are in stream order; gradients need not wait for a next step
 
     def _commit(self, scale: Tensor, ok: Tensor, shifts: Tensor | None) -> None:
         course, work, s = self.plan.course, self.workspace, self.structure

@@ -38,6 +38,18 @@ LASTING = WEIGHTED | CROSS | OWN | START | OWN_START
 NONE, KNOWN, PRODUCT, TANGENT = slots.NONE, slots.KNOWN, slots.PRODUCT, slots.TANGENT
 
 
+@functools.lru_cache(maxsize=4096)
+def most_rows(rows: int) -> int:
+    """Return how many rows a plan has room for that is made for so many: the next power of two, or half of one more.
+
+    Batches differ in length from step to step; steps of up to this many share one plan, in which the tiles beyond the
+    rows that are there end at once.
+    """
+    power = 1 << max(0, rows - 1).bit_length()
+    least = 3 * power // 4
+    return max(1, least if rows <= least else power)
+
+
 @dataclass(frozen=True)
 class Structure:
     """What decides the course of a step. `reuse`: `.grad` is precise enough to stand for the first products."""
@@ -250,7 +262,7 @@ class StepPlan:
                 if t < len(bucket.course.turns):
                     turn = bucket.course.turns[t]
                     names += ["factor", f"solve_{turn.side.lower()}"]
-        return names + ["commit"] * len(self.buckets)
+        return names + ["verdict"] * len(self.buckets) + ["commit"] * len(self.buckets)
 
     def _product_launches(self, t: int) -> list[str]:
         xv, stz = set(), set()

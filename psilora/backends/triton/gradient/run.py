@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from psilora.backends.triton.gradient.bucket import BucketRun, Workspace
-from psilora.backends.triton.gradient.plan import PRODUCT, SIDES, StepPlan, Turn, columns
+from psilora.backends.triton.gradient.plan import PRODUCT, SIDES, StepPlan, Turn, columns, most_rows
 from psilora.backends.triton.launch import on
-from psilora.steps import gauge
-from psilora.steps.problem import Problem, Scales
+from psilora.steps.problem import Problem, Problems, Scales
 from psilora.triton_kernels.squares import SquaresPlan
 from psilora.triton_kernels.stz import STZPlan
 from psilora.triton_kernels.tables import PointerTable, Scratch, partial_buffers
@@ -52,15 +51,14 @@ class Run:
         for bucket in self.buckets:
             bucket.workspace.fresh = None
 
-    def start(self, problems: Sequence[Problem], scales: Scales) -> None:
-        """Launch everything but the commit."""
+    def start(self, parts: Sequence[Problems], scales: Scales) -> None:
+        """Launch everything but the commit; `parts` are the problems of each bucket."""
         with on(self.device):
             self.scale = self._scale(scales)
-            for bucket in self.buckets:
-                bucket.stage([problems[m] for m in bucket.plan.members], scales)
-            for asked in filter(None, self.products):
-                asked.stage()
-            self.statistics.stage()
+            for bucket, problems in zip(self.buckets, parts, strict=True):
+                bucket.stage(problems, scales)
+            if any(self.products) or self.statistics.plan is not None:
+                self._stage_calls()
             self.table.upload()
             if not self._compiled:
                 for bucket in self.buckets:
@@ -75,6 +73,15 @@ class Run:
                 for bucket in self.buckets:
                     if t < len(bucket.plan.course.turns):
                         bucket.launch_turn(t, self.scale)
+            for bucket in self.buckets:
+                bucket.launch_verdict()
+
+    def _stage_calls(self) -> None:
+        """Put the addresses of X and S of every call, and their rows, into the table."""
+        calls = {id(bucket): Calls(bucket.problems) for bucket in self.buckets}
+        for product in filter(None, self.products):
+            product.stage(calls)
+        self.statistics.stage()
 
     def _scale(self, scales: Scales) -> Tensor:
         """[clip, external] as fp32 on the device."""
@@ -90,26 +97,41 @@ class Run:
 
     def repaired(self, index: int) -> Tensor:
         """Number of repaired solves whose right-hand side was not zero, 0-d int64."""
-        bucket = self.buckets[index]
-        return ((bucket.info > 0) & (bucket.busy > 0)).sum()
+        return self.buckets[index].repaired
 
     def increments(self, index: int) -> tuple[list[Tensor], list[Tensor]]:
         """√s times the increments of A, and those of B as rows, with the momentum's below."""
         steps_A, steps_B = self.buckets[index].workspace.steps
         return steps_A, steps_B
 
-    def refused(self, index: int) -> None:
-        """See `psilora.steps.update.Computed`."""
+    def refused(self, index: int) -> Tensor | None:
+        """See `psilora.steps.update.Computed`: the solves look at gradients and increments, but not at their sums."""
+        bucket = self.buckets[index]
+        layer = bucket.plan.layers[0]
+        return bucket.refused if min(layer.A_dtype.itemsize, layer.B_dtype.itemsize) > 2 else None
 
     def shifts(self, index: int) -> Tensor | None:
         """See `psilora.steps.gauge`; a layer moves where a solve of its projection had a right-hand side."""
-        bucket = self.buckets[index]
-        return gauge.shifts(bucket.problems, bucket.busy[:, 0].any(0))
+        return self.buckets[index].shifts
 
     def commit(self, index: int, ok: Tensor, shifts: Tensor | None) -> None:
         """Launch the commit of a bucket."""
         with on(self.device):
             self.buckets[index].launch_commit(self.scale, ok, shifts)
+
+
+class Calls:
+    """The captured calls of a bucket's problems, in order.
+
+    Attributes:
+        X, S: Their addresses.
+        rows: Their numbers of rows.
+    """
+
+    def __init__(self, problems: Problems) -> None:
+        chunks = [chunk for p in problems for chunk in p.chunks]
+        self.X, self.S = [x.data_ptr() for x, _ in chunks], [s.data_ptr() for _, s in chunks]
+        self.rows = [x.shape[0] for x, _ in chunks]
 
 
 class Product:
@@ -119,10 +141,13 @@ class Product:
         self.buckets, self.t = list(buckets), t
         narrow, rows, wide, layers, shapes = self._operands()
         device = buckets[0].workspace.device
-        shapes_p = [(x.shape[0], f.shape[0]) for x, f in zip(narrow, rows, strict=True)]
+        room = [most_rows(x.shape[0]) for x in narrow]
+        shapes_p = [(n, f.shape[0]) for n, f in zip(room, rows, strict=True)]
         self.p = [p for p in partial_buffers(shapes_p, device, scratch) if p is not None]
-        self.xv = XVPlan(narrow, rows, self.p, table=table)
-        self.stz = STZPlan(wide, self.p, layers, None, shapes=shapes, table=table, reduce=False, scratch=scratch)
+        self.xv = XVPlan(narrow, rows, self.p, table=table, rows=room)
+        self.stz = STZPlan(
+            wide, self.p, layers, None, shapes=shapes, table=table, reduce=False, scratch=scratch, rows=room
+        )
         first = 0
         for bucket in buckets:
             block = bucket.product_blocks[t]
@@ -145,7 +170,7 @@ class Product:
             for i, (layer, problem) in enumerate(zip(bucket.plan.layers, bucket.problems, strict=True)):
                 size = layer.d_in if turn.side == "A" else layer.d_out
                 factor = _asked(turn, bucket.workspace.rows[1 - SIDES[turn.side]][i], layer.rank)
-                for x, s in problem.record.chunks if problem.record is not None else ():
+                for x, s in problem.chunks:
                     narrow.append(s if turn.side == "A" else x)
                     wide.append(x if turn.side == "A" else s)
                     rows.append(factor)
@@ -153,11 +178,19 @@ class Product:
                 shapes.append((size, columns(turn, layer)))
         return narrow, rows, wide, layers, shapes
 
-    def stage(self) -> None:
-        """Put the addresses of this step's X and S into the table."""
-        narrow, rows, wide, _, _ = self._operands()
-        self.xv.bind(narrow, rows)
-        self.stz.bind(wide)
+    def stage(self, calls: Mapping[int, Calls]) -> None:
+        """Put the addresses and numbers of rows of this step's X and S into the table; `calls` by id of the bucket."""
+        narrow: list[int] = []
+        wide: list[int] = []
+        rows: list[int] = []
+        for bucket in self.buckets:
+            own = calls[id(bucket)]
+            of_A = bucket.plan.course.turns[self.t].side == "A"
+            narrow += own.S if of_A else own.X
+            wide += own.X if of_A else own.S
+            rows += own.rows
+        self.xv.follow(narrow, rows)
+        self.stz.follow(wide, rows)
 
     def launch(self) -> None:
         """Run both kernels."""
@@ -180,7 +213,8 @@ class Statistics:
         self.plan: SquaresPlan | None = None
         if self.buckets:
             x, outputs, out = self._operands()
-            self.plan = SquaresPlan(x, outputs, out, table=table, scratch=scratch)
+            rows = [most_rows(t.shape[0]) for t in x]
+            self.plan = SquaresPlan(x, outputs, out, table=table, scratch=scratch, rows=rows)
 
     def _operands(self) -> tuple[list[Tensor], list[int], list[Tensor]]:
         x: list[Tensor] = []
@@ -189,17 +223,24 @@ class Statistics:
         for bucket in self.buckets:
             for i, problem in enumerate(bucket.problems):
                 for side in (0, 1):
-                    for chunk in problem.record.chunks if problem.record is not None else ():
+                    for chunk in problem.chunks:
                         x.append(chunk[side])
                         outputs.append(len(out))
                     out.append(bucket.workspace.squares[side][i])
         return x, outputs, out
 
     def stage(self) -> None:
-        """Put the addresses of this step's X and S into the table."""
-        if self.plan is not None:
-            x, _, out = self._operands()
-            self.plan.bind(x, out)
+        """Put the addresses and numbers of rows of this step's X and S into the table."""
+        if self.plan is None:
+            return
+        addresses: list[int] = []
+        rows: list[int] = []
+        for bucket in self.buckets:
+            for problem in bucket.problems:
+                own = Calls(Problems([problem]))
+                addresses += [*own.X, *own.S]
+                rows += [*own.rows, *own.rows]
+        self.plan.follow(addresses, rows)
 
     def launch(self) -> None:
         """Run the kernel, if anything asks for it."""
