@@ -14,6 +14,7 @@ from psilora.adapters.model import Models
 from psilora.adapters.pair import LoRAPair, is_sparse, listed
 from psilora.backends import dispatch
 from psilora.backends.warmup import warm_up
+from psilora.capture.record import Captured
 from psilora.distributed.communicator import Communicator
 from psilora.distributed.sharding import Gathered, local
 from psilora.lifecycle import Lifecycle
@@ -378,6 +379,10 @@ class PSILoRA(Lifecycle):
         super().load_state_dict(found)
         copy_loaded(found, self.param_groups, self.state)
         self._capture.clear()
+
+    def captured(self) -> list[Captured]:
+        """Return what is held of X and S of every pair since the last step, in the order of `pairs`; copies nothing."""
+        return [self._capture.held(pair) for pair, _ in self._options()]
 
     def capture_bytes(self) -> int:
         """Return the bytes held for the next step beside `.grad`; storage shared between layers is counted once."""

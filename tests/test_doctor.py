@@ -206,7 +206,7 @@ def test_rows_of_images_are_those_that_training_sees(tmp_path, capsys: pytest.Ca
     model = get_peft_model(AutoModel.from_config(config), settings)
     optimizer = bare(model)
     model(pixel_values=torch.randn(3, 3, 32, 32)).last_hidden_state.square().mean().backward()
-    seen = [record.rows for record in optimizer._capture.records.values()]
+    seen = [record.rows for record in optimizer.captured()]
     assert doctor.rows_of_images(skeleton, find_pairs(skeleton)[0], 3, 32) == seen == [3 * 16, 3 * 17]
     with pytest.raises(SystemExit, match="cannot run the model on images of 30×30: Input image size"):
         doctor.main(["--model", str(tmp_path), "--image", "30"])

@@ -23,7 +23,7 @@ from psilora.adapters.pair import LoRAPair
 from psilora.capture import compiled
 from psilora.capture.casts import Origin, Originals, origin_of
 from psilora.capture.discards import Passes, suspects
-from psilora.capture.record import Record
+from psilora.capture.record import Captured, Record
 
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]] = weakref.WeakKeyDictionary()
 
@@ -68,6 +68,11 @@ class Capture:
     def record(self, pair: LoRAPair) -> Record | None:
         """Return the record of a pair, or None for one that is not captured."""
         return self.records.get(id(pair))
+
+    def held(self, pair: LoRAPair) -> Captured:
+        """Return what is held of a pair's X and S."""
+        record = self.record(pair)
+        return Captured(pair.name, 0, 0, ()) if record is None else record.view()
 
     def clear(self) -> None:
         """Drop everything captured."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,22 @@ class Pending:
 
     thread: int
     calls: list[tuple[Tensor, Tensor | None, Origin | None, object]] = field(default_factory=list)
+
+
+class Captured(NamedTuple):
+    """What a pair holds of its inputs and output gradients since its last step.
+
+    Attributes:
+        name: Path of the adapted module, with the adapter's name where it is not "default".
+        calls, rows: How often the layer was called, and N = Σ N_j; 0 where nothing is captured.
+        chunks: X (N_j, d_in) and S (N_j, d_out) of each call, S at the output of lora_B: dB = Σ Sᵀ(XAᵀ) and
+            dA = Σ (SB)ᵀX; empty where X and S are not what is kept (`gradient=`).
+    """
+
+    name: str
+    calls: int
+    rows: int
+    chunks: tuple[tuple[Tensor, Tensor], ...]
 
 
 class Record:
@@ -226,6 +243,10 @@ class Record:
     def chunks(self) -> list[tuple[Tensor, Tensor]]:
         """(X, S_B) of each call, in backward order; [] where rows are not kept."""
         return self.held.chunks if isinstance(self.held, Rows) else []
+
+    def view(self) -> Captured:
+        """Return what is held, for others to read."""
+        return Captured(self.pair.name, self.calls, self.rows, tuple(self.chunks))
 
     @property
     def idle(self) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.adapters.pair import LoRAPair
+from psilora.adapters.pair import LoRAPair, as_matrix
 from psilora.options import Options
 from psilora.steps.state import init_state
 
@@ -43,6 +43,16 @@ class PairInfo:
     lora_B: nn.Parameter
     uncaptured: str | None
     state_bytes: int
+
+    @property
+    def A(self) -> Tensor:
+        """A (r, d_in), a view of `lora_A`."""
+        return as_matrix(self.lora_A)
+
+    @property
+    def B(self) -> Tensor:
+        """B (d_out, r), a view of `lora_B`."""
+        return as_matrix(self.lora_B)
 
     @property
     def numbers(self) -> int:

@@ -91,7 +91,7 @@ def test_tied_pairs_are_one_pair_captured_at_both_modules(modules: bool) -> None
     optimizer = bare(model, 0.1)
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 4
     mse(model, data()).backward()
-    assert [record.calls for record in optimizer._capture.records.values()] == [2, 1]
+    assert [record.calls for record in optimizer.captured()] == [2, 1]
     optimizer.step()  # the first capture is checked against .grad
 
 

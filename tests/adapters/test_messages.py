@@ -131,7 +131,7 @@ def test_adalora_is_named_and_the_advice_can_be_followed(unsupported: str) -> No
     beside = nn.ModuleList([model, plain_mlp()])
     with pytest.raises(ValueError, match="or train them with AdamW by unsupported='adamw'$"):
         PSILoRA(beside, 0.05)
-    assert len(PSILoRA(beside, 0.05, unsupported="adamw")._pairs) == 3
+    assert len(PSILoRA(beside, 0.05, unsupported="adamw").pairs()) == 3
 
 
 def test_a_module_list_is_one_model() -> None:

@@ -85,7 +85,7 @@ def test_views_of_one_storage_without_a_common_element_are_separate(layout: str)
         "columns": lambda: two(torch.randn(2, 6), columns[:, :2], torch.randn(2, 6), columns[:, 2:]),
         "rows of one matrix": lambda: two(rows[::2], torch.randn(6, 2), rows[1::2], torch.randn(6, 2)),
     }[layout]()
-    assert len(PSILoRA(model, 0.05)._pairs) == 2
+    assert len(PSILoRA(model, 0.05).pairs()) == 2
 
 
 def test_shared_parameters_stay_one_pair() -> None:

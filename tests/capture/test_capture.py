@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from captures import VARIANTS, assert_exact, captured_gradients
+from captures import VARIANTS, assert_exact, captured_gradients, held
 from models import MLP, Checkpointed, bare, data, mse, peft_mlp, plain_mlp, randomise_B
 from peft import LoraConfig, get_peft_model
 from tiny import adapted, tiny_gpt2, tokens
@@ -59,7 +59,7 @@ def test_only_the_active_adapter_is_trained() -> None:
     model = model.double()
     randomise_B(model)
     optimizer = bare(model)
-    assert [pair.adapter for pair in optimizer._pairs.values()] == ["two", "two"]
+    assert [pair.name.endswith(" (two)") for pair in optimizer.pairs()] == [True, True]
     mse(model, data()).backward()
     assert_exact(optimizer)
 
@@ -79,7 +79,7 @@ def test_several_forwards_before_one_backward_and_accumulation() -> None:
     for rows in (3, 11):
         mse(model, data(rows)).backward()
     assert_exact(optimizer)
-    record = next(iter(optimizer._capture.records.values()))
+    record = optimizer.captured()[0]
     assert record.calls == 4 and record.rows == 32 + 7 + 3 + 11
 
 
@@ -101,7 +101,7 @@ def test_gradient_checkpointing_of_both_kinds(use_reentrant: bool) -> None:
     for _ in range(2):  # a shared module in two checkpointed calls
         (wrapped(x.requires_grad_()) - y).square().mean().backward()
     assert_exact(optimizer)
-    assert all(record.calls == 2 for record in optimizer._capture.records.values())
+    assert all(record.calls == 2 for record in optimizer.captured())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -124,7 +124,7 @@ def test_x_is_the_tensor_autograd_keeps_anyway() -> None:
     optimizer = bare(model)
     x, y = data()
     mse(model, (x, y)).backward()
-    record = optimizer._capture.records[id(next(iter(optimizer._pairs.values())))]
+    record = optimizer.captured()[0]
     assert record.chunks[0][0].untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
@@ -142,7 +142,7 @@ def test_shared_input_is_counted_once() -> None:
     optimizer = bare(model)
     x, y = data()
     mse(model, (x, y)).backward()
-    held = {t.untyped_storage().data_ptr() for r in optimizer._capture.records.values() for t in r.chunks[0]}
+    held = {t.untyped_storage().data_ptr() for r in optimizer.captured() for t in r.chunks[0]}
     assert x.untyped_storage().data_ptr() in held
     assert optimizer.capture_bytes() <= (32 * 24 + 2 * 32 * 6) * 8
 
@@ -154,7 +154,7 @@ def test_no_grad_forward_in_train_mode_captures_nothing() -> None:
         model(data()[0])
     mse(model, data()).backward()
     assert_exact(optimizer)
-    assert all(record.calls == 1 for record in optimizer._capture.records.values())
+    assert all(record.calls == 1 for record in optimizer.captured())
 
 
 def test_eval_mode_with_gradients_is_captured() -> None:
@@ -176,7 +176,7 @@ def test_autograd_grad_leaves_no_trace() -> None:
         mse(model, (x, y)).backward()
         torch.autograd.grad(mse(model, (inputs, y)), [p for p in model.parameters() if p.requires_grad])
         assert_exact(optimizer)
-        assert all(record.calls == 1 for record in optimizer._capture.records.values())
+        assert all(record.calls == 1 for record in optimizer.captured())
         optimizer.step()
 
 
@@ -190,7 +190,7 @@ def test_checkpointed_and_plain_calls_of_one_module_in_one_backward() -> None:
         checked = (Checkpointed(model, use_reentrant)(x.clone().requires_grad_()) - y).square().mean()
         (plain + checked).backward()
         assert_exact(optimizer)
-        assert all(record.calls == 2 for record in optimizer._capture.records.values())
+        assert all(record.calls == 2 for record in optimizer.captured())
 
 
 def test_disabled_adapter_forward_leaves_no_trace() -> None:
@@ -219,7 +219,7 @@ def test_an_abandoned_backward_is_forgotten(how: str) -> None:
     (model if how == "model.zero_grad" else optimizer).zero_grad()
     mse(model, data(7)).backward()
     assert_exact(optimizer)
-    assert all(record.rows == 7 for record in optimizer._capture.records.values())
+    assert all(record.rows == 7 for record in optimizer.captured())
 
 
 CAPTURING: list[dict[str, Any]] = [
@@ -284,7 +284,7 @@ def test_zeroed_gradients_accumulate_as_absent_ones_do(kind: dict[str, Any], zer
         for m, optimizer in ((model, ours), (twin, theirs)):
             for weight, batch in zip((0.0, 0.5, 0.5), batches, strict=True):
                 (weight * mse(m, batch)).backward()
-            assert all(record.rows == 21 for record in optimizer._capture.records.values())
+            assert all(record.rows == 21 for record in optimizer.captured())
             nn.utils.clip_grad_norm_(m.parameters(), 0.1)
             optimizer.step()
             m.zero_grad(set_to_none=m is not model)
@@ -345,10 +345,10 @@ def test_autocast_keeps_no_wide_copy_of_x(adapter_dtype: torch.dtype) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = mse(model, (x, y))
     loss.backward()
-    for pair in optimizer._pairs.values():
-        for captured_x, captured_s in optimizer._capture.record(pair).chunks:
+    for pair, record in held(optimizer):
+        for captured_x, captured_s in record.chunks:
             assert captured_x.dtype == captured_s.dtype == torch.bfloat16
-        dA, dB = captured_gradients(optimizer, pair, torch.float32)
+        dA, dB = captured_gradients(pair, record, torch.float32)
         torch.testing.assert_close(dA, pair.lora_A.grad.float(), rtol=3e-2, atol=3e-2 * dA.abs().max().item())
         torch.testing.assert_close(dB, pair.lora_B.grad.float(), rtol=3e-2, atol=3e-2 * dB.abs().max().item())
     optimizer.step()
@@ -401,7 +401,7 @@ def test_model_can_be_copied_and_pickled_while_hooked() -> None:
     clone = copy.deepcopy(model)
     pickle.loads(pickle.dumps(model))
     mse(clone, data()).backward()
-    assert all(record.calls == 0 for record in optimizer._capture.records.values())
+    assert all(record.calls == 0 for record in optimizer.captured())
     mse(model, data()).backward()
     assert_exact(optimizer)
 
@@ -424,4 +424,4 @@ def test_statistics_mode_keeps_sums_only() -> None:
 
 
 def optimizer_chunks(optimizer: PSILoRA, index: int) -> tuple[Tensor, Tensor]:
-    return list(optimizer._capture.records.values())[index].chunks[0]
+    return optimizer.captured()[index].chunks[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from captures import held
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -49,7 +50,7 @@ def captured(base: torch.dtype, adapters: torch.dtype, *, autocast: bool = False
 
 
 def storages(optimizer: PSILoRA) -> set[int]:
-    return {x.untyped_storage().data_ptr() for r in optimizer._capture.records.values() for x, _ in r.chunks}
+    return {x.untyped_storage().data_ptr() for r in optimizer.captured() for x, _ in r.chunks}
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
@@ -62,8 +63,8 @@ def test_q_k_and_v_keep_one_16_bit_copy(
     assert len(storages(optimizer)) == 1
     S = 2 if autocast else 4
     assert optimizer.capture_bytes() == ROWS * WIDTH * (2 + 3 * S)
-    for pair in optimizer._pairs.values():
-        ((x, s),) = optimizer._capture.records[id(pair)].chunks
+    for pair, record in held(optimizer):
+        ((x, s),) = record.chunks
         assert x.dtype == BF16
         expected = s.double().mT @ (x.double() @ pair.A.double().mT)
         error = (pair.lora_B.grad.double() - expected).norm() / expected.norm()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from captures import VARIANTS, assert_exact, captured_gradients
+from captures import VARIANTS, assert_exact, captured_gradients, held
 from convnets import POSITIONS, ConvNet, LoRAConv, images, peft_convnet
 from models import Checkpointed, bare, factors, mse, train
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ def test_peft_variants(variant: str) -> None:
     optimizer = bare(model)
     mse(model, images()).backward()
     assert_exact(optimizer)
-    assert [record.rows for record in optimizer._capture.records.values()] == [5 * POSITIONS] * 3
+    assert [record.rows for record in optimizer.captured()] == [5 * POSITIONS] * 3
 
 
 class OneLayer(nn.Module):
@@ -118,7 +118,7 @@ def test_accumulation_and_several_forwards() -> None:
     (mse(model, images()) + 2 * mse(model, images(2, (5, 11)))).backward()
     mse(model, images(3)).backward()
     assert_exact(optimizer)
-    assert all(r.calls == 3 and r.rows == 8 * POSITIONS + 2 * 3 * 6 for r in optimizer._capture.records.values())
+    assert all(r.calls == 3 and r.rows == 8 * POSITIONS + 2 * 3 * 6 for r in optimizer.captured())
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -136,7 +136,7 @@ def test_gradient_checkpointing_of_both_kinds(use_reentrant: bool) -> None:
         assert seen[-1]() is None  # nothing is kept until backward runs the layers again
         loss.backward()
     assert_exact(optimizer)
-    assert all(record.calls == 2 for record in optimizer._capture.records.values())
+    assert all(record.calls == 2 for record in optimizer.captured())
 
 
 def saved_by_autograd(model: nn.Module, batch: tuple[Tensor, Tensor]) -> int:
@@ -186,7 +186,7 @@ def test_forwards_without_gradients_or_adapters_leave_no_trace() -> None:
     model(images()[0])
     mse(model, images()).backward()
     assert_exact(optimizer)
-    assert all(record.calls == 1 for record in optimizer._capture.records.values())
+    assert all(record.calls == 1 for record in optimizer.captured())
 
 
 def test_16_bit_models_with_wide_adapters_keep_16_bit_patches() -> None:
@@ -197,10 +197,10 @@ def test_16_bit_models_with_wide_adapters_keep_16_bit_patches() -> None:
     optimizer = bare(model)
     x, y = images(dtype=torch.bfloat16)
     mse(model, (x.requires_grad_(), y)).backward()
-    for pair in optimizer._pairs.values():
-        ((X, S),) = optimizer._capture.record(pair).chunks
+    for pair, record in held(optimizer):
+        ((X, S),) = record.chunks
         assert X.dtype == torch.bfloat16 and S.dtype == torch.float32
-        for found, wanted in zip(captured_gradients(optimizer, pair), (pair.lora_A, pair.lora_B), strict=True):
+        for found, wanted in zip(captured_gradients(pair, record), (pair.lora_A, pair.lora_B), strict=True):
             torch.testing.assert_close(found, wanted.grad.flatten(1), rtol=1e-4, atol=1e-5)
     optimizer.step()
 
@@ -212,10 +212,10 @@ def test_autocast() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = mse(model, (x, y))
     loss.backward()
-    for pair in optimizer._pairs.values():
-        ((X, S),) = optimizer._capture.record(pair).chunks
+    for pair, record in held(optimizer):
+        ((X, S),) = record.chunks
         assert X.dtype == S.dtype == torch.bfloat16
-        gradients = captured_gradients(optimizer, pair, torch.float32)
+        gradients = captured_gradients(pair, record, torch.float32)
         for found, wanted in zip(gradients, (pair.lora_A, pair.lora_B), strict=True):
             size = float(found.abs().max())
             torch.testing.assert_close(found, wanted.grad.flatten(1), rtol=3e-2, atol=3e-2 * size)
@@ -267,7 +267,7 @@ def test_modules_that_share_a_kernel_but_read_in_two_ways_fall_back_by_name() ->
     optimizer = bare(model)
     (mse(model[0], images()) + mse(model[1], images(2))).backward()
     assert_exact(optimizer)
-    assert [(r.calls, r.rows) for r in optimizer._capture.records.values()] == [(2, 7 * 7 * 5)]
+    assert [(r.calls, r.rows) for r in optimizer.captured()] == [(2, 7 * 7 * 5)]
     for lora_A, reason in (
         (nn.Conv2d(3, 2, 3, stride=2), "it shares its factors with 1.conv, which reads its input in another way"),
         (CastingConv(3, 2, 3), "its CastingConv has a forward of its own"),
@@ -336,7 +336,7 @@ def test_the_sums_of_k_fac_need_no_rows(gradient: str, metric: str) -> None:
     model, batch = peft_convnet(), images()
     exact = bare(model, metric=metric)
     mse(model, batch).backward()
-    chunks = [record.chunks[0] for record in exact._capture.records.values()]
+    chunks = [record.chunks[0] for record in exact.captured()]
     exact.detach()
     model.zero_grad()
     sums = bare(model, metric=metric, gradient=gradient)
@@ -351,13 +351,13 @@ def test_a_change_of_grad_beyond_a_factor_is_refused_and_a_wrong_capture_too() -
     model = peft_convnet()
     optimizer = bare(model)
     mse(model, images()).backward()
-    pair = next(iter(optimizer._pairs.values()))
+    pair = optimizer.pairs()[0]
     pair.lora_B.grad[0] *= 2
     with pytest.raises(RuntimeError, match=r"changed since backward by more than a common factor .*c1 with"):
         optimizer.step()
     optimizer.zero_grad()
     mse(model, images()).backward()
-    ((X, S),) = optimizer._capture.record(pair).chunks
+    ((X, _),) = optimizer.captured()[0].chunks
     X.copy_(X.unflatten(1, (3, 9)).mT.flatten(1))  # the columns in the order of channels_last memory
     with pytest.raises(RuntimeError, match=r"activations do not reproduce .grad .*c1 with"):
         optimizer.step()

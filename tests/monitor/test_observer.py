@@ -31,10 +31,9 @@ COUNTS = {"skipped_steps", "repaired_pivots"}
 def dense(model: nn.Module, optimizer: PSILoRA) -> list[dict[str, Tensor]]:
     """Per layer: G as a matrix, W = s·B·A and the momentum as a matrix."""
     layers = []
-    for pair in optimizer._pairs.values():
+    for pair, record in zip(optimizer.pairs(), optimizer.captured(), strict=True):
         s = pair.scaling
-        record = optimizer._capture.record(pair)
-        G = sum((S.mT @ X for X, S in record.chunks), torch.zeros(())) / s if record is not None else None
+        G = sum((S.mT @ X for X, S in record.chunks), torch.zeros(())) / s if record.chunks else None
         state_A, state_B = optimizer.state[pair.lora_A], optimizer.state[pair.lora_B]
         M = state_B["momentum"] @ state_A["momentum"]
         layers.append({"G": G, "W": s * pair.B @ pair.A, "M": M.clone(), "B": pair.B.clone(), "A": pair.A.clone()})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import scales_and_residuals
 from models import factors
 from naive import WrapperHooks, jittered_turn
 from tiny import MODES, adapted, token_rows, trainer_arguments
@@ -22,18 +23,6 @@ from psilora.integrations.hf import PSILoRACallback, PSILoRAFactory, optimizer_c
 
 def arguments(path: Path, **changes: Any) -> TrainingArguments:
     return trainer_arguments(path, **{"per_device_train_batch_size": 2, "max_steps": 4, **changes})
-
-
-def captured(optimizer: PSILoRA) -> dict[str, tuple[float, float]]:
-    """Per pair, c and ‖dB − c·S_Bᵀ(XAᵀ)‖ / ‖dB‖ for the best c."""
-    found = {}
-    for pair in optimizer._pairs.values():
-        record, dB = optimizer._capture.record(pair), pair.lora_B.grad
-        assert record is not None and record.captured
-        own = sum(s.mT @ (x @ pair.A.mT) for x, s in record.chunks)
-        scale = float((own * dB).sum() / own.square().sum())
-        found[pair.name] = scale, float((own * scale - dB).norm() / dB.norm())
-    return found
 
 
 class BeforeStep(TrainerCallback):
@@ -50,11 +39,11 @@ class BeforeStep(TrainerCallback):
             self.naive_errors.append(self.naive.worst())
             self.naive_calls = max(len(held) for held in self.naive.X.values())
             self.naive.clear()
-        if optimizer._capture.records:
-            found = captured(optimizer).values()
+        if any(record.calls for record in optimizer.captured()):
+            found = scales_and_residuals(optimizer).values()
             self.scales.append([scale for scale, _ in found])
             self.residuals.append(max(residual for _, residual in found))
-            self.calls |= {record.calls for record in optimizer._capture.records.values()}
+            self.calls |= {record.calls for record in optimizer.captured()}
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
         self.history.append(factors(self.model))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from captures import held
 from models import bare, factors
 from naive import PlainState, WrapperHooks
 from peft import prepare_model_for_kbit_training
@@ -62,13 +63,11 @@ def test_a_bf16_base_through_prepare(adapter: torch.dtype, mixed: str) -> None:
 
     hooks = WrapperHooks(model)
     accelerator.backward(model(**tokens()).loss)
-    for pair in optimizer._pairs.values():
-        record = optimizer._capture.record(pair)
-        assert record is not None and record.captured
+    for _, record in held(optimizer):
         narrow = torch.bfloat16 if mixed == "bf16" or adapter == torch.bfloat16 else torch.float32
         assert {s.dtype for _, s in record.chunks} == {narrow}
         assert {x.dtype for x, _ in record.chunks} <= {torch.bfloat16, narrow}
-    inputs = [x for record in optimizer._capture.records.values() for x, _ in record.chunks]
+    inputs = [x for record in optimizer.captured() for x, _ in record.chunks]
     wide = {x.untyped_storage().data_ptr() for x in inputs if x.dtype != torch.bfloat16}
     shared = {x.untyped_storage().data_ptr() for x in inputs if x.dtype == torch.bfloat16}
     assert 0 < len(shared) < len(inputs) - len(wide)  # q, k and v share one

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from captures import scales_and_residuals
 from models import bare, factors
 from naive import WrapperHooks
 from tiny import MODES, SENTENCES, byte_tokenizer, lora, tiny_llama
@@ -52,15 +53,8 @@ class Residuals(TrainerCallback):
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any, **_: object) -> None:
         optimizer = optimizer.optimizer
-        worst = 0.0
-        for pair in optimizer._pairs.values():
-            record, dB = optimizer._capture.record(pair), pair.lora_B.grad
-            assert record is not None and record.captured
-            own = sum(s.mT @ (x @ pair.A.mT) for x, s in record.chunks)
-            scale = (own * dB).sum() / own.square().sum()
-            worst = max(worst, float((own * scale - dB).norm() / dB.norm()))
-            self.calls.add(record.calls)
-        self.values.append(worst)
+        self.calls |= {record.calls for record in optimizer.captured()}
+        self.values.append(max(error for _, error in scales_and_residuals(optimizer).values()))
         self.naive_errors.append(self.naive.worst())
         self.naive.clear()
 

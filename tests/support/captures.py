@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from psilora import PSILoRA
-from psilora.adapters import LoRAPair
+from psilora.capture import Captured
+from psilora.monitor.summary import PairInfo
 
 #: Settings of PEFT's LoRA that a capture must not notice.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -21,23 +22,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def captured_gradients(optimizer: PSILoRA, pair: LoRAPair, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def held(optimizer: PSILoRA) -> list[tuple[PairInfo, Captured]]:
+    """Every pair with what is held of it, X and S of every call."""
+    found = list(zip(optimizer.pairs(), optimizer.captured(), strict=True))
+    assert found and all(captured.calls == len(captured.chunks) > 0 for _, captured in found)
+    return found
+
+
+def captured_gradients(pair: PairInfo, captured: Captured, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
     """dA = (S_B·B)ᵀX and dB = S_Bᵀ(XAᵀ) of a pair, in `dtype` or that of its factors."""
-    record = optimizer._capture.record(pair)
-    assert record is not None and record.captured
     A, B = (pair.A, pair.B) if dtype is None else (pair.A.to(dtype), pair.B.to(dtype))
-    chunks = [(x.to(B.dtype), s.to(B.dtype)) for x, s in record.chunks]
-    assert chunks
-    dA = sum((s @ B).mT @ x for x, s in chunks)
-    return dA, sum(s.mT @ (x @ A.mT) for x, s in chunks)
+    chunks = [(x.to(B.dtype), s.to(B.dtype)) for x, s in captured.chunks]
+    dA = sum(((s @ B).mT @ x for x, s in chunks), torch.zeros_like(A))
+    return dA, sum((s.mT @ (x @ A.mT) for x, s in chunks), torch.zeros_like(B))
+
+
+def scales_and_residuals(optimizer: PSILoRA, scaled: bool = True) -> dict[str, tuple[float, float]]:
+    """Per pair, the c and ‖dB − c·S_Bᵀ(XAᵀ)‖ / ‖dB‖ of the best c, or of c = 1 unless `scaled`."""
+    found = {}
+    for pair, captured in held(optimizer):
+        own, dB = captured_gradients(pair, captured)[1], pair.lora_B.grad
+        assert dB is not None
+        scale = float((own * dB).sum() / own.square().sum()) if scaled else 1.0
+        found[pair.name] = scale, float((own * scale - dB).norm() / dB.norm())
+    return found
 
 
 def assert_exact(optimizer: PSILoRA, tolerance: float = 1e-12) -> None:
     """Assert that every pair's capture gives its `.grad`."""
-    pairs = list(optimizer._pairs.values())
-    assert pairs
-    for pair in pairs:
-        dA, dB = captured_gradients(optimizer, pair)
+    for pair, captured in held(optimizer):
+        dA, dB = captured_gradients(pair, captured)
         assert dB.norm() > 0 and dA.norm() > 0
         torch.testing.assert_close(dA, pair.lora_A.grad.flatten(1), rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(dB, pair.lora_B.grad.flatten(1), rtol=tolerance, atol=tolerance)
