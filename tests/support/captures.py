@@ -43,6 +43,9 @@ def scales_and_residuals(optimizer: PSILoRA, scaled: bool = True) -> dict[str, t
     for pair, captured in held(optimizer):
         own, dB = captured_gradients(pair, captured)[1], pair.lora_B.grad
         assert dB is not None
+        if not own.any() and not dB.any():  # as where every reward of a group is the same
+            found[pair.name] = 1.0, 0.0
+            continue
         scale = float((own * dB).sum() / own.square().sum()) if scaled else 1.0
         found[pair.name] = scale, float((own * scale - dB).norm() / dB.norm())
     return found
