@@ -111,8 +111,11 @@ def added_group(
 
 
 def too_many(pairs: int, outside: Mapping[str, nn.Parameter]) -> str | None:
-    """Return what to say where AdamW trains more numbers than the `pairs` have, and nobody said so; else None."""
-    sizes = {name: parameter.numel() for name, parameter in outside.items()}
+    """Return what to say where AdamW trains more numbers than the `pairs` have, and nobody said so; else None.
+
+    Who names modules in PEFT's `modules_to_save` has said so.
+    """
+    sizes = {name: p.numel() for name, p in outside.items() if ".modules_to_save." not in name}
     total = sum(sizes.values())
     if total <= pairs:
         return None

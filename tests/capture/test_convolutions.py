@@ -484,7 +484,7 @@ def test_auto_counts_the_rows_of_each_layer() -> None:
     train(model, optimizer, [images(2, (20, 20))])
     assert optimizer.gradients() == {conv.name: "dense", head.name: "exact"}
     reasons = [optimizer._planner.choices[pair.name].reason for pair in (conv, head)]
-    assert f"X and S of {2 * 18 * 18} rows {2 * 18 * 18 * (27 + 8) * 8}" in reasons[0]
+    assert f"X and S of {2 * 18 * 18} rows {mebibytes(2 * 18 * 18 * (27 + 8) * 8)}" in reasons[0]
     assert f"X and S of 2 rows hold {mebibytes(2 * (128 + 4) * 8)}, SᵀX {mebibytes(128 * 4 * 8)}" in reasons[1]
     small = bare(model, gradient="auto")
     train(model, small, [images(1, (4, 4))])
@@ -497,6 +497,7 @@ def test_the_doctor_counts_patches_and_no_shared_input() -> None:
         "1 × c1 8×27, r = 4: captured exactly, by patches of 3×3",
         "1 × c2 6×120, r = 4: captured exactly, by patches of 3×5",
         "1 × c3 4×6, r = 4: captured exactly, by patches of 1×1",
+        "together 3 pairs with 684 trainable numbers",
     ]
     lines = doctor.memory(pairs, tokens=1024, itemsize=2)
     assert lines[0].startswith(f"gradient='exact': X {2 * sum(D_IN)} KiB (shared) to {2 * sum(D_IN)} KiB")
