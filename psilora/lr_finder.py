@@ -17,8 +17,9 @@ from torch import Tensor, nn
 SMOOTHING = 0.9
 #: The sweep ends where the smoothed loss exceeds this times the lowest so far.
 DIVERGED = 2.0
-#: The suggestion, relative to the rate at which the smoothed loss was lowest.
-SHARE = 0.25
+#: The suggestion, relative to the rate at which the smoothed loss was lowest. The best tuned rates of runs that decay
+#: lay at 0.17 to 0.9 of it for the spectral step on four tasks, and at twice it for AdamW on one.
+SHARE = 0.4
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class LRSweep:
     smoothed: tuple[float, ...]
 
     def suggestion(self) -> float:
-        """Return a quarter of the rate at which the smoothed loss was lowest, to two digits.
+        """Return 0.4 times the rate at which the smoothed loss was lowest, to two digits: right to a factor of 3 or so.
 
         Raises:
             ValueError: The loss never fell below its start by more than rounding, so there is nothing to suggest.

@@ -149,6 +149,6 @@ def test_the_plot_shows_the_losses_and_the_suggestion() -> None:
     assert ax.get_xscale() == "log" and len(ax.lines) == 3
     assert list(ax.lines[1].get_ydata()) == [1.0, 0.8]
     assert f"suggestion {sweep.suggestion():.2g}" in [text.get_text() for text in ax.get_legend().get_texts()]
-    assert sweep.suggestion() == 0.05
+    assert sweep.suggestion() == 0.08
     assert sweep.plot(ax) is ax
     matplotlib.pyplot.close("all")

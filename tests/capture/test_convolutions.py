@@ -500,6 +500,8 @@ def test_the_doctor_counts_patches_and_no_shared_input() -> None:
         "together 3 pairs with 684 trainable numbers",
     ]
     lines = doctor.memory(pairs, tokens=1024, itemsize=2)
-    assert lines[0].startswith(f"gradient='exact': X {2 * sum(D_IN)} KiB (shared) to {2 * sum(D_IN)} KiB")
+    size = mebibytes(2 * sum(D_IN) * 1024)
+    assert lines[0].startswith(f"gradient='exact': X {size} (shared) to {size}")
     twice = find_pairs(peft_convnet(nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)), targets=["0", "1"]))[0]
-    assert doctor.memory(twice, tokens=1024, itemsize=2)[0].startswith("gradient='exact': X 108 KiB (shared) to 108")
+    size = mebibytes(108 * 1024)
+    assert doctor.memory(twice, tokens=1024, itemsize=2)[0].startswith(f"gradient='exact': X {size} (shared) to {size}")
