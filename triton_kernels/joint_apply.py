@@ -51,7 +51,7 @@ def _product(c_ptr, y, top, first, RP: tl.constexpr, SIDE: tl.constexpr):
 @triton.jit
 def _apply_side(
     addresses_ptr, settings_ptr, dims_ptr, c_ptr, taken, sigma, frozen, shift, problem, start, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, COMMIT: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, COMMIT: tl.constexpr, WHOLE: tl.constexpr,
     F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
     r, _, d = sizes(dims_ptr, problem, SIDE)
@@ -72,8 +72,8 @@ def _apply_side(
         of_2 = tl.zeros(shape, tl.float32)
         for first in range(0, 4 * RP, 16):
             row = first + tl.arange(0, 16)
-            z, others = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, SIDE, F_TYPE, G_TYPE)
-            y = tl.fma(z, w + tl.zeros_like(z), others)
+            z, own = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, WHOLE, F_TYPE, G_TYPE)
+            y = z * tl.where(own, w, 1.0)
             # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103.
             of_f = tl.fma(_product(c_ptr, y, 0, first, RP, SIDE), 1.0, of_f)
             if COMMIT:
@@ -100,7 +100,7 @@ def _apply_side(
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)
 def _apply_kernel(
     addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, c_ptr, seen_ptr, frozen_ptr, outcome_ptr, ok_ptr, layers,
-    RP: tl.constexpr, BN: tl.constexpr, COMMIT: tl.constexpr, FOLLOWS: tl.constexpr,
+    RP: tl.constexpr, BN: tl.constexpr, COMMIT: tl.constexpr, FOLLOWS: tl.constexpr, WHOLE: tl.constexpr,
     F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
 ):  # fmt: skip
     """New factor, momentum and metric of a tile's columns in place where ok (uint8) holds, or ΔF into STEPS."""
@@ -114,12 +114,12 @@ def _apply_kernel(
             frozen = tl.load(frozen_ptr + problem) != 0
             _apply_side(
                 addresses_ptr, settings_ptr, dims_ptr, c_ptr + problem * (12 * RP * RP), taken,
-                tl.load(found + SIGMA), frozen, shift, problem, start, end, 0, RP, BN, COMMIT, F_A, G_A,
+                tl.load(found + SIGMA), frozen, shift, problem, start, end, 0, RP, BN, COMMIT, WHOLE, F_A, G_A,
             )  # fmt: skip
         else:
             _apply_side(
                 addresses_ptr, settings_ptr, dims_ptr, c_ptr + (layers + problem) * (12 * RP * RP), taken,
-                tl.load(found + SIGMA + 1), taken < 0.0, shift, problem, start, end, 1, RP, BN, COMMIT, F_B, G_B,
+                tl.load(found + SIGMA + 1), taken < 0.0, shift, problem, start, end, 1, RP, BN, COMMIT, WHOLE, F_B, G_B,
             )  # fmt: skip
         if COMMIT:
             if start == 0:
@@ -137,7 +137,8 @@ def _apply_kernel(
 
 def apply(
     addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, coefficients: Tensor, found: Tensor,
-    frozen: Tensor, outcome: Tensor, ok: Tensor, *, commit: bool, follows: bool, types: tuple[Any, Any, Any, Any],
+    frozen: Tensor, outcome: Tensor, ok: Tensor, *, commit: bool, follows: bool, whole: bool,
+    types: tuple[Any, Any, Any, Any],
 ) -> None:  # fmt: skip
     """Launch `_apply_kernel`.
 
@@ -152,7 +153,7 @@ def apply(
     BN, warps = BLOCKS[padded]
     _apply_kernel[(tiles.shape[0],)](
         addresses, settings, dims, tiles, coefficients, found, frozen, outcome, ok, dims.shape[0],
-        RP=padded, BN=BN, COMMIT=commit, FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
+        RP=padded, BN=BN, COMMIT=commit, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
         num_warps=warps, num_stages=1,
     )  # fmt: skip
 
@@ -165,7 +166,7 @@ def _variants() -> list[Variant]:
     }  # fmt: skip
     for padded, (BN, warps) in BLOCKS.items():
         constexprs = {
-            "RP": padded, "BN": BN, "COMMIT": True, "FOLLOWS": True, "F_A": tl.bfloat16, "F_B": tl.float32,
+            "RP": padded, "BN": BN, "COMMIT": True, "FOLLOWS": True, "WHOLE": False, "F_A": tl.bfloat16, "F_B": tl.float32,
             "G_A": tl.bfloat16, "G_B": tl.float32,
         }  # fmt: skip
         found.append(

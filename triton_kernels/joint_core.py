@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
-from psilora.triton_kernels.joint_gram import COLUMNS, pieces_of, rows_of_piece
+from psilora.triton_kernels.joint_gram import pieces_of, rows_of_piece
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     DECAY,
@@ -196,26 +196,25 @@ def _exponent(exponents_ptr, first, count, start, STRIDE: tl.constexpr, RP: tl.c
 @triton.jit
 def _gather(
     out_ptr, out_plane, n, partials_ptr, exponents_ptr, pieces_ptr, first, count, e0, e1, e2, e3,
-    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
-    SIZE: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Write Γ (SIZE, SIZE) of a side, in units of its blocks' exponents, from the pieces of its tiles in order."""
     i0 = tl.arange(0, ROWS)
-    j0 = tl.arange(0, COLUMNS)
-    inner = i0[:, None] * COLUMNS + j0[None, :]
+    inner = i0[:, None] * ROWS + i0[None, :]
     for piece in range(PIECES):
         i = tl.load(pieces_ptr + piece * 2) * ROWS + i0
-        j = tl.load(pieces_ptr + piece * 2 + 1) * COLUMNS + j0
+        j = tl.load(pieces_ptr + piece * 2 + 1) * ROWS + i0
+        lower = i[:, None] // 8 >= j[None, :] // 8  # whole sectors
         b = i // RP
         unit_i = 7 + tl.where(b == 0, e0, tl.where(b == 1, e1, tl.where(b == 2, e2, e3)))
         b = j // RP
         unit_j = 7 + tl.where(b == 0, e0, tl.where(b == 1, e1, tl.where(b == 2, e2, e3)))
-        hi = tl.zeros((ROWS, COLUMNS), tl.float32)
-        lo = tl.zeros((ROWS, COLUMNS), tl.float32)
+        hi = tl.zeros((ROWS, ROWS), tl.float32)
+        lo = tl.zeros((ROWS, ROWS), tl.float32)
         for t in range(count):
             tile = (first + t).to(tl.int64)
             ph, pl = load(
-                partials_ptr + (tile * PIECES + piece) * (2 * ROWS * COLUMNS) + inner, ROWS * COLUMNS, inner >= 0
+                partials_ptr + (tile * PIECES + piece) * (2 * ROWS * ROWS) + inner, ROWS * ROWS, lower
             )
             f = power(tl.load(exponents_ptr + tile * STRIDE + i) - unit_i)[:, None]
             f = f * power(tl.load(exponents_ptr + tile * STRIDE + j) - unit_j)[None, :]
@@ -232,7 +231,7 @@ def _gather(
 def _roots_kernel(
     settings_ptr, dims_ptr, parts_ptr, pieces_ptr, partials_ptr, exponents_ptr, work_ptr, roots_ptr, traces_ptr,
     frozen_ptr, layers,
-    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
     """L⁻¹ of FFᵀ + λI as it is, in fp32, ‖F‖² and, for B, whether it is 0."""
     job = tl.program_id(0).to(tl.int64)
@@ -246,7 +245,7 @@ def _roots_kernel(
     top = _exponent(exponents_ptr, first, count, 0, STRIDE, RP)
     _gather(
         own + ONE * RP * RP, PLANE, RP, partials_ptr, exponents_ptr, pieces_ptr, first, count, top, top, top, top,
-        RP, ROWS, COLUMNS, PIECES, STRIDE, RP,
+        RP, ROWS, PIECES, STRIDE, RP,
     )  # fmt: skip
     mean = _mean_diagonal(own + ONE * RP * RP, RP, r, RP)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + RP * UNIT) * mean
@@ -269,7 +268,7 @@ def _roots_kernel(
 def _collect_kernel(
     addresses_ptr, settings_ptr, dims_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, partials_ptr, exponents_ptr,
     flags_ptr, gram_ptr, small_ptr, known_ptr, seen_ptr, layers,
-    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
     FOLLOWS: tl.constexpr, FADES: tl.constexpr,
 ):  # fmt: skip
     """Γ, L⁻¹ and W of a side of a layer; with A's side, what the size of its gradient means."""
@@ -294,7 +293,7 @@ def _collect_kernel(
         bad = bad | tl.load(flags_ptr + first * GROUPS + f)
     _gather(
         gram, N * N, N, partials_ptr, exponents_ptr, pieces_ptr, first, count, e0, e1, e2, e3,
-        RP, ROWS, COLUMNS, PIECES, STRIDE, N,
+        RP, ROWS, PIECES, STRIDE, N,
     )  # fmt: skip
     mean = _mean_diagonal(gram, N, r, RP)
     alive = mean > power(LEAST_EXPONENT - 2 * e0)
@@ -807,7 +806,7 @@ def roots(
     layers = dims.shape[0]
     _roots_kernel[(2 * layers,)](
         settings, dims, parts, pieces, partials, exponents, small, out, traces, frozen, layers,
-        RP=out.shape[-1], ROWS=partials.shape[-2], COLUMNS=partials.shape[-1], PIECES=pieces.shape[0],
+        RP=out.shape[-1], ROWS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], **_options(out.shape[-1]),
     )  # fmt: skip
 
@@ -830,7 +829,7 @@ def collect(
     layers = dims.shape[0]
     _collect_kernel[(2 * layers,)](
         addresses, settings, dims, parts, pieces, sums, frozen, partials, exponents, flags, gram, small, known, found,
-        layers, RP=small.shape[-1], ROWS=partials.shape[-2], COLUMNS=partials.shape[-1], PIECES=pieces.shape[0],
+        layers, RP=small.shape[-1], ROWS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], FOLLOWS=follows, FADES=fades,
         **_options(small.shape[-1]),
     )  # fmt: skip
@@ -916,7 +915,7 @@ def _variants() -> list[Variant]:
             ("joint_collect", _collect_kernel, 4, {"FOLLOWS": True, "FADES": True}),
         ):
             rows, pieces = rows_of_piece(padded, blocks), pieces_of(padded, blocks)
-            tiled = {"ROWS": rows, "COLUMNS": COLUMNS, "PIECES": len(pieces), "STRIDE": (1 + pieces[-1][0]) * rows}
+            tiled = {"ROWS": rows, "PIECES": len(pieces), "STRIDE": (1 + pieces[-1][0]) * rows}
             found.append(_variant(name, kernel, padded, {**tiled, **more}))
         found.append(_variant("joint_tangent", _tangent_kernel, padded, {"NESTEROV": True}))
         constexprs = {

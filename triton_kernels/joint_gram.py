@@ -35,24 +35,30 @@ from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, ti
 from psilora.triton_kernels.twofold import exponent_of, power, two_sum
 from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
-#: Columns of a chunk.
-CHUNK = 32
 #: Columns of a tile are a multiple of this: what a program does once should be little beside them.
-SPAN = 256
-#: Columns after which the integer sums are added to the twofold ones: sums of three products stay below 2²⁴.
-FULL = tl.constexpr(256)
+SPAN = tl.constexpr(256)
+#: Widths are a multiple of this where loads need no masks.
+EVEN = 64
+#: Columns whose integer sums stay below 2²⁴ in one accumulator: of single products, and of three of them.
+FULL = tl.constexpr(512)
+FULL_CROSS = tl.constexpr(256)
 WARPS = 2
 #: Adding and subtracting it rounds an fp32 number below 2²² to an integer.
 _ROUND = tl.constexpr(12582912.0)
 
 
-#: Columns of a piece of Γ that one program forms; more, and its five sums do not fit the registers.
-COLUMNS = 16
-
-
 def rows_of_piece(padded: int, blocks: int) -> int:
-    """Return the rows of a piece of Γ that one program forms."""
-    return min(32, max(16, padded * blocks))
+    """Return the rows and columns of a piece of Γ that one program forms; more, and its sums do not fit registers."""
+    return min(64, max(16, padded * blocks))
+
+
+def _chunk(rows: int) -> int:
+    """Return the columns of a chunk."""
+    return 64 if rows == 64 else 128
+
+
+def _warps(rows: int) -> int:
+    return {16: 2, 32: 4, 64: 8}[rows]
 
 
 @triton.jit
@@ -73,118 +79,172 @@ def _slices(z, e):
 @triton.jit
 def _whitened(
     addresses_ptr, dims_ptr, problem, row, n, end, root,
-    SIDE: tl.constexpr, RP: tl.constexpr, AXIS: tl.constexpr, ALONE: tl.constexpr, F_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, ALONE: tl.constexpr, WHOLE: tl.constexpr, F_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
 ):  # fmt: skip
+    """Return rows Z of a side, or of F alone; rows run along axis SIDE."""
     if ALONE:
         r, _, d = sizes(dims_ptr, problem, SIDE)
-        k = row[:, None] if AXIS == 0 else row[None, :]
-        columns = n[None, :] if AXIS == 0 else n[:, None]
-        at = element(k, columns, d if SIDE == 0 else r, SIDE == 1)
+        k = row[:, None] if SIDE == 0 else row[None, :]
+        columns = n[None, :] if SIDE == 0 else n[:, None]
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
+        if WHOLE:
+            f = tl.multiple_of(f, 16)
+            at = element(k, columns, tl.multiple_of(d, 64) if SIDE == 0 else RP, SIDE == 1)
+            if row.shape[0] > RP:
+                return tl.load(f + at, mask=k < RP, other=0.0).to(tl.float32)
+            else:
+                return tl.load(f + at).to(tl.float32)
+        at = element(k, columns, d if SIDE == 0 else r, SIDE == 1)
         return tl.load(f + at, mask=(k < r) & (columns < end), other=0.0).to(tl.float32)
     else:
-        first, others = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, AXIS, F_TYPE, G_TYPE)
+        z, of_f = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, WHOLE, F_TYPE, G_TYPE)
         inverse = 1.0 / root
-        root = root[None, :] if AXIS == 0 else root[:, None]
-        inverse = inverse[None, :] if AXIS == 0 else inverse[:, None]
-        return first * root + others * inverse
+        root = root[None, :] if SIDE == 0 else root[:, None]
+        inverse = inverse[None, :] if SIDE == 0 else inverse[:, None]
+        return z * tl.where(of_f, root, inverse)
 
 
 @triton.jit
-def _flush(at, plane, first, second, third, fourth, fifth, kept, unit):
-    """Add sums of integers in units of `unit` to the twofold ones in memory, which are multiplied by `kept`."""
+def _roots_of(
+    addresses_ptr, settings_ptr, problem, taken, sigma, frozen, first, end, SIDE: tl.constexpr, ALONE: tl.constexpr
+):  # fmt: skip
+    """Return √v of SPAN columns, one for each thread and not for each entry, and v, which is 0 beyond the end."""
+    n = first + tl.arange(0, SPAN)
+    if ALONE:
+        one = tl.full((SPAN,), 1.0, tl.float32)
+        return one, one
+    else:
+        v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
+        return tl.sqrt_rn(v), tl.where(n < end, v, 0.0)
+
+
+@triton.jit
+def _part(values, first, SIZE: tl.constexpr, ALONE: tl.constexpr):
+    """Return SIZE of a vector's entries from `first` on."""
+    if ALONE:
+        return tl.full((SIZE,), 1.0, tl.float32)
+    else:
+        return tl.gather(values, first + tl.arange(0, SIZE), 0)
+
+
+@triton.jit
+def _exponents(largest, SIDE: tl.constexpr):
+    return exponent_of(tl.max(largest, axis=1 - SIDE))
+
+
+@triton.jit
+def _both(sums):
+    """Return sums over i, j and over j, i together: of integers below 2²³, exact."""
+    return sums + tl.trans(sums)
+
+
+@triton.jit
+def _flush(at, plane, first, second, third, more, fourth, fifth, inside, begun):
+    """Store sums of integers, 2⁸ apart, as twofold numbers; add them to what is there if `begun`.
+
+    `third` has two terms.
+    """
     h, low = two_sum(first, second * (1.0 / 256))
     h, rest = two_sum(h, third * (1.0 / 65536))
     low += rest
+    h, rest = two_sum(h, more * (1.0 / 65536))
+    low += rest
     h, rest = two_sum(h, fourth * (1.0 / 16777216))
     low += rest + fifth * (1.0 / 4294967296)
-    hi, rest = two_sum(tl.load(at) * kept, h * unit)
-    lo = tl.load(at + plane) * kept + (rest + low * unit)
-    tl.store(at, hi)
-    tl.store(at + plane, lo)
-    return hi
+    if begun:
+        h, rest = two_sum(tl.load(at, mask=inside, other=0.0), h)
+        low = tl.load(at + plane, mask=inside, other=0.0) + (rest + low)
+        tl.debug_barrier()
+    tl.store(at, h, mask=inside)
+    tl.store(at + plane, low, mask=inside)
+    return h
 
 
 @triton.jit
 def _gram_side(
     addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, weight_sum_ptr,
     taken, sigma, frozen, problem, start, end, left, right,
-    SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    KC: tl.constexpr, ALONE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, KC: tl.constexpr, ALONE: tl.constexpr,
+    WHOLE: tl.constexpr, CROSS: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
+    """A piece of Γ: of rows with themselves, or with CROSS of rows `left` with rows `right`."""
     i = left * ROWS + tl.arange(0, ROWS)
-    j = right * COLUMNS + tl.arange(0, COLUMNS)
-    top_i = tl.full((ROWS,), -126, tl.int32)
-    top_j = tl.full((COLUMNS,), -126, tl.int32)
-    first = tl.zeros((ROWS, COLUMNS), tl.float32)
-    second = tl.zeros((ROWS, COLUMNS), tl.float32)
-    third = tl.zeros((ROWS, COLUMNS), tl.float32)
-    fourth = tl.zeros((ROWS, COLUMNS), tl.float32)
-    fifth = tl.zeros((ROWS, COLUMNS), tl.float32)
-    held = tl.full((), 0, tl.int32)
-    # The twofold sums are in memory: they are touched only every FULL columns, or where an entry is too large.
-    at = out_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    tl.store(at, first)
-    tl.store(at + plane, first)
-    chunk = tl.arange(0, FULL // KC)[:, None]
-    for whole in range(start, end, FULL):
-        # The weights of FULL columns at once, one for each thread and not for each entry.
-        columns = whole + tl.arange(0, FULL)
-        roots = tl.full((FULL // KC, KC), 1.0, tl.float32)
-        if not ALONE:
-            v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, columns, columns < end, SIDE)
-            roots = tl.reshape(tl.sqrt_rn(v), (FULL // KC, KC))
-        for c in range(tl.minimum(FULL // KC, tl.cdiv(end - whole, KC))):
-            n = whole + c * KC + tl.arange(0, KC)
-            root = tl.sum(tl.where(chunk == c, roots, 0.0), axis=0)
-            x = _whitened(addresses_ptr, dims_ptr, problem, i, n, end, root, SIDE, RP, 0, ALONE, F_TYPE, G_TYPE)
-            y = _whitened(addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, 1, ALONE, F_TYPE, G_TYPE)
-            e_i = exponent_of(tl.max(tl.abs(x), axis=1))
-            e_j = exponent_of(tl.max(tl.abs(y), axis=0))
-            over = tl.maximum(tl.max(e_i - top_i, axis=0), tl.max(e_j - top_j, axis=0))
-            if (over > 0) | (held == FULL):
-                new_i = tl.maximum(e_i, top_i)
-                new_j = tl.maximum(e_j, top_j)
-                kept = power(top_i - new_i)[:, None] * power(top_j - new_j)[None, :]
-                tl.debug_barrier()
-                _flush(at, plane, first, second, third, fourth, fifth, kept, kept)
-                tl.debug_barrier()
-                top_i = new_i
-                top_j = new_j
-                first = tl.zeros((ROWS, COLUMNS), tl.float32)
-                second = tl.zeros((ROWS, COLUMNS), tl.float32)
-                third = tl.zeros((ROWS, COLUMNS), tl.float32)
-                fourth = tl.zeros((ROWS, COLUMNS), tl.float32)
-                fifth = tl.zeros((ROWS, COLUMNS), tl.float32)
-                held = tl.full((), 0, tl.int32)
-            x1, x2, x3 = _slices(x, top_i[:, None])
-            y1, y2, y3 = _slices(y, top_j[None, :])
-            # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
-            first = tl.dot(x1, y1, first)
-            second = tl.dot(x1, y2, second)
-            third = tl.dot(x2, y2, third)
-            fourth = tl.dot(x2, y3, fourth)
-            fifth = tl.dot(x3, y3, fifth)
-            second = tl.fma(tl.dot(x2, y1), 1.0, second)
-            third = tl.fma(tl.dot(x1, y3), 1.0, third)
-            fourth = tl.fma(tl.dot(x3, y2), 1.0, fourth)
-            third = tl.fma(tl.dot(x3, y1), 1.0, third)
-            held += KC
-    one = tl.full((ROWS, COLUMNS), 1.0, tl.float32)
-    tl.debug_barrier()
-    hi = _flush(at, plane, first, second, third, fourth, fifth, one, one)
-    if right == 0:
+    j = right * ROWS + tl.arange(0, ROWS)
+    T: tl.constexpr = SIDE == 1
+    shape: tl.constexpr = (KC, ROWS) if T else (ROWS, KC)
+    # The largest entry of every row first: products of a row are then sums in one unit.
+    most_i = tl.zeros(shape, tl.float32)
+    most_j = tl.zeros(shape, tl.float32)
+    total = tl.zeros((SPAN,), tl.float32)
+    for block in range(start, end, SPAN):
+        roots, v = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
+        total += v
+        for begin in range(block, tl.minimum(block + SPAN, end), KC):
+            n = begin + tl.arange(0, KC)
+            root = _part(roots, begin - block, KC, ALONE)
+            x = _whitened(addresses_ptr, dims_ptr, problem, i, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
+            most_i = tl.maximum(most_i, tl.abs(x))
+            if CROSS:
+                x = _whitened(
+                    addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE
+                )
+                most_j = tl.maximum(most_j, tl.abs(x))
+    top_i = _exponents(most_i, SIDE)
+    top_j = _exponents(most_j, SIDE)
+    row = tl.arange(0, ROWS)[:, None]
+    col = tl.arange(0, ROWS)[None, :]
+    at = out_ptr + row * ROWS + col
+    inside = (row // 8 >= col // 8) | CROSS  # whole sectors
+    LENGTH: tl.constexpr = FULL_CROSS if CROSS else FULL
+    hi = tl.zeros((ROWS, ROWS), tl.float32)
+    for whole in range(start, end, LENGTH):
+        first = tl.zeros((ROWS, ROWS), tl.float32)
+        second = tl.zeros((ROWS, ROWS), tl.float32)
+        third = tl.zeros((ROWS, ROWS), tl.float32)
+        middle = tl.zeros((ROWS, ROWS), tl.float32)
+        fourth = tl.zeros((ROWS, ROWS), tl.float32)
+        fifth = tl.zeros((ROWS, ROWS), tl.float32)
+        for block in range(whole, tl.minimum(whole + LENGTH, end), SPAN):
+            roots, _ = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
+            for begin in range(block, tl.minimum(block + SPAN, end), KC):
+                n = begin + tl.arange(0, KC)
+                root = _part(roots, begin - block, KC, ALONE)
+                x = _whitened(addresses_ptr, dims_ptr, problem, i, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
+                x1, x2, x3 = _slices(x, top_i[None, :] if T else top_i[:, None])
+                if CROSS:
+                    y = _whitened(
+                        addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE
+                    )
+                    y1, y2, y3 = _slices(y, top_j[None, :] if T else top_j[:, None])
+                else:
+                    y1, y2, y3 = x1, x2, x3
+                if T:
+                    x1, x2, x3 = tl.trans(x1), tl.trans(x2), tl.trans(x3)
+                else:
+                    y1, y2, y3 = tl.trans(y1), tl.trans(y2), tl.trans(y3)
+                # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
+                first = tl.dot(x1, y1, first)
+                second = tl.dot(x1, y2, second)
+                third = tl.dot(x1, y3, third)
+                middle = tl.dot(x2, y2, middle)
+                fourth = tl.dot(x2, y3, fourth)
+                fifth = tl.dot(x3, y3, fifth)
+                if CROSS:
+                    second = tl.fma(tl.dot(x2, y1), 1.0, second)
+                    third = tl.fma(tl.dot(x3, y1), 1.0, third)
+                    fourth = tl.fma(tl.dot(x3, y2), 1.0, fourth)
+        if not CROSS:
+            second = _both(second)
+            third = _both(third)
+            fourth = _both(fourth)
+        hi = _flush(at, plane, first, second, third, middle, fourth, fifth, inside, whole > start)
+    if not CROSS:
         tl.store(exponents_ptr + i, top_i)
         # An entry that is not finite has made all that it was multiplied with NaN.
         tl.store(flags_ptr + left, tl.max(tl.max(tl.where(tl.abs(hi) < float("inf"), 0, 1), axis=1), axis=0))
         if not ALONE:
             if left == 0:
-                total = tl.zeros((FULL,), tl.float32)
-                for begin in range(start, end, FULL):
-                    n = begin + tl.arange(0, FULL)
-                    v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
-                    total += tl.where(n < end, v, 0.0)
                 tl.store(weight_sum_ptr, tl.sum(total, axis=0))
 
 
@@ -192,8 +252,8 @@ def _gram_side(
 def _gram_kernel(
     addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, out_ptr,
     exponents_ptr, flags_ptr, layers,
-    RP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr,
-    KC: tl.constexpr, ALONE: tl.constexpr, FOLLOWS: tl.constexpr,
+    RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, GROUPS: tl.constexpr,
+    KC: tl.constexpr, ALONE: tl.constexpr, FOLLOWS: tl.constexpr, WHOLE: tl.constexpr,
     F_A: tl.constexpr, F_B: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
 ):  # fmt: skip
     """One piece of the partial Gram matrix of a tile's columns per program, and the exponents of its rows."""
@@ -203,7 +263,7 @@ def _gram_kernel(
     left = tl.load(pieces_ptr + piece * 2)
     right = tl.load(pieces_ptr + piece * 2 + 1)
     side, problem, start, end = tile_at(tiles_ptr, tile)
-    out = out_ptr + job * (2 * ROWS * COLUMNS)
+    out = out_ptr + job * (2 * ROWS * ROWS)
     exponents = exponents_ptr + tile * (GROUPS * ROWS)
     flags = flags_ptr + tile * GROUPS
     weight_sum = sums_ptr + tile * SUMS + WEIGHT_SUM
@@ -214,19 +274,32 @@ def _gram_kernel(
         taken, _, sigma_a, sigma_b, _, _, _ = seen(
             addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, frozen_ptr, layers, problem, FOLLOWS, False
         )
-    if side == 0:
-        frozen = taken < 0.0
-        if not ALONE:
-            frozen = tl.load(frozen_ptr + problem) != 0
-        _gram_side(
-            addresses_ptr, settings_ptr, dims_ptr, out, ROWS * COLUMNS, exponents, flags, weight_sum,
-            taken, sigma_a, frozen, problem, start, end, left, right, 0, RP, ROWS, COLUMNS, KC, ALONE, F_A, G_A,
-        )  # fmt: skip
-    else:
-        _gram_side(
-            addresses_ptr, settings_ptr, dims_ptr, out, ROWS * COLUMNS, exponents, flags, weight_sum,
-            taken, sigma_b, taken < 0.0, problem, start, end, left, right, 1, RP, ROWS, COLUMNS, KC, ALONE, F_B, G_B,
-        )  # fmt: skip
+    for SIDE in tl.static_range(2):
+        if side == SIDE:
+            sigma = sigma_a if SIDE == 0 else sigma_b
+            frozen = taken < 0.0
+            if SIDE == 0 and not ALONE:
+                frozen = tl.load(frozen_ptr + problem) != 0
+            F_TYPE: tl.constexpr = F_A if SIDE == 0 else F_B
+            G_TYPE: tl.constexpr = G_A if SIDE == 0 else G_B
+            if GROUPS == 1:
+                _gram_side(
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, weight_sum, taken,
+                    sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, False,
+                    F_TYPE, G_TYPE,
+                )  # fmt: skip
+            elif left == right:
+                _gram_side(
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, weight_sum, taken,
+                    sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, False,
+                    F_TYPE, G_TYPE,
+                )  # fmt: skip
+            else:
+                _gram_side(
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, weight_sum, taken,
+                    sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, True,
+                    F_TYPE, G_TYPE,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -332,13 +405,13 @@ def pieces_table(padded: int, blocks: int, device: torch.device) -> Tensor:
 def pieces_of(padded: int, blocks: int) -> list[tuple[int, int]]:
     """Return the pieces that cover the lower triangle of Γ: of rows, and of columns."""
     rows = rows_of_piece(padded, blocks)
-    return [(i, j) for i in range(-(-padded * blocks // rows)) for j in range((i + 1) * rows // COLUMNS)]
+    return [(i, j) for i in range(-(-padded * blocks // rows)) for j in range(i + 1)]
 
 
 def gram(
     addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, pieces: Tensor, sums: Tensor,
     frozen: Tensor, out: Tensor, exponents: Tensor, flags: Tensor, *, padded: int, alone: bool, follows: bool,
-    types: tuple[Any, Any, Any, Any],
+    whole: bool, types: tuple[Any, Any, Any, Any],
 ) -> None:  # fmt: skip
     """Launch `_gram_kernel`: of F alone, unweighted, or of all rows of a side, whitened.
 
@@ -351,19 +424,22 @@ def gram(
         pieces: What `pieces_table` returns.
         sums: (tiles, 8) fp32, what `moments` has left; Σ v is added.
         frozen: (L,) int32, whether A's metric waits because B = 0.
-        out: (tiles, pieces, 2, ROWS, 16) fp32, hi and lo in units of the rows' 2^(E − 7), written.
+        out: (tiles, pieces, 2, ROWS, ROWS) fp32, hi and lo in units of the rows' 2^(E − 7), written; of a piece on the
+            diagonal the lower triangle.
         exponents: (tiles, groups, ROWS) int32, E of every row, written.
         flags: (tiles, groups) int32, 1 where an entry is not finite, written.
         padded: r padded to a power of two of at least 8.
         alone: Whether F alone is summed.
         follows: Whether an outlier among the gradients is scaled down.
+        whole: Whether r is `padded`, every width a multiple of `EVEN` and every address one of 16 bytes.
         types: Triton's types of A, B, dA and dB.
     """
+    rows = out.shape[-1]
     _gram_kernel[(tiles.shape[0] * pieces.shape[0],)](
         addresses, settings, dims, tiles, parts, pieces, sums, frozen, out, exponents, flags, dims.shape[0],
-        RP=padded, ROWS=out.shape[-2], COLUMNS=COLUMNS, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=CHUNK,
-        ALONE=alone, FOLLOWS=follows, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3], num_warps=WARPS,
-        num_stages=1, enable_fp_fusion=False,
+        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=_chunk(rows),
+        ALONE=alone, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
+        num_warps=_warps(rows), num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
 
 
@@ -396,7 +472,9 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _variant(name: str, kernel: Any, padded: int, registers: int, fusion: bool, constexprs: dict[str, Any]) -> Variant:
+def _variant(
+    name: str, kernel: Any, padded: int, registers: int, fusion: bool, constexprs: dict[str, Any], warps: int = WARPS
+) -> Variant:
     signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
     return Variant(
         name=f"{name}_r{padded}",
@@ -404,7 +482,7 @@ def _variant(name: str, kernel: Any, padded: int, registers: int, fusion: bool, 
         signature=signature,
         constexprs={"RP": padded, **constexprs},
         aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
-        num_warps=WARPS,
+        num_warps=warps,
         num_stages=1,
         max_registers=registers,
         fusion=fusion,
@@ -422,13 +500,13 @@ def _variants() -> list[Variant]:
         for name, blocks in (("joint_gram", 4), ("joint_gram_alone", 1)):
             rows = rows_of_piece(padded, blocks)
             constexprs = {
-                "ROWS": rows, "COLUMNS": COLUMNS, "GROUPS": -(-padded * blocks // rows),
-                "PIECES": len(pieces_of(padded, blocks)), "KC": CHUNK, "ALONE": blocks == 1,
-                "FOLLOWS": blocks == 4, "F_A": tl.bfloat16, "F_B": tl.float32, **types,
+                "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
+                "KC": _chunk(rows), "ALONE": blocks == 1, "FOLLOWS": blocks == 4, "WHOLE": False,
+                "F_A": tl.bfloat16, "F_B": tl.float32, **types,
             }  # fmt: skip
-            found.append(_variant(name, _gram_kernel, padded, 255, False, constexprs))
-            plain = dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32)
-            found.append(_variant(f"{name}_fp32", _gram_kernel, padded, 255, False, {**constexprs, **plain}))
+            plain = {**constexprs, **dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}
+            for kind, chosen in (("", constexprs), ("_fp32", plain)):
+                found.append(_variant(f"{name}{kind}", _gram_kernel, padded, 255, False, chosen, _warps(rows)))
     return found
 
 

@@ -73,14 +73,19 @@ def parts_of(parts_ptr, layers, problem, SIDE: tl.constexpr):
 def _gathered(sums_ptr, parts_ptr, layers, problem, SIDE: tl.constexpr, COLUMN: tl.constexpr):
     """Return (unit, Σ/unit²) of a side from the units and sums of its tiles."""
     first, count = parts_of(parts_ptr, layers, problem, SIDE)
+    tile = tl.arange(0, 32)
     unit = tl.full((), 0.0, tl.float32)
-    for t in range(count):
-        unit = tl.maximum(unit, tl.load(sums_ptr + (first + t) * SUMS + COLUMN))
+    for t in range(0, count, 32):
+        inside = t + tile < count
+        units = tl.load(sums_ptr + (first + t + tile) * SUMS + COLUMN, mask=inside, other=0.0)
+        unit = tl.maximum(unit, tl.max(units, axis=0))
     total = tl.full((), 0.0, tl.float32)
     safe = tl.where(unit > 0.0, unit, 1.0)
-    for t in range(count):
-        share = tl.load(sums_ptr + (first + t) * SUMS + COLUMN) / safe
-        total += tl.load(sums_ptr + (first + t) * SUMS + COLUMN + 1) * share * share
+    for t in range(0, count, 32):
+        inside = t + tile < count
+        at = sums_ptr + (first + t + tile) * SUMS + COLUMN
+        share = tl.load(at, mask=inside, other=0.0) / safe
+        total += tl.sum(tl.load(at + 1, mask=inside, other=0.0) * share * share, axis=0)
     return unit, total
 
 
@@ -178,20 +183,27 @@ def _across(x, AXIS: tl.constexpr):
 @triton.jit
 def rows_of(
     addresses_ptr, dims_ptr, problem, row, n, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, AXIS: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, in two parts: F, and the others.
+    """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, and where they are those of F.
 
-    `row` and `n` are vectors; rows run along AXIS of the result. Rows come in eights of one block.
+    `row` and `n` are vectors; rows run along axis SIDE, as in memory. Rows come in eights of one block. WHOLE: r is RP,
+    all n are below the end and d is a multiple of 64, and rows and matrices begin at multiples of 16 bytes.
     """
     r, _, d = sizes(dims_ptr, problem, SIDE)
     T: tl.constexpr = SIDE == 1
     block = row // RP
     k = row % RP
     own = (block > 0) & (block < 3)
-    column = _across(n, 1 - AXIS)
-    inside = _across(k, AXIS) < r
-    inside = inside & (column < end)
+    column = _across(n, 1 - SIDE)
+    of_f = _across(block, SIDE) == 0
+    inside = of_f | True
+    if WHOLE:
+        d = tl.multiple_of(d, 64)
+        r = RP
+    else:
+        inside = _across(k, SIDE) < r
+        inside = inside & (column < end)
     if F_TYPE == tl.float32 and G_TYPE == tl.float32:
         f = tl.load(addresses_ptr + problem * ADDRESSES + FACTOR + SIDE)
         g = tl.load(addresses_ptr + problem * ADDRESSES + GRAD + SIDE)
@@ -200,19 +212,23 @@ def rows_of(
         start = tl.max_constancy(start, 8)
         index = tl.max_contiguous(tl.where(own, (block - 1) * r + k, k), 8)
         leading = tl.max_constancy(tl.where(own, 2 * r, r), 8) if T else tl.zeros_like(row) + d
-        at = element(_across(index, AXIS), column, _across(leading, AXIS), T)
-        z = tl.load(_across(start, AXIS) + at, mask=inside, other=0.0)
-        of_f = _across(block, AXIS) == 0
-        return tl.where(of_f, z, 0.0), tl.where(of_f, 0.0, z)
+        at = _across(start, SIDE) + element(_across(index, SIDE), column, _across(leading, SIDE), T)
+        if WHOLE:
+            at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+            return tl.load(at), of_f
+        else:
+            return tl.load(at, mask=inside, other=0.0), of_f
     else:
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
         g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
         m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
-        of = _across(block, AXIS)
-        at = element(_across(tl.max_contiguous(k, 8), AXIS), column, r if T else d, T)
+        if WHOLE:
+            f, g, m = tl.multiple_of(f, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
+        of = _across(block, SIDE)
+        at = element(_across(tl.max_contiguous(k, 8), SIDE), column, r if T else d, T)
         first = tl.load(f + at, mask=inside & (of == 0), other=0.0).to(tl.float32)
         last = tl.load(g + at, mask=inside & (of == 3), other=0.0).to(tl.float32)
         index = tl.max_contiguous((block - 1) * r + k, 8)
-        at = element(_across(index, AXIS), column, 2 * r if T else d, T)
+        at = element(_across(index, SIDE), column, 2 * r if T else d, T)
         middle = tl.load(m + at, mask=inside & (of > 0) & (of < 3), other=0.0)
-        return first, last + middle
+        return first + last + middle, of_f

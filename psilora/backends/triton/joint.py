@@ -69,8 +69,8 @@ class JointRun:
         self.follows = options.follows
         self.padded = padded = max(8, 1 << (self.rank - 1).bit_length())
         sizes = [[pair.d_in for pair in pairs], [pair.d_out for pair in pairs]]
-        longest = max(8 * joint_gram.SPAN, SPAN_PER_RANK * self.rank)
-        tiles, parts = tile_map(sizes, joint_gram.SPAN, longest)
+        longest = max(8 * joint_gram.SPAN.value, SPAN_PER_RANK * self.rank)
+        tiles, parts = tile_map(sizes, joint_gram.SPAN.value, longest)
         device, count = self.device, self.count
         self.tiles = int32_table(tiles, 4, device)
         self.parts = torch.stack([int32_table(side, 2, device) for side in parts])
@@ -110,6 +110,9 @@ class JointRun:
         self.schulz = torch.tensor(schulz, dtype=torch.float32, device=device)
         self.fresh = self._rows(sizes, 1)
         self.sizes = sizes
+        #: Whether neither rank nor widths need masks; whether addresses allow to do without is seen in every step.
+        self.even = self.rank == padded and not any(size % joint_gram.EVEN for side in sizes for size in side)
+        self.whole = False
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.yes = torch.ones((), dtype=torch.uint8, device=device)
         for side in (0, 1):
@@ -125,7 +128,7 @@ class JointRun:
         """Partial Grams of every tile, the exponents of its rows, and flags."""
         rows = joint_gram.rows_of_piece(self.padded, blocks)
         groups = -(-self.padded * blocks // rows)
-        shape = (tiles, pieces.shape[0], 2, rows, joint_gram.COLUMNS)
+        shape = (tiles, pieces.shape[0], 2, rows, rows)
         partials = torch.zeros(shape, dtype=torch.float32, device=self.device)
         exponents = torch.zeros(tiles, groups, rows, dtype=torch.int32, device=self.device)
         return partials, exponents, torch.zeros(tiles, groups, dtype=torch.int32, device=self.device)
@@ -157,7 +160,7 @@ class JointRun:
             joint_gram.gram(
                 addresses, settings, self.dims, self.tiles, self.parts, self.alone, self.sums, self.frozen,
                 self.partials_alone, self.exponents_alone, self.flags_alone,
-                padded=self.padded, alone=True, follows=False, types=self.types,
+                padded=self.padded, alone=True, follows=False, whole=self.whole, types=self.types,
             )  # fmt: skip
             joint_core.roots(
                 settings, self.dims, self.parts, self.alone, self.partials_alone, self.exponents_alone, self.small,
@@ -170,7 +173,7 @@ class JointRun:
             joint_gram.gram(
                 addresses, settings, self.dims, self.tiles, self.parts, self.pieces, self.sums, self.frozen,
                 self.partials, self.exponents, self.flags_found,
-                padded=self.padded, alone=False, follows=self.follows, types=self.types,
+                padded=self.padded, alone=False, follows=self.follows, whole=self.whole, types=self.types,
             )  # fmt: skip
             joint_core.collect(
                 addresses, settings, self.dims, self.parts, self.pieces, self.sums, self.frozen, self.partials,
@@ -209,7 +212,14 @@ class JointRun:
                 put(slots.J_NORMS, [p.state_B["norms"] for p in problems])
             self._staged = weakref.ref(problems)
             self.known_options = []
+        self.whole = self.even and not self._unaligned()
         self._stage_settings()
+
+    def _unaligned(self) -> bool:
+        """Whether the address of a factor, gradient or momentum is no multiple of 16."""
+        block = self.addresses
+        staged = self.table.staged(block.offset, block.rows, block.columns)
+        return bool((staged[:, slots.J_FACTOR : slots.J_METRIC] & 15).any())
 
     def _stage_settings(self) -> None:
         """Put the settings into the table; of those that a step usually leaves alone, only what has changed."""
@@ -249,7 +259,7 @@ class JointRun:
         addresses, settings = self.views
         joint_apply.apply(
             addresses, settings, self.dims, self.tiles, self.coefficients, self.seen, self.frozen, self.outcome, ok,
-            commit=commit, follows=self.follows, types=self.types,
+            commit=commit, follows=self.follows, whole=self.whole, types=self.types,
         )  # fmt: skip
 
     # ---- what an Execution asks for -----------------------------------------------------------------------------

@@ -84,6 +84,10 @@ CASES: list[Any] = [
     ([(24, 40, 6)], {"dtype": BF16, "prox": 1e-4}),
     ([(24, 40, 6)], {"dtype": BF16, "gradient_dtype": BF16, "metric": "lora", "prox": 1e-4}),
     ([(70, 68, 17)], {"metric": "lora", "first": "B", "weight_decay": 0.1}),
+    # Widths and ranks that need no masks, in one piece of the Gram matrix and in several.
+    ([(64, 640, 8), (192, 64, 8)], {"metric": "lora"}),
+    ([(128, 64, 16)], {"metric": "lora", "dtype": BF16}),
+    ([(64, 320, 32)], {"metric": "lora"}),
     pytest.param([(70, 68, 33)], {"metric": "lora"}, marks=pytest.mark.gpu),
     ([(40, 33, 5), (96, 150, 5), (30, 41, 8)], {"joint": False}),
     ([(33, 17, 1), (17, 90, 1)], {"joint": False, "nesterov": False, "dampening": 0.5, "weight_decay": 0.1}),
