@@ -1,6 +1,6 @@
 """The only place that imports Triton: whether a usable one is there, and whether its interpreter is on.
 
-Importing `triton`, `tl` or `INTERPRET` from here without a usable Triton raises ImportError with the reason, so a
+Importing `triton`, `tl` or a constant of Triton's from here without a usable one raises ImportError with the reason, so a
 module with kernels needs no guard of its own and its users ask `available()` before they import it.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
+__all__ = ["DOUBLE_PRODUCTS", "INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
 
 #: What the compile gates hold on. 3.3 and 3.4 refuse products in float64, and kernels that form them do not compile
 #: there; `backend="auto"` finds that out for itself.
@@ -28,6 +28,8 @@ else:
         _REASON = f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
         del triton, tl
     else:
+        #: Whether products in float64 compile.
+        DOUBLE_PRODUCTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
         #: Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1, read when a kernel is defined).
         _KNOBS = getattr(triton, "knobs", None)  # from 3.4 on
         INTERPRET = tl.constexpr(
@@ -51,6 +53,6 @@ def interpreted() -> bool:
 
 
 def __getattr__(name: str) -> Any:
-    if name in {"triton", "tl", "INTERPRET"}:
+    if name in {"triton", "tl", "INTERPRET", "DOUBLE_PRODUCTS"}:
         raise ImportError(f"psilora.triton_kernels: {_REASON}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

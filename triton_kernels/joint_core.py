@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from psilora.triton_kernels._compat import INTERPRET, tl, triton
+from psilora.triton_kernels._compat import DOUBLE_PRODUCTS, INTERPRET, tl, triton
 from psilora.triton_kernels.joint_gram import pieces_of, rows_of_piece
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
@@ -42,6 +43,7 @@ from psilora.triton_kernels.joint_layout import (
     seen,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, sizes
+from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import (
     add,
     exponent_of,
@@ -52,7 +54,7 @@ from psilora.triton_kernels.twofold import (
     product,
     store,
 )
-from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
+from psilora.triton_kernels.variants import DOUBLE_TARGETS, JOINT_TARGETS, SLOW_TARGET, Variant
 
 # Matrices of RP × RP among the small ones of a side, as offsets in that unit; those of 4r rows take four.
 LINV = tl.constexpr(0)
@@ -159,7 +161,7 @@ def _mean_diagonal(matrix_ptr, leading, r, RP: tl.constexpr):
 
 @triton.jit
 def _factor(
-    out_ptr, plane, gram_ptr, gram_plane, leading, work_ptr, ridge, alive, r, RP: tl.constexpr
+    out_ptr, plane, gram_ptr, gram_plane, leading, work_ptr, ridge, alive, r, RP: tl.constexpr, DOUBLE: tl.constexpr
 ):  # fmt: skip
     """Out = L⁻¹ of gram + ridge·I, 0 where it is not `alive` or fails; return whether it failed, 0 or 1."""
     tl.debug_barrier()
@@ -171,7 +173,7 @@ def _factor(
         hi, lo = load(gram_ptr + row * leading + col, gram_plane, inside)
         hi, lo = add(hi, lo, tl.where(row == col, tl.where(row < r, ridge, 1.0), 0.0), 0.0)
         store(out_ptr + row * RP + col, plane, hi, lo, row >= 0)
-    good = invert_factor_at(out_ptr, plane, work_ptr, plane, RP)
+    good = invert_factor_at(out_ptr, plane, work_ptr, plane, RP, DOUBLE)
     limit = tl.where(alive & (good == 1), r, 0)
     for top in range(0, RP, ROWS):
         row = top + tl.arange(0, ROWS)[:, None]
@@ -232,6 +234,7 @@ def _roots_kernel(
     settings_ptr, dims_ptr, parts_ptr, pieces_ptr, partials_ptr, exponents_ptr, work_ptr, roots_ptr, traces_ptr,
     frozen_ptr, layers,
     RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """L⁻¹ of FFᵀ + λI as it is, in fp32, ‖F‖² and, for B, whether it is 0."""
     job = tl.program_id(0).to(tl.int64)
@@ -249,7 +252,7 @@ def _roots_kernel(
     )  # fmt: skip
     mean = _mean_diagonal(own + ONE * RP * RP, RP, r, RP)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + RP * UNIT) * mean
-    _factor(own + LINV * RP * RP, PLANE, own + ONE * RP * RP, PLANE, RP, own + TWO * RP * RP, ridge, mean > 0.0, r, RP)
+    _factor(own + LINV * RP * RP, PLANE, own + ONE * RP * RP, PLANE, RP, own + TWO * RP * RP, ridge, mean > 0.0, r, RP, DOUBLE)
     # F = 2^E·F′: L⁻¹ of F is 2^(−E) times that of F′.
     unit = power(-top)
     HEIGHT: tl.constexpr = RP if RP < 16 else 16
@@ -269,7 +272,7 @@ def _collect_kernel(
     addresses_ptr, settings_ptr, dims_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, partials_ptr, exponents_ptr,
     flags_ptr, gram_ptr, small_ptr, known_ptr, seen_ptr, layers,
     RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
-    FOLLOWS: tl.constexpr, FADES: tl.constexpr,
+    FOLLOWS: tl.constexpr, FADES: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Γ, L⁻¹ and W of a side of a layer; with A's side, what the size of its gradient means."""
     job = tl.program_id(0).to(tl.int64)
@@ -298,8 +301,8 @@ def _collect_kernel(
     mean = _mean_diagonal(gram, N, r, RP)
     alive = mean > power(LEAST_EXPONENT - 2 * e0)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + N * UNIT) * mean
-    failed = _factor(own + LINV * Q, PLANE, gram, N * N, N, own + ONE * Q, ridge, alive, r, RP)
-    product(own + W * Q, PLANE, RP, gram, N * N, N, 1, own + LINV * Q, PLANE, 1, RP, N, RP, 1.0, RP, False)
+    failed = _factor(own + LINV * Q, PLANE, gram, N * N, N, own + ONE * Q, ridge, alive, r, RP, DOUBLE)
+    product(own + W * Q, PLANE, RP, gram, N * N, N, 1, own + LINV * Q, PLANE, 1, RP, N, RP, 1.0, RP, False, DOUBLE)
     known = known_ptr + job * KNOWN
     tl.store(known + EXPONENT, tl.where(e0 == -126, 0, e0))
     tl.store(known + EXPONENT + 1, e1)
@@ -395,7 +398,7 @@ def _write_block(
 @triton.jit(do_not_specialize=["layers"])
 def _tangent_kernel(
     settings_ptr, dims_ptr, parts_ptr, sums_ptr, clip_ptr, seen_ptr, gram_ptr, small_ptr, known_ptr, out_ptr, layers,
-    RP: tl.constexpr, NESTEROV: tl.constexpr,
+    RP: tl.constexpr, NESTEROV: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Find h outside the factor's span and its basis, what a turn with this side fixed needs, and the new momentum."""
     job = tl.program_id(0).to(tl.int64)
@@ -429,15 +432,15 @@ def _tangent_kernel(
                 hi, lo = load(its + W * Q + (block * RP + row) * RP + col, PLANE, row >= 0)
                 hi, lo = _scaled(hi, lo, e + tl.load(its_known + EXPONENT + block) - unit)
             store(own + CAR * Q + ((block - 1) * RP + row) * RP + col, PLANE, hi, lo, row >= 0)
-    product(own + V * Q, PLANE, RP, gram + RP, N * N, N, 1, own + CAR * Q, PLANE, RP, 1, N, 2 * RP, 1.0, RP, False)
+    product(own + V * Q, PLANE, RP, gram + RP, N * N, N, 1, own + CAR * Q, PLANE, RP, 1, N, 2 * RP, 1.0, RP, False, DOUBLE)
     product(
         own + OUT * Q, PLANE, RP, gram + 3 * RP, N * N, N, 1, own + (CAR + 2) * Q, PLANE, RP, 1, N, RP, 1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
-    product(own + ONE * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + V * Q, PLANE, RP, 1, RP, RP, 1.0, RP, False)
+    product(own + ONE * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + V * Q, PLANE, RP, 1, RP, RP, 1.0, RP, False, DOUBLE)
     product(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + OUT * Q, PLANE, RP, 1, RP, RP, 1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
     mu = tl.load(settings_ptr + problem * SETTINGS + MU)
     of_old = mu
@@ -453,39 +456,39 @@ def _tangent_kernel(
     size = (size + of_new * _dot_of(own + (CAR + 2) * Q, own + (V + 3) * Q, RP, RP)) / r
     product(
         own + OUT * Q, PLANE, RP, own + LINV * Q, PLANE, 1, RP, own + ALONG * Q, PLANE, RP, 1, RP, RP, -1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
     _combine(own + (OUT + 1) * Q, own + CAR * Q, of_old, own + CAR * Q, 0.0, PLANE, 2 * RP, RP, 1)
     _combine(own + (OUT + 3) * Q, own + (CAR + 2) * Q, of_new, own + CAR * Q, 0.0, PLANE, RP, RP, 1)
-    product(own + V * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + ALONG * Q, PLANE, RP, 1, N, RP, -1.0, RP, True)
-    product(own + TWO * Q, PLANE, RP, own + OUT * Q, PLANE, 1, RP, own + V * Q, PLANE, RP, 1, RP, N, 1.0, RP, False)
+    product(own + V * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + ALONG * Q, PLANE, RP, 1, N, RP, -1.0, RP, True, DOUBLE)
+    product(own + TWO * Q, PLANE, RP, own + OUT * Q, PLANE, 1, RP, own + V * Q, PLANE, RP, 1, RP, N, 1.0, RP, False, DOUBLE)
     size = tl.maximum(size, 0.0)
     ridge = RESIDUAL_RIDGE * size + N * UNIT * (_terms_of(own + OUT * Q, gram, N, RP) / r)
-    failed = _factor(own + RES * Q, PLANE, own + TWO * Q, PLANE, RP, own + ONE * Q, ridge, size > 0.0, r, RP)
+    failed = _factor(own + RES * Q, PLANE, own + TWO * Q, PLANE, RP, own + ONE * Q, ridge, size > 0.0, r, RP, DOUBLE)
     product(
         own + LRES * Q, PLANE, RP, own + TWO * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, RP, RP, 1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
-    product(own + BASIS * Q, PLANE, RP, own + OUT * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, N, RP, 1.0, RP, False)
+    product(own + BASIS * Q, PLANE, RP, own + OUT * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, N, RP, 1.0, RP, False, DOUBLE)
     # [Q; basis]·Fᵀ·T, then ·Tᵀ; and FFᵀ·T·Tᵀ.
-    product(own + STEP * Q, PLANE, RP, own + W * Q, PLANE, 1, RP, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False)
-    product(own + ONE * Q, PLANE, RP, own + RES * Q, PLANE, RP, 1, own + V * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False)
+    product(own + STEP * Q, PLANE, RP, own + W * Q, PLANE, 1, RP, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False, DOUBLE)
+    product(own + ONE * Q, PLANE, RP, own + RES * Q, PLANE, RP, 1, own + V * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False, DOUBLE)
     product(
         own + (STEP + 1) * Q, PLANE, RP, own + ONE * Q, PLANE, RP, 1, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
     product(
         own + TURN * Q, PLANE, RP, own + STEP * Q, PLANE, RP, 1, own + LINV * Q, PLANE, RP, 1, 2 * RP, RP, 1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
     product(
         own + TURN_DECAY * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + LINV * Q, PLANE, RP, 1, RP, RP, 1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
     # The new momentum [Q_B, m_B⊥]·[m_A; Q_A]: for B, Q and m outside the span; for A, m and Q.
     product(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, 1, RP, own + FOUR * Q, PLANE, RP, 1, RP, RP, -1.0,
-        RP, False,
+        RP, False, DOUBLE,
     )  # fmt: skip
     # The weights are normalised to a mean square of 1: Q counts √v̄ less, m what the other side's count more.
     _, _, d_in = sizes(dims_ptr, problem, 0)
@@ -509,7 +512,8 @@ def _tangent_kernel(
 
 @triton.jit
 def _square(
-    out_ptr, x_ptr, y_ptr, base_ptr, a, b, SIZE: tl.constexpr, FLIP: tl.constexpr, BASE: tl.constexpr
+    out_ptr, x_ptr, y_ptr, base_ptr, a, b, SIZE: tl.constexpr, FLIP: tl.constexpr, BASE: tl.constexpr,
+    DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Out = b·x·y, with FLIP b·x·yᵀ, plus a·base with BASE, in fp32; square matrices. Barriers before and after."""
     tl.debug_barrier()
@@ -518,16 +522,20 @@ def _square(
         row = top + tl.arange(0, SQUARE)[:, None]
         for left in range(0, SIZE, SQUARE):
             column = left + tl.arange(0, SQUARE)
-            total = tl.zeros((SQUARE, SQUARE), tl.float32)
-            for first in range(0, SIZE, 16):
-                k = first + tl.arange(0, 16)
+            TYPE: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+            STEP: tl.constexpr = 32 if DOUBLE and SIZE >= 32 else 16
+            total = tl.zeros((SQUARE, SQUARE), TYPE)
+            for first in range(0, SIZE, STEP):
+                k = first + tl.arange(0, STEP)
                 x = tl.load(x_ptr + row * SIZE + k[None, :])
                 y = tl.load(
                     y_ptr + (column[None, :] * SIZE + k[:, None] if FLIP else k[:, None] * SIZE + column[None, :])
                 )
-                total = tl.fma(tl.dot(x, y, input_precision="ieee"), 1.0, total)
+                total = tl.fma(
+                    tl.dot(x.to(TYPE), y.to(TYPE), input_precision="ieee", out_dtype=TYPE), 1.0, total
+                )
             at = row * SIZE + column[None, :]
-            total *= b
+            total = total.to(tl.float32) * b
             if BASE:
                 total = tl.fma(tl.load(base_ptr + at), a, total)
             tl.store(out_ptr + at, total)
@@ -535,7 +543,7 @@ def _square(
 
 
 @triton.jit
-def _polar(polar_ptr, schulz_ptr, SIZE: tl.constexpr, STEPS: tl.constexpr):
+def _polar(polar_ptr, schulz_ptr, SIZE: tl.constexpr, STEPS: tl.constexpr, DOUBLE: tl.constexpr):
     """Turn the matrix at `polar_ptr` into its polar factor, which ends up STEPS % 2 matrices later; two are scratch."""
     AREA: tl.constexpr = SIZE * SIZE
     ROWS: tl.constexpr = 16
@@ -553,7 +561,7 @@ def _polar(polar_ptr, schulz_ptr, SIZE: tl.constexpr, STEPS: tl.constexpr):
     x = polar_ptr
     y = polar_ptr + AREA
     gram = polar_ptr + 2 * AREA
-    _square(gram, x, x, x, 0.0, 1.0, SIZE, True, False)
+    _square(gram, x, x, x, 0.0, 1.0, SIZE, True, False, DOUBLE)
     bound = tl.full((), 0.0, tl.float32)
     for top in range(0, SIZE, ROWS):
         g = tl.load(gram + (top + tl.arange(0, ROWS)[:, None]) * SIZE + col)
@@ -567,8 +575,9 @@ def _polar(polar_ptr, schulz_ptr, SIZE: tl.constexpr, STEPS: tl.constexpr):
         tl.store(gram + at, tl.load(gram + at) / bound)
     for step in range(STEPS):
         if step > 0:
-            _square(gram, x, x, x, 0.0, 1.0, SIZE, True, False)
-        _square(y, gram, x, x, tl.load(schulz_ptr + 2 * step), -tl.load(schulz_ptr + 2 * step + 1), SIZE, False, True)
+            _square(gram, x, x, x, 0.0, 1.0, SIZE, True, False, DOUBLE)
+        a = tl.load(schulz_ptr + 2 * step)
+        _square(y, gram, x, x, a, -tl.load(schulz_ptr + 2 * step + 1), SIZE, False, True, DOUBLE)
         x, y = y, x
 
 
@@ -622,17 +631,17 @@ def _single(ptr, plane, rows, columns: tl.constexpr):
 
 @triton.jit
 def _spread(
-    side, turn, its, P, p_plane, p_row, p_step, rate, PLANE: tl.constexpr, RP: tl.constexpr,
+    side, turn, its, P, p_plane, p_row, p_step, rate, PLANE: tl.constexpr, RP: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """STEP = −rate·[Q; basis]ᵀ·op(P)·turn as coefficients; turn (2·RP, RP) lies at `its + turn`. Uses FOUR."""
     Q: tl.constexpr = RP * RP
     N: tl.constexpr = 4 * RP
     product(side + FOUR * Q, PLANE, RP, P, p_plane, p_row, p_step, its + turn * Q, PLANE, RP, 1, 2 * RP, 2 * RP, 1.0,
-            RP, False)  # fmt: skip
+            RP, False, DOUBLE)  # fmt: skip
     product(side + STEP * Q, PLANE, RP, side + BASIS * Q, PLANE, RP, 1, side + (FOUR + 1) * Q, PLANE, RP, 1, N, RP, 1.0,
-            RP, False)  # fmt: skip
+            RP, False, DOUBLE)  # fmt: skip
     product(side + STEP * Q, PLANE, RP, side + LINV * Q, PLANE, 1, RP, side + FOUR * Q, PLANE, RP, 1, RP, RP, 1.0,
-            RP, True)  # fmt: skip
+            RP, True, DOUBLE)  # fmt: skip
     _combine(side + STEP * Q, side + STEP * Q, -rate, side, 0.0, PLANE, N, RP, 1)
     tl.debug_barrier()
 
@@ -658,7 +667,7 @@ def _finish_kernel(
     addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, seen_ptr, traces_ptr, gram_ptr, small_ptr, known_ptr,
     polar_ptr, schulz_ptr, out_ptr, outcome_ptr, layers,
     RP: tl.constexpr, STEPS: tl.constexpr, FIRST: tl.constexpr, HAS_DECAY: tl.constexpr, BALANCE: tl.constexpr,
-    MOST_A: tl.constexpr, MOST_B: tl.constexpr,
+    MOST_A: tl.constexpr, MOST_B: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """The polar factor O, LoRSum of (1 + decay)·(B, A) − η·c·O with FIRST (0 A, 1 B) moving first, the coefficients."""
     problem = tl.program_id(0).to(tl.int64)
@@ -685,7 +694,7 @@ def _finish_kernel(
         tl.store(at + RP, tl.load(a_side + LRES * Q + row * RP + col))
         tl.store(at + RP * S, tl.load(b_side + LRES * Q + col * RP + row))
         tl.store(at + RP * S + RP, tl.zeros((ROWS, RP), tl.float32))
-    _polar(K, schulz_ptr, S, STEPS)
+    _polar(K, schulz_ptr, S, STEPS, DOUBLE)
     P = K + (STEPS % 2) * AREA
     P_PLANE: tl.constexpr = (3 - STEPS % 2) * AREA  # the last of the four matrices stays 0
     lr = tl.load(address(addresses_ptr, problem, LR, tl.float32, ADDRESSES))
@@ -702,7 +711,7 @@ def _finish_kernel(
     known_fixed = known_b if FIRST == 0 else known_a
     gram = gram_ptr + (problem if FIRST == 0 else layers + problem) * (2 * N * N)
     GRAM_PLANE: tl.constexpr = N * N
-    _spread(moving, TURN, fixed, P, P_PLANE, 1 if FIRST == 0 else S, S if FIRST == 0 else 1, rate, PLANE, RP)
+    _spread(moving, TURN, fixed, P, P_PLANE, 1 if FIRST == 0 else S, S if FIRST == 0 else 1, rate, PLANE, RP, DOUBLE)
     if HAS_DECAY:
         _combine(moving + STEP * Q, moving + STEP * Q, 1.0, fixed + TURN_DECAY * Q, decay, PLANE, RP, RP, 2)
         tl.debug_barrier()
@@ -714,10 +723,10 @@ def _finish_kernel(
         hi, lo = load(gram + row * N + col, GRAM_PLANE, row >= 0)
         store(moving + NEXT * Q + row * RP + col, PLANE, hi, lo, row >= 0)
     product(moving + NEXT * Q, PLANE, RP, gram, GRAM_PLANE, N, 1, moving + STEP * Q, PLANE, RP, 1, N, N, 1.0,
-            RP, True)  # fmt: skip
+            RP, True, DOUBLE)  # fmt: skip
     _combine(moving + TWO * Q, moving + NEXT * Q, 1.0, moving, 0.0, PLANE, RP, RP, 1)
     product(moving + TWO * Q, PLANE, RP, moving + STEP * Q, PLANE, 1, RP, moving + NEXT * Q, PLANE, RP, 1, RP, N, 1.0,
-            RP, True)  # fmt: skip
+            RP, True, DOUBLE)  # fmt: skip
     kept = 1.0 + decay if HAS_DECAY else 1.0
     _combine(moving + (W + 1) * Q, moving + NEXT * Q, kept, moving + TWO * Q, -1.0, PLANE, RP, RP, 2)
     mean = _mean_diagonal(moving + TWO * Q, RP, r, RP)
@@ -728,22 +737,22 @@ def _finish_kernel(
     terms += tl.sum(diagonal * (1.0 + 2.0 * tl.load(moving + STEP * Q + k * (RP + 1))), axis=0)
     alive = mean > power(LEAST_EXPONENT - 2 * tl.load(known_moving + EXPONENT))
     ridge = tl.load(own + RIDGE) * mean + N * UNIT * (terms / r)
-    failed = _factor(moving + ONE * Q, PLANE, moving + TWO * Q, PLANE, RP, moving + W * Q, ridge, alive, r, RP)
+    failed = _factor(moving + ONE * Q, PLANE, moving + TWO * Q, PLANE, RP, moving + W * Q, ridge, alive, r, RP, DOUBLE)
     product(moving + (FOUR + 2) * Q, PLANE, RP, moving + LINV * Q, PLANE, RP, 1, moving + NEXT * Q, PLANE, RP, 1,
-            RP, RP, 1.0, RP, False)  # fmt: skip
+            RP, RP, 1.0, RP, False, DOUBLE)  # fmt: skip
     product(moving + (FOUR + 3) * Q, PLANE, RP, moving + BASIS * Q, PLANE, 1, RP, moving + NEXT * Q, PLANE, RP, 1,
-            RP, N, 1.0, RP, False)  # fmt: skip
+            RP, N, 1.0, RP, False, DOUBLE)  # fmt: skip
     product(fixed + FOUR * Q, PLANE, RP, moving + (FOUR + 2) * Q, PLANE, RP, 1, moving + ONE * Q, PLANE, 1, RP,
-            S, RP, 1.0, RP, False)  # fmt: skip
+            S, RP, 1.0, RP, False, DOUBLE)  # fmt: skip
     product(fixed + (FOUR + 2) * Q, PLANE, RP, fixed + FOUR * Q, PLANE, RP, 1, moving + ONE * Q, PLANE, RP, 1,
-            S, RP, 1.0, RP, False)  # fmt: skip
+            S, RP, 1.0, RP, False, DOUBLE)  # fmt: skip
     product(moving + (W + 2) * Q, PLANE, RP, moving + (W + 1) * Q, PLANE, RP, 1, moving + ONE * Q, PLANE, 1, RP,
-            RP, RP, 1.0, RP, False)  # fmt: skip
+            RP, RP, 1.0, RP, False, DOUBLE)  # fmt: skip
     product(moving + (W + 3) * Q, PLANE, RP, moving + (W + 2) * Q, PLANE, RP, 1, moving + ONE * Q, PLANE, RP, 1,
-            RP, RP, 1.0, RP, False)  # fmt: skip
+            RP, RP, 1.0, RP, False, DOUBLE)  # fmt: skip
     # E is read before FOUR, which the same rows of `fixed` hold, is written: it is copied to `moving` first.
     _combine(moving + (FOUR + 2) * Q, fixed + (FOUR + 2) * Q, 1.0, fixed, 0.0, PLANE, S, RP, 1)
-    _spread(fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP)
+    _spread(fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP, DOUBLE)
     _combine(fixed + STEP * Q, fixed + STEP * Q, 1.0, moving + (W + 3) * Q, 1.0, PLANE, RP, RP, 2)
     tl.debug_barrier()
     _single(fixed + STEP * Q, PLANE, N, RP)
@@ -783,16 +792,22 @@ def _finish_kernel(
     tl.store(outcome + OUT_SHIFT, shift)
 
 
-def _options(padded: int) -> dict[str, Any]:
+def doubles(device: torch.device) -> bool:
+    """Whether float64 is worth its while on a device: where it has half of fp32's speed, and products of it compile."""
+    return capability_of(device) in DOUBLE_TARGETS and DOUBLE_PRODUCTS
+
+
+def _options(padded: int, double: bool) -> dict[str, Any]:
     """How the kernels are compiled."""
     return {
+        "DOUBLE": double,
         "num_warps": WARPS[padded], "num_stages": 1, "maxnreg": REGISTERS[padded], "enable_fp_fusion": False,
     }  # fmt: skip
 
 
 def roots(
     settings: Tensor, dims: Tensor, parts: Tensor, pieces: Tensor, partials: Tensor, exponents: Tensor, small: Tensor,
-    out: Tensor, traces: Tensor, frozen: Tensor,
+    out: Tensor, traces: Tensor, frozen: Tensor, *, double: bool,
 ) -> None:  # fmt: skip
     """Launch `_roots_kernel`.
 
@@ -802,19 +817,20 @@ def roots(
         out: (2, L, RP, RP) fp32, L⁻¹ of FFᵀ, written.
         traces: (2, L, 2) fp32, Σ F² in units of 4^E, and E, written.
         frozen: (L,) int32, 1 where B = 0, written.
+        double: Whether products and factorisations are formed in float64, see `doubles`.
     """
     layers = dims.shape[0]
     _roots_kernel[(2 * layers,)](
         settings, dims, parts, pieces, partials, exponents, small, out, traces, frozen, layers,
         RP=out.shape[-1], ROWS=partials.shape[-1], PIECES=pieces.shape[0],
-        STRIDE=exponents.shape[1] * exponents.shape[2], **_options(out.shape[-1]),
+        STRIDE=exponents.shape[1] * exponents.shape[2], **_options(out.shape[-1], double),
     )  # fmt: skip
 
 
 def collect(
     addresses: Tensor, settings: Tensor, dims: Tensor, parts: Tensor, pieces: Tensor, sums: Tensor, frozen: Tensor,
     partials: Tensor, exponents: Tensor, flags: Tensor, gram: Tensor, small: Tensor, known: Tensor, found: Tensor,
-    *, follows: bool, fades: bool,
+    *, follows: bool, fades: bool, double: bool,
 ) -> None:  # fmt: skip
     """Launch `_collect_kernel`.
 
@@ -831,13 +847,13 @@ def collect(
         addresses, settings, dims, parts, pieces, sums, frozen, partials, exponents, flags, gram, small, known, found,
         layers, RP=small.shape[-1], ROWS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], FOLLOWS=follows, FADES=fades,
-        **_options(small.shape[-1]),
+        **_options(small.shape[-1], double),
     )  # fmt: skip
 
 
 def tangent(
     settings: Tensor, dims: Tensor, parts: Tensor, sums: Tensor, clip: Tensor, found: Tensor, gram: Tensor,
-    small: Tensor, known: Tensor, out: Tensor, *, nesterov: bool,
+    small: Tensor, known: Tensor, out: Tensor, *, nesterov: bool, double: bool,
 ) -> None:  # fmt: skip
     """Launch `_tangent_kernel`.
 
@@ -850,14 +866,14 @@ def tangent(
     layers = dims.shape[0]
     _tangent_kernel[(2 * layers,)](
         settings, dims, parts, sums, clip, found, gram, small, known, out, layers,
-        RP=small.shape[-1], NESTEROV=nesterov, **_options(small.shape[-1]),
+        RP=small.shape[-1], NESTEROV=nesterov, **_options(small.shape[-1], double),
     )  # fmt: skip
 
 
 def finish(
     addresses: Tensor, settings: Tensor, dims: Tensor, parts: Tensor, sums: Tensor, found: Tensor, traces: Tensor,
     gram: Tensor, small: Tensor, known: Tensor, polar: Tensor, schulz: Tensor, out: Tensor, outcome: Tensor,
-    *, first: str, decay: bool, balance: bool, most: tuple[float, float],
+    *, first: str, decay: bool, balance: bool, most: tuple[float, float], double: bool,
 ) -> None:  # fmt: skip
     """Launch `_finish_kernel`.
 
@@ -876,7 +892,7 @@ def finish(
     _finish_kernel[(layers,)](
         addresses, settings, dims, parts, sums, found, traces, gram, small, known, polar, schulz, out, outcome, layers,
         RP=small.shape[-1], STEPS=schulz.shape[0], FIRST=0 if first == "A" else 1, HAS_DECAY=decay, BALANCE=balance,
-        MOST_A=most[0], MOST_B=most[1], **_options(small.shape[-1]),
+        MOST_A=most[0], MOST_B=most[1], **_options(small.shape[-1], double),
     )  # fmt: skip
 
 

@@ -37,7 +37,7 @@ from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a tile are a multiple of this: what a program does once should be little beside them.
 SPAN = tl.constexpr(256)
-#: Widths are a multiple of this where loads need no masks.
+#: Columns of a chunk. Where all widths are a multiple of it loads need no masks.
 EVEN = 64
 #: Columns whose integer sums stay below 2²⁴ in one accumulator: of single products, and of three of them.
 FULL = tl.constexpr(512)
@@ -50,11 +50,6 @@ _ROUND = tl.constexpr(12582912.0)
 def rows_of_piece(padded: int, blocks: int) -> int:
     """Return the rows and columns of a piece of Γ that one program forms; more, and its sums do not fit registers."""
     return min(64, max(16, padded * blocks))
-
-
-def _chunk(rows: int) -> int:
-    """Return the columns of a chunk."""
-    return 64 if rows == 64 else 128
 
 
 def _warps(rows: int) -> int:
@@ -437,7 +432,7 @@ def gram(
     rows = out.shape[-1]
     _gram_kernel[(tiles.shape[0] * pieces.shape[0],)](
         addresses, settings, dims, tiles, parts, pieces, sums, frozen, out, exponents, flags, dims.shape[0],
-        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=_chunk(rows),
+        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=EVEN,
         ALONE=alone, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
         num_warps=_warps(rows), num_stages=1, enable_fp_fusion=False,
     )  # fmt: skip
@@ -501,7 +496,7 @@ def _variants() -> list[Variant]:
             rows = rows_of_piece(padded, blocks)
             constexprs = {
                 "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
-                "KC": _chunk(rows), "ALONE": blocks == 1, "FOLLOWS": blocks == 4, "WHOLE": False,
+                "KC": EVEN, "ALONE": blocks == 1, "FOLLOWS": blocks == 4, "WHOLE": False,
                 "F_A": tl.bfloat16, "F_B": tl.float32, **types,
             }  # fmt: skip
             plain = {**constexprs, **dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}

@@ -103,37 +103,55 @@ def dot_columns(
 
 
 @triton.jit
+def _double(pointer, plane, mask):
+    """Return a twofold block as float64, 0 where not `mask`."""
+    hi, lo = load(pointer, plane, mask)
+    return hi.to(tl.float64) + lo.to(tl.float64)
+
+
+@triton.jit
+def _store_double(pointer, plane, value, mask):
+    hi = value.to(tl.float32)
+    store(pointer, plane, hi, (value - hi.to(tl.float64)).to(tl.float32), mask)
+
+
+@triton.jit
 def product(
     out_ptr, out_plane, out_row, x_ptr, x_plane, x_row, x_step, y_ptr, y_plane, y_step, y_column, rows: tl.constexpr,
-    size: tl.constexpr, sign, N: tl.constexpr, ADD: tl.constexpr, LOOPS: tl.constexpr = False,
+    size: tl.constexpr, sign, N: tl.constexpr, ADD: tl.constexpr, DOUBLE: tl.constexpr,
+    AT_ONCE: tl.constexpr = INTERPRET,
 ):  # fmt: skip
     """Out = sign·x·y, or out + sign·x·y with ADD: x (rows, size), y (size, N), out (rows, N) with rows out_row apart.
 
-    Powers of two, at least 8; out is neither x nor y. A barrier stands before and after. The interpreter, for which
-    loops are slow, forms the product in float64 at once unless it is to go through the LOOPS.
+    Powers of two, at least 8; out is neither x nor y. A barrier stands before and after. With DOUBLE sums are formed in
+    float64. AT_ONCE does that in a single step: for the interpreter, for which loops are slow.
     """
     tl.debug_barrier()
-    if INTERPRET and not LOOPS:
-        row = tl.arange(0, rows)[:, None]
-        column = tl.arange(0, N)[None, :]
-        k = tl.arange(0, size)
-        xh, xl = load(x_ptr + row * x_row + k[None, :] * x_step, x_plane, row >= 0)
-        yh, yl = load(y_ptr + k[:, None] * y_step + column * y_column, y_plane, column >= 0)
-        total = tl.dot(xh.to(tl.float64) + xl, yh.to(tl.float64) + yl, out_dtype=tl.float64) * sign
-        at = out_ptr + row * out_row + column
-        if ADD:
-            hi, lo = load(at, out_plane, row >= 0)
-            total += hi.to(tl.float64) + lo
-        hi = total.to(tl.float32)
-        store(at, out_plane, hi, (total - hi).to(tl.float32), row >= 0)
-    else:
-        ROWS: tl.constexpr = rows if rows < 64 else 64
-        COLUMNS: tl.constexpr = N if N < 32 else 32
-        for top in range(0, rows, ROWS):
-            row = top + tl.arange(0, ROWS)[:, None]
-            for left in range(0, N, COLUMNS):
-                column = left + tl.arange(0, COLUMNS)[None, :]
-                at = out_ptr + row * out_row + column
+    ROWS: tl.constexpr = rows if rows < 64 or AT_ONCE else 64
+    COLUMNS: tl.constexpr = N if N < 32 or AT_ONCE else 32
+    for top in range(0, rows, ROWS):
+        row = top + tl.arange(0, ROWS)[:, None]
+        for left in range(0, N, COLUMNS):
+            column = left + tl.arange(0, COLUMNS)[None, :]
+            at = out_ptr + row * out_row + column
+            if DOUBLE or AT_ONCE:
+                STEP: tl.constexpr = size if AT_ONCE else 16 if size < 32 else 32
+                total = tl.zeros((ROWS, COLUMNS), tl.float64)
+                for first in range(0, size, STEP):
+                    k = first + tl.arange(0, STEP)
+                    inside = k < size
+                    x = _double(x_ptr + row * x_row + k[None, :] * x_step, x_plane, (row >= 0) & inside[None, :])
+                    y = _double(
+                        y_ptr + k[:, None] * y_step + column * y_column, y_plane, (column >= 0) & inside[:, None]
+                    )
+                    # fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
+                    total = tl.fma(tl.dot(x, y, out_dtype=tl.float64), 1.0, total)
+                total *= sign
+                if ADD:
+                    total += _double(at, out_plane, row >= 0)
+                    tl.debug_barrier()  # several threads may hold an entry: none writes it before all have read it
+                _store_double(at, out_plane, total, row >= 0)
+            else:
                 hi = tl.zeros((ROWS, COLUMNS), tl.float32)
                 lo = tl.zeros((ROWS, COLUMNS), tl.float32)
                 if ADD:
@@ -144,74 +162,77 @@ def product(
                     x_ptr, x_plane, x_row, x_step, y_ptr, y_plane, y_step, y_column, row, column, size, hi, lo
                 )
                 if ADD:
-                    tl.debug_barrier()  # several threads may hold an entry: none writes it before all have read it
+                    tl.debug_barrier()  # as above
                 store(at, out_plane, hi * sign, lo * sign, row >= 0)
     tl.debug_barrier()
 
 
 @triton.jit
-def _pick(values, at, axis: tl.constexpr):
-    return tl.sum(tl.where(at, values, 0.0), axis=axis)
+def _entry(values, k):
+    """Return entry k of every row of a square, as a vector."""
+    col = tl.arange(0, values.shape[1])[None, :]
+    return tl.sum(tl.where(col == k, values, 0.0), axis=1)
 
 
 @triton.jit
-def eliminate(hi, lo, SIZE: tl.constexpr, LOOPS: tl.constexpr = False):
+def eliminate(hi, lo, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
     """Return (L⁻¹ hi, lo, good) for a matrix LLᵀ (SIZE, SIZE): elimination on [matrix | I], both halves in one square.
 
-    `good` is 1 if every pivot was positive and finite. What ends up above the diagonal is meaningless. The interpreter
-    works in float64 unless LOOPS: see `product`.
+    `good` is 1 if every pivot was positive and finite. What ends up above the diagonal is meaningless.
     """
     index = tl.arange(0, SIZE)
     row = index[:, None]
     col = index[None, :]
-    good = tl.full((), 1, tl.int32)
-    if INTERPRET and not LOOPS:
-        work = hi.to(tl.float64) + lo
+    good = tl.full((SIZE,), 1, tl.int32)  # of the same entries
+    if DOUBLE:
+        work = hi.to(tl.float64) + lo.to(tl.float64)
         for k in range(SIZE):
-            column = _pick(work, col == k, 1)
-            across = _pick(work, row == k, 0)
-            pivot = tl.sum(tl.where(index == k, column, 0.0), axis=0)
+            at = tl.full((SIZE, SIZE), k, tl.int32)
+            across = tl.gather(work, at, 0)
+            below = tl.where(row > k, tl.gather(work, at, 1), 0.0)
+            pivot = _entry(across, k)
             usable = (pivot > 0.0) & (pivot < float("inf"))
             good = tl.where(usable, good, 0)
-            root = 1.0 / tl.sqrt(tl.where(usable, pivot, 1.0))
-            across = tl.where(index == k, 1.0, across) * root
-            below = tl.where(index > k, column, 0.0) * root
-            work = tl.where(col == k, 0.0, work) - below[:, None] * across[None, :]
-            work = tl.where(row == k, across[None, :], work)
+            root = (1.0 / tl.sqrt(tl.where(usable, pivot, 1.0)))[:, None]
+            across = tl.where(col == k, 1.0, across) * root
+            work = tl.where(col == k, 0.0, work) - (below * root) * across
+            work = tl.where(row == k, across, work)
         hi = work.to(tl.float32)
-        return hi, (work - hi).to(tl.float32), good
-    for k in range(SIZE):
-        column_h = _pick(hi, col == k, 1)
-        column_l = _pick(lo, col == k, 1)
-        across_h = _pick(hi, row == k, 0)
-        across_l = _pick(lo, row == k, 0)
-        pivot_h = tl.sum(tl.where(index == k, column_h, 0.0), axis=0)
-        pivot_l = tl.sum(tl.where(index == k, column_l, 0.0), axis=0)
-        usable = (pivot_h > 0.0) & (pivot_h < float("inf"))
-        good = tl.where(usable, good, 0)
-        root_h, root_l = inverse_root(tl.where(usable, pivot_h, 1.0), tl.where(usable, pivot_l, 0.0))
-        across_h, across_l = multiply(
-            tl.where(index == k, 1.0, across_h), tl.where(index == k, 0.0, across_l), root_h, root_l
-        )
-        below_h, below_l = multiply(
-            tl.where(index > k, column_h, 0.0), tl.where(index > k, column_l, 0.0), root_h, root_l
-        )
-        ph, pl = multiply(below_h[:, None], below_l[:, None], across_h[None, :], across_l[None, :])
-        hi, lo = add(tl.where(col == k, 0.0, hi), tl.where(col == k, 0.0, lo), -ph, -pl)
-        hi = tl.where(row == k, across_h[None, :], hi)
-        lo = tl.where(row == k, across_l[None, :], lo)
-    return hi, lo, good
+        lo = (work - hi.to(tl.float64)).to(tl.float32)
+    else:
+        for k in range(SIZE):
+            at = tl.full((SIZE, SIZE), k, tl.int32)
+            across_h = tl.gather(hi, at, 0)
+            across_l = tl.gather(lo, at, 0)
+            below_h = tl.where(row > k, tl.gather(hi, at, 1), 0.0)
+            below_l = tl.where(row > k, tl.gather(lo, at, 1), 0.0)
+            pivot_h = _entry(across_h, k)
+            pivot_l = _entry(across_l, k)
+            usable = (pivot_h > 0.0) & (pivot_h < float("inf"))
+            good = tl.where(usable, good, 0)
+            root_h, root_l = inverse_root(tl.where(usable, pivot_h, 1.0), tl.where(usable, pivot_l, 0.0))
+            root_h = root_h[:, None]
+            root_l = root_l[:, None]
+            across_h = tl.where(col == k, 1.0, across_h)
+            across_l = tl.where(col == k, 0.0, across_l)
+            across_h, across_l = multiply(across_h, across_l, root_h, root_l)
+            below_h, below_l = multiply(below_h, below_l, root_h, root_l)
+            ph, pl = multiply(below_h, below_l, across_h, across_l)
+            hi, lo = add(tl.where(col == k, 0.0, hi), tl.where(col == k, 0.0, lo), -ph, -pl)
+            hi = tl.where(row == k, across_h, hi)
+            lo = tl.where(row == k, across_l, lo)
+    return hi, lo, tl.min(good, axis=0)
 
 
 @triton.jit
-def eliminate_at(matrix_ptr, plane, leading, SIZE: tl.constexpr, LOOPS: tl.constexpr = False):
+def eliminate_at(matrix_ptr, plane, leading, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
     """Replace a square matrix in memory by L⁻¹, its upper triangle by 0, and return whether every pivot was good."""
     tl.debug_barrier()
     row = tl.arange(0, SIZE)[:, None]
     col = tl.arange(0, SIZE)[None, :]
     at = matrix_ptr + row * leading + col
     hi, lo = load(at, plane, row >= 0)
-    hi, lo, good = eliminate(hi, lo, SIZE, LOOPS)
+    hi, lo, good = eliminate(hi, lo, SIZE, DOUBLE or INTERPRET)
     tl.debug_barrier()
     store(at, plane, tl.where(row >= col, hi, 0.0), tl.where(row >= col, lo, 0.0), row >= 0)
     tl.debug_barrier()
@@ -219,24 +240,24 @@ def eliminate_at(matrix_ptr, plane, leading, SIZE: tl.constexpr, LOOPS: tl.const
 
 
 @triton.jit
-def invert_factor_at(matrix_ptr, plane, work_ptr, work_plane, SIZE: tl.constexpr):
+def invert_factor_at(matrix_ptr, plane, work_ptr, work_plane, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
     """Replace a contiguous matrix LLᵀ (SIZE, SIZE) in memory by L⁻¹ and return whether every pivot was good.
 
     Above 64 in halves, with L = [[L₁, 0], [M, L₂]]: M = G₂₁L₁⁻ᵀ, L₂L₂ᵀ = G₂₂ − MMᵀ, and the lower left block of L⁻¹ is
     −L₂⁻¹ M L₁⁻¹; `work` then holds a block (SIZE/2, SIZE/2).
     """
     if SIZE <= 64:
-        return eliminate_at(matrix_ptr, plane, SIZE, SIZE)
+        return eliminate_at(matrix_ptr, plane, SIZE, SIZE, DOUBLE)
     else:
         H: tl.constexpr = SIZE // 2
         left = matrix_ptr + H * SIZE
         corner = left + H
-        good = eliminate_at(matrix_ptr, plane, SIZE, H)
-        product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, 1, SIZE, H, H, 1.0, H, False)
-        product(corner, plane, SIZE, work_ptr, work_plane, H, 1, work_ptr, work_plane, 1, H, H, H, -1.0, H, True)
-        good = good & eliminate_at(corner, plane, SIZE, H)
-        product(left, plane, SIZE, corner, plane, SIZE, 1, work_ptr, work_plane, H, 1, H, H, 1.0, H, False)
-        product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, SIZE, 1, H, H, -1.0, H, False)
+        good = eliminate_at(matrix_ptr, plane, SIZE, H, DOUBLE)
+        product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, 1, SIZE, H, H, 1.0, H, False, DOUBLE)
+        product(corner, plane, SIZE, work_ptr, work_plane, H, 1, work_ptr, work_plane, 1, H, H, H, -1.0, H, True, DOUBLE)
+        good = good & eliminate_at(corner, plane, SIZE, H, DOUBLE)
+        product(left, plane, SIZE, corner, plane, SIZE, 1, work_ptr, work_plane, H, 1, H, H, 1.0, H, False, DOUBLE)
+        product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, SIZE, 1, H, H, -1.0, H, False, DOUBLE)
         row = tl.arange(0, 32)[:, None]
         col = tl.arange(0, H)[None, :]
         for top in range(0, H, 32):

@@ -12,6 +12,8 @@ TARGETS = (80, 89, 90, 100)
 SLOW_TARGET = 90
 #: Those that the default step's kernels must compile for, consumer cards included, at the padded rank 16.
 JOINT_TARGETS = (80, 86, 89, 90, 100, 120)
+#: Those of them whose float64 is at least half as fast as fp32; on the others it is a 64th.
+DOUBLE_TARGETS = (80, 90, 100)
 #: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts and
 #: are compiled for SLOW_TARGET alone, since all together would take minutes.
 EVERYWHERE = (16, 128)

@@ -113,6 +113,7 @@ class JointRun:
         #: Whether neither rank nor widths need masks; whether addresses allow to do without is seen in every step.
         self.even = self.rank == padded and not any(size % joint_gram.EVEN for side in sizes for size in side)
         self.whole = False
+        self.double = joint_core.doubles(self.device)
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.yes = torch.ones((), dtype=torch.uint8, device=device)
         for side in (0, 1):
@@ -164,7 +165,7 @@ class JointRun:
             )  # fmt: skip
             joint_core.roots(
                 settings, self.dims, self.parts, self.alone, self.partials_alone, self.exponents_alone, self.small,
-                self.roots, self.traces, self.frozen,
+                self.roots, self.traces, self.frozen, double=self.double,
             )  # fmt: skip
             joint_gram.moments(
                 addresses, settings, self.dims, self.tiles, self.roots, clip, self.sums,
@@ -178,18 +179,18 @@ class JointRun:
             joint_core.collect(
                 addresses, settings, self.dims, self.parts, self.pieces, self.sums, self.frozen, self.partials,
                 self.exponents, self.flags_found, self.gram, self.small, self.known, self.seen,
-                follows=self.follows, fades=self.options.fade,
+                follows=self.follows, fades=self.options.fade, double=self.double,
             )  # fmt: skip
             joint_core.tangent(
                 settings, self.dims, self.parts, self.sums, clip, self.seen, self.gram, self.small, self.known,
                 self.coefficients,
-                nesterov=self.options.nesterov,
+                nesterov=self.options.nesterov, double=self.double,
             )  # fmt: skip
             joint_core.finish(
                 addresses, settings, self.dims, self.parts, self.sums, self.seen, self.traces, self.gram, self.small,
                 self.known, self.polar, self.schulz, self.coefficients, self.outcome,
                 first=self.options.first, decay=self.options.weight_decay > 0, balance=self.options.balance,
-                most=self.most,
+                most=self.most, double=self.double,
             )  # fmt: skip
 
     def _stage(self) -> None:
