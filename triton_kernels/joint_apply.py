@@ -29,23 +29,34 @@ from psilora.triton_kernels.joint_layout import (
     weights,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
-from psilora.triton_kernels.split import rounded
+from psilora.triton_kernels.split import rounded, split3
 from psilora.triton_kernels.twofold import power
 from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a block and warps, by padded rank.
-BLOCKS = {8: (64, 4), 16: (64, 4), 32: (64, 4), 64: (32, 8), 128: (16, 8)}
+BLOCKS = {8: (64, 4), 16: (64, 8), 32: (64, 8), 64: (32, 8), 128: (16, 8)}
 
 
 @triton.jit
-def _product(c_ptr, y, top, first, RP: tl.constexpr, SIDE: tl.constexpr):
-    """Return 16 rows Y from `first` on times their coefficients for the RP outputs from `top` on."""
+def _parts(c_ptr, top, first, RP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr):
+    """Return the coefficients of ROWS rows from `first` on for the RP outputs from `top` on, in three parts."""
     o = top + tl.arange(0, RP)
-    k = first + tl.arange(0, 16)
-    if SIDE == 0:
-        return tl.dot(tl.load(c_ptr + o[:, None] * (4 * RP) + k[None, :]), y, input_precision="ieee")
-    else:
-        return tl.dot(y, tl.load(c_ptr + o[None, :] + k[:, None] * (3 * RP)), input_precision="ieee")
+    k = first + tl.arange(0, ROWS)
+    at = o[:, None] * (4 * RP) + k[None, :] if SIDE == 0 else o[None, :] + k[:, None] * (3 * RP)
+    return split3(tl.load(c_ptr + at), tl.bfloat16)
+
+
+@triton.jit
+def _product(c1, c2, c3, y1, y2, y3, total, SIDE: tl.constexpr):
+    """Return total + C·Y, or Yᵀ·Cᵀ of B's side, of what has been cut into three parts each: off by 2⁻²⁴ of |C|·|Y|."""
+    if SIDE == 1:
+        c1, c2, c3, y1, y2, y3 = y1, y2, y3, c1, c2, c3
+    # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103.
+    low = tl.fma(tl.dot(c3, y1), 1.0, tl.dot(c1, y3))
+    low = tl.fma(tl.dot(c2, y2), 1.0, low)
+    low = tl.fma(tl.dot(c2, y1), 1.0, low)
+    low = tl.fma(tl.dot(c1, y2), 1.0, low)
+    return tl.fma(tl.dot(c1, y1), 1.0, low) + total
 
 
 @triton.jit
@@ -60,7 +71,14 @@ def _apply_side(
     m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
     steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
     metric = address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES)
+    if WHOLE:
+        f, m, r = tl.multiple_of(f, 16), tl.multiple_of(m, 16), RP
+        d = tl.multiple_of(d, 64)
     factor = power(shift if SIDE == 0 else -shift)
+    ROWS: tl.constexpr = 4 * RP if RP < 16 else 64 if RP < 128 else 32
+    f1, f2, f3 = _parts(c_ptr, 0, 0, RP, ROWS, SIDE)
+    a1, a2, a3 = _parts(c_ptr, RP, 0, RP, ROWS, SIDE)
+    b1, b2, b3 = _parts(c_ptr, 2 * RP, 0, RP, ROWS, SIDE)
     for begin in range(start, end, BN):
         columns = begin + tl.arange(0, BN)
         v, root = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, columns, columns < end, SIDE)
@@ -70,31 +88,49 @@ def _apply_side(
         of_f = tl.zeros(shape, tl.float32)
         of_1 = tl.zeros(shape, tl.float32)
         of_2 = tl.zeros(shape, tl.float32)
-        for first in range(0, 4 * RP, 16):
-            row = first + tl.arange(0, 16)
-            z, own = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, WHOLE, F_TYPE, G_TYPE)
-            y = z * tl.where(own, w, 1.0)
-            # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103.
-            of_f = tl.fma(_product(c_ptr, y, 0, first, RP, SIDE), 1.0, of_f)
+        for first in range(0, 4 * RP, ROWS):
+            row = first + tl.arange(0, ROWS)
+            z, own = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, SIDE, WHOLE, F_TYPE, G_TYPE)
+            y1, y2, y3 = split3(z * tl.where(own, w, 1.0), tl.bfloat16)
+            if ROWS < 4 * RP:
+                f1, f2, f3 = _parts(c_ptr, 0, first, RP, ROWS, SIDE)
+            of_f = _product(f1, f2, f3, y1, y2, y3, of_f, SIDE)
             if COMMIT:
-                of_1 = tl.fma(_product(c_ptr, y, RP, first, RP, SIDE), 1.0, of_1)
-                of_2 = tl.fma(_product(c_ptr, y, 2 * RP, first, RP, SIDE), 1.0, of_2)
+                if ROWS < 4 * RP:
+                    a1, a2, a3 = _parts(c_ptr, RP, first, RP, ROWS, SIDE)
+                of_1 = _product(a1, a2, a3, y1, y2, y3, of_1, SIDE)
+                if ROWS < 4 * RP:
+                    b1, b2, b3 = _parts(c_ptr, 2 * RP, first, RP, ROWS, SIDE)
+                of_2 = _product(b1, b2, b3, y1, y2, y3, of_2, SIDE)
         k = tl.arange(0, RP)[None, :] if T else tl.arange(0, RP)[:, None]
-        inside = (k < r) & (n < end)
         step = of_f / w
         if COMMIT:
             at = f + element(k, n, r if T else d, T)
-            old = tl.load(at, mask=inside, other=0.0)
+            of_1_at = m + element(k, n, 2 * r if T else d, T)
+            of_2_at = m + element(r + k, n, 2 * r if T else d, T)
+            if WHOLE:
+                at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+                of_1_at = tl.multiple_of(tl.max_contiguous(of_1_at, (1, 8)), (1, 16))
+                of_2_at = tl.multiple_of(tl.max_contiguous(of_2_at, (1, 8)), (1, 16))
+                old = tl.load(at)
+            else:
+                old = tl.load(at, mask=(k < r) & (n < end), other=0.0)
             new = rounded(old.to(tl.float32) + step, F_TYPE)
             new = tl.where(step != 0.0, new, old)  # keeps a −0
             new = rounded(new.to(tl.float32) * factor, F_TYPE)
             tl.debug_barrier()  # other threads still read what is written now
-            tl.store(at, new, mask=inside & (tl.where(step != 0.0, 1, tl.abs(shift)) != 0))
-            tl.store(m + element(k, n, 2 * r if T else d, T), of_1, mask=inside)
-            tl.store(m + element(r + k, n, 2 * r if T else d, T), of_2, mask=inside)
+            if WHOLE:
+                tl.store(at, new)
+                tl.store(of_1_at, of_1)
+                tl.store(of_2_at, of_2)
+            else:
+                inside = (k < r) & (n < end)
+                tl.store(at, new, mask=inside)
+                tl.store(of_1_at, of_1, mask=inside)
+                tl.store(of_2_at, of_2, mask=inside)
             tl.store(metric + columns, root, mask=columns < end)
         else:
-            tl.store(steps + k * d + n, step, mask=inside)
+            tl.store(steps + k * d + n, step, mask=(k < r) & (n < end))
 
 
 @triton.jit(do_not_specialize_on_alignment=UNALIGNED)

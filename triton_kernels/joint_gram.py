@@ -37,7 +37,9 @@ from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a tile are a multiple of this: what a program does once should be little beside them.
 SPAN = tl.constexpr(256)
-#: Columns of a chunk. Where all widths are a multiple of it loads need no masks.
+#: Columns of a chunk.
+CHUNK = int(__import__('os').environ.get('KC','64'))
+#: Where all widths are a multiple of this loads need no masks.
 EVEN = 64
 #: Columns whose integer sums stay below 2²⁴ in one accumulator: of single products, and of three of them.
 FULL = tl.constexpr(512)
@@ -77,11 +79,11 @@ def _whitened(
     SIDE: tl.constexpr, RP: tl.constexpr, ALONE: tl.constexpr, WHOLE: tl.constexpr, F_TYPE: tl.constexpr,
     G_TYPE: tl.constexpr,
 ):  # fmt: skip
-    """Return rows Z of a side, or of F alone; rows run along axis SIDE."""
+    """Return rows Z of a side, or of F alone; rows run along axis 1."""
     if ALONE:
         r, _, d = sizes(dims_ptr, problem, SIDE)
-        k = row[:, None] if SIDE == 0 else row[None, :]
-        columns = n[None, :] if SIDE == 0 else n[:, None]
+        k = row[None, :]
+        columns = n[:, None]
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
         if WHOLE:
             f = tl.multiple_of(f, 16)
@@ -93,11 +95,8 @@ def _whitened(
         at = element(k, columns, d if SIDE == 0 else r, SIDE == 1)
         return tl.load(f + at, mask=(k < r) & (columns < end), other=0.0).to(tl.float32)
     else:
-        z, of_f = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, WHOLE, F_TYPE, G_TYPE)
-        inverse = 1.0 / root
-        root = root[None, :] if SIDE == 0 else root[:, None]
-        inverse = inverse[None, :] if SIDE == 0 else inverse[:, None]
-        return z * tl.where(of_f, root, inverse)
+        z, of_f = rows_of(addresses_ptr, dims_ptr, problem, row, n, end, SIDE, RP, 1, WHOLE, F_TYPE, G_TYPE)
+        return z * tl.where(of_f, root[:, None], (1.0 / root)[:, None])
 
 
 @triton.jit
@@ -124,8 +123,16 @@ def _part(values, first, SIZE: tl.constexpr, ALONE: tl.constexpr):
 
 
 @triton.jit
-def _exponents(largest, SIDE: tl.constexpr):
-    return exponent_of(tl.max(largest, axis=1 - SIDE))
+def _cut(
+    addresses_ptr, dims_ptr, problem, row, begin, end, roots, first, top,
+    SIDE: tl.constexpr, RP: tl.constexpr, KC: tl.constexpr, ALONE: tl.constexpr, WHOLE: tl.constexpr,
+    F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+):  # fmt: skip
+    """Return the slices of rows at the KC columns from `begin` on, whose weights begin at entry `first` of `roots`."""
+    n = begin + tl.arange(0, KC)
+    root = _part(roots, first, KC, ALONE)
+    z = _whitened(addresses_ptr, dims_ptr, problem, row, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
+    return _slices(z, top[None, :])
 
 
 @triton.jit
@@ -166,8 +173,7 @@ def _gram_side(
     """A piece of Γ: of rows with themselves, or with CROSS of rows `left` with rows `right`."""
     i = left * ROWS + tl.arange(0, ROWS)
     j = right * ROWS + tl.arange(0, ROWS)
-    T: tl.constexpr = SIDE == 1
-    shape: tl.constexpr = (KC, ROWS) if T else (ROWS, KC)
+    shape: tl.constexpr = (KC, ROWS)
     # The largest entry of every row first: products of a row are then sums in one unit.
     most_i = tl.zeros(shape, tl.float32)
     most_j = tl.zeros(shape, tl.float32)
@@ -185,8 +191,8 @@ def _gram_side(
                     addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE
                 )
                 most_j = tl.maximum(most_j, tl.abs(x))
-    top_i = _exponents(most_i, SIDE)
-    top_j = _exponents(most_j, SIDE)
+    top_i = exponent_of(tl.max(most_i, axis=0))
+    top_j = exponent_of(tl.max(most_j, axis=0))
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, ROWS)[None, :]
     at = out_ptr + row * ROWS + col
@@ -200,35 +206,54 @@ def _gram_side(
         middle = tl.zeros((ROWS, ROWS), tl.float32)
         fourth = tl.zeros((ROWS, ROWS), tl.float32)
         fifth = tl.zeros((ROWS, ROWS), tl.float32)
-        for block in range(whole, tl.minimum(whole + LENGTH, end), SPAN):
-            roots, _ = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
-            for begin in range(block, tl.minimum(block + SPAN, end), KC):
-                n = begin + tl.arange(0, KC)
-                root = _part(roots, begin - block, KC, ALONE)
-                x = _whitened(addresses_ptr, dims_ptr, problem, i, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
-                x1, x2, x3 = _slices(x, top_i[None, :] if T else top_i[:, None])
-                if CROSS:
-                    y = _whitened(
-                        addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE
+        last = tl.minimum(whole + LENGTH, end)
+        roots, _ = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, whole, end, SIDE, ALONE)
+        x1, x2, x3 = _cut(
+            addresses_ptr, dims_ptr, problem, i, whole, end, roots, 0, top_i, SIDE, RP, KC, ALONE, WHOLE, F_TYPE, G_TYPE
+        )
+        y1, y2, y3 = x1, x2, x3
+        if CROSS:
+            y1, y2, y3 = _cut(
+                addresses_ptr, dims_ptr, problem, j, whole, end, roots, 0, top_j, SIDE, RP, KC, ALONE, WHOLE, F_TYPE,
+                G_TYPE,
+            )  # fmt: skip
+        for begin in range(whole, last, KC):
+            # The next chunk is loaded before this one's products. Operands that come out of a loop's last turn are also
+            # what sm_90 takes from shared memory; from registers its products are miscompiled.
+            following = begin + KC
+            inner = (following - whole) % SPAN
+            z1, z2, z3 = x1, x2, x3
+            u1, u2, u3 = y1, y2, y3
+            if following < last:
+                if inner == 0:
+                    roots, _ = _roots_of(
+                        addresses_ptr, settings_ptr, problem, taken, sigma, frozen, following, end, SIDE, ALONE
                     )
-                    y1, y2, y3 = _slices(y, top_j[None, :] if T else top_j[:, None])
-                else:
-                    y1, y2, y3 = x1, x2, x3
-                if T:
-                    x1, x2, x3 = tl.trans(x1), tl.trans(x2), tl.trans(x3)
-                else:
-                    y1, y2, y3 = tl.trans(y1), tl.trans(y2), tl.trans(y3)
-                # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
-                first = tl.dot(x1, y1, first)
-                second = tl.dot(x1, y2, second)
-                third = tl.dot(x1, y3, third)
-                middle = tl.dot(x2, y2, middle)
-                fourth = tl.dot(x2, y3, fourth)
-                fifth = tl.dot(x3, y3, fifth)
+                z1, z2, z3 = _cut(
+                    addresses_ptr, dims_ptr, problem, i, following, end, roots, inner, top_i, SIDE, RP, KC, ALONE,
+                    WHOLE, F_TYPE, G_TYPE,
+                )  # fmt: skip
                 if CROSS:
-                    second = tl.fma(tl.dot(x2, y1), 1.0, second)
-                    third = tl.fma(tl.dot(x3, y1), 1.0, third)
-                    fourth = tl.fma(tl.dot(x3, y2), 1.0, fourth)
+                    u1, u2, u3 = _cut(
+                        addresses_ptr, dims_ptr, problem, j, following, end, roots, inner, top_j, SIDE, RP, KC, ALONE,
+                        WHOLE, F_TYPE, G_TYPE,
+                    )  # fmt: skip
+            t1, t2, t3 = tl.trans(x1), tl.trans(x2), tl.trans(x3)
+            # Sums of integers below 2²⁴; fma: a plain sum becomes a chain into one accumulator, miscompiled on sm_103.
+            first = tl.dot(t1, y1, first)
+            second = tl.dot(t1, y2, second)
+            third = tl.dot(t1, y3, third)
+            middle = tl.dot(t2, y2, middle)
+            fourth = tl.dot(t2, y3, fourth)
+            fifth = tl.dot(t3, y3, fifth)
+            if CROSS:
+                second = tl.fma(tl.dot(t2, y1), 1.0, second)
+                third = tl.fma(tl.dot(t3, y1), 1.0, third)
+                fourth = tl.fma(tl.dot(t3, y2), 1.0, fourth)
+                y1, y2, y3 = u1, u2, u3
+            else:
+                y1, y2, y3 = z1, z2, z3
+            x1, x2, x3 = z1, z2, z3
         if not CROSS:
             second = _both(second)
             third = _both(third)
@@ -432,9 +457,9 @@ def gram(
     rows = out.shape[-1]
     _gram_kernel[(tiles.shape[0] * pieces.shape[0],)](
         addresses, settings, dims, tiles, parts, pieces, sums, frozen, out, exponents, flags, dims.shape[0],
-        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=EVEN,
+        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=CHUNK,
         ALONE=alone, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
-        num_warps=_warps(rows), num_stages=1, enable_fp_fusion=False,
+        num_warps=_warps(rows), num_stages=1, enable_fp_fusion=False, maxnreg=255,
     )  # fmt: skip
 
 
@@ -480,6 +505,7 @@ def _variant(
         num_warps=warps,
         num_stages=1,
         max_registers=registers,
+        maxnreg=None if fusion else 255,
         fusion=fusion,
         targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
     )
@@ -496,7 +522,7 @@ def _variants() -> list[Variant]:
             rows = rows_of_piece(padded, blocks)
             constexprs = {
                 "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
-                "KC": EVEN, "ALONE": blocks == 1, "FOLLOWS": blocks == 4, "WHOLE": False,
+                "KC": CHUNK, "ALONE": blocks == 1, "FOLLOWS": blocks == 4, "WHOLE": False,
                 "F_A": tl.bfloat16, "F_B": tl.float32, **types,
             }  # fmt: skip
             plain = {**constexprs, **dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}

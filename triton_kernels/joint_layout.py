@@ -183,11 +183,12 @@ def _across(x, AXIS: tl.constexpr):
 @triton.jit
 def rows_of(
     addresses_ptr, dims_ptr, problem, row, n, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, AXIS: tl.constexpr, WHOLE: tl.constexpr, F_TYPE: tl.constexpr,
+    G_TYPE: tl.constexpr,
 ):  # fmt: skip
     """Return the rows [F; M₁; M₂; D] of index `row` at columns n < end in fp32, and where they are those of F.
 
-    `row` and `n` are vectors; rows run along axis SIDE, as in memory. Rows come in eights of one block. WHOLE: r is RP,
+    `row` and `n` are vectors; rows run along AXIS. Rows come in eights of one block. WHOLE: r is RP,
     all n are below the end and d is a multiple of 64, and rows and matrices begin at multiples of 16 bytes.
     """
     r, _, d = sizes(dims_ptr, problem, SIDE)
@@ -195,14 +196,14 @@ def rows_of(
     block = row // RP
     k = row % RP
     own = (block > 0) & (block < 3)
-    column = _across(n, 1 - SIDE)
-    of_f = _across(block, SIDE) == 0
+    column = _across(n, 1 - AXIS)
+    of_f = _across(block, AXIS) == 0
     inside = of_f | True
     if WHOLE:
         d = tl.multiple_of(d, 64)
         r = RP
     else:
-        inside = _across(k, SIDE) < r
+        inside = _across(k, AXIS) < r
         inside = inside & (column < end)
     if F_TYPE == tl.float32 and G_TYPE == tl.float32:
         f = tl.load(addresses_ptr + problem * ADDRESSES + FACTOR + SIDE)
@@ -212,9 +213,12 @@ def rows_of(
         start = tl.max_constancy(start, 8)
         index = tl.max_contiguous(tl.where(own, (block - 1) * r + k, k), 8)
         leading = tl.max_constancy(tl.where(own, 2 * r, r), 8) if T else tl.zeros_like(row) + d
-        at = _across(start, SIDE) + element(_across(index, SIDE), column, _across(leading, SIDE), T)
+        at = _across(start, AXIS) + element(_across(index, AXIS), column, _across(leading, AXIS), T)
         if WHOLE:
-            at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+            if (AXIS == 1) == T:  # memory runs along axis 1
+                at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+            else:
+                at = tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
             return tl.load(at), of_f
         else:
             return tl.load(at, mask=inside, other=0.0), of_f
@@ -224,11 +228,11 @@ def rows_of(
         m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
         if WHOLE:
             f, g, m = tl.multiple_of(f, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
-        of = _across(block, SIDE)
-        at = element(_across(tl.max_contiguous(k, 8), SIDE), column, r if T else d, T)
+        of = _across(block, AXIS)
+        at = element(_across(tl.max_contiguous(k, 8), AXIS), column, r if T else d, T)
         first = tl.load(f + at, mask=inside & (of == 0), other=0.0).to(tl.float32)
         last = tl.load(g + at, mask=inside & (of == 3), other=0.0).to(tl.float32)
         index = tl.max_contiguous((block - 1) * r + k, 8)
-        at = element(_across(index, SIDE), column, 2 * r if T else d, T)
+        at = element(_across(index, AXIS), column, 2 * r if T else d, T)
         middle = tl.load(m + at, mask=inside & (of > 0) & (of < 3), other=0.0)
         return first + last + middle, of_f

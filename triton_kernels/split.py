@@ -45,7 +45,7 @@ def _rounded(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def _split3(x, DTYPE: tl.constexpr):
+def split3(x, DTYPE: tl.constexpr):
     """Return (hi, mid, lo) with hi + mid + lo = x to 24 bits; every difference is exact."""
     hi = _rounded(x, DTYPE)
     rest = x - hi.to(tl.float32)
@@ -73,7 +73,7 @@ def _power_of_two(top):
 
 
 def split3_ref(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the parts (hi, mid, lo) of an fp32 tensor in `dtype`, bitwise what `_split3` computes."""
+    """Return the parts (hi, mid, lo) of an fp32 tensor in `dtype`, bitwise what `split3` computes."""
     hi = x.to(dtype)
     rest = x - hi.float()
     mid = rest.to(dtype)

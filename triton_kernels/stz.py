@@ -17,7 +17,7 @@ from torch import Tensor
 from psilora.triton_kernels import reduce as sums
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.reduce import TokenSum
-from psilora.triton_kernels.split import TRITON_DTYPES, _operand, _power_of_two, _split3
+from psilora.triton_kernels.split import TRITON_DTYPES, _operand, _power_of_two, split3
 from psilora.triton_kernels.tables import (
     Launch,
     PointerTable,
@@ -149,7 +149,7 @@ def _stz_kernel(
             else:
                 if S_DTYPE == tl.float16:
                     p = p * (scale[None, :] if S_FIRST else scale[:, None])
-                hi, mid, lo = _split3(p, S_DTYPE)
+                hi, mid, lo = split3(p, S_DTYPE)
                 if S_FIRST:
                     main = tl.dot(s, hi, main)
                     second = tl.dot(s, mid, second)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.split import TRITON_DTYPES, _operand, _power_of_two, _split3
+from psilora.triton_kernels.split import TRITON_DTYPES, _operand, _power_of_two, split3
 from psilora.triton_kernels.tables import (
     Launch,
     Layouts,
@@ -129,7 +129,7 @@ def _xv_kernel(
             f = tl.load(f_ptrs, mask=inside[:, None] & columns, other=0.0)  # [BD, BR]
             if X_DTYPE == tl.float16:
                 f = f * scale[None, :]
-            hi, mid, lo = _split3(f, X_DTYPE)
+            hi, mid, lo = split3(f, X_DTYPE)
             main = tl.dot(x, hi, main)
             second = tl.dot(x, mid, second)
             third = tl.dot(x, lo, third)

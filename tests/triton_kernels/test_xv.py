@@ -13,7 +13,7 @@ if not _compat.available():
     pytest.skip(_compat.unavailable_reason() or "", allow_module_level=True)
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.split import _power_of_two, _split3, power_of_two_ref, split3_ref
+from psilora.triton_kernels.split import _power_of_two, split3, power_of_two_ref, split3_ref
 from psilora.triton_kernels.tables import PointerTable
 from psilora.triton_kernels.xv import XVPlan, xv, xv_ref
 
@@ -229,7 +229,7 @@ def test_the_tolerance_tells_two_parts_from_three() -> None:
 @triton.jit
 def _parts_kernel(x_ptr, out_ptr, size, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
-    hi, mid, lo = _split3(tl.load(x_ptr + offs, mask=offs < size, other=0.0), DTYPE)
+    hi, mid, lo = split3(tl.load(x_ptr + offs, mask=offs < size, other=0.0), DTYPE)
     tl.store(out_ptr + offs, hi.to(tl.float32), mask=offs < size)
     tl.store(out_ptr + size + offs, mid.to(tl.float32), mask=offs < size)
     tl.store(out_ptr + 2 * size + offs, lo.to(tl.float32), mask=offs < size)
