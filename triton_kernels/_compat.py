@@ -1,7 +1,7 @@
 """The only place that imports Triton: whether a usable one is there, and whether its interpreter is on.
 
-Importing `triton`, `tl` or a constant of Triton's from here without a usable one raises ImportError with the reason, so a
-module with kernels needs no guard of its own and its users ask `available()` before they import it.
+Importing `triton`, `tl` or what depends on it from here without a usable Triton raises ImportError with the reason, so
+a module with kernels needs no guard of its own and its users ask `available()` before they import it.
 """
 
 from __future__ import annotations

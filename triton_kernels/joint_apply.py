@@ -29,7 +29,7 @@ from psilora.triton_kernels.joint_layout import (
     weights,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
-from psilora.triton_kernels.split import rounded, split3
+from psilora.triton_kernels.split import add_product, rounded, split3
 from psilora.triton_kernels.twofold import power
 from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
@@ -38,25 +38,23 @@ BLOCKS = {8: (64, 4), 16: (64, 8), 32: (64, 8), 64: (32, 8), 128: (16, 8)}
 
 
 @triton.jit
-def _parts(c_ptr, top, first, RP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr):
+def _coefficients(c_ptr, top, first, RP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr):
     """Return the coefficients of ROWS rows from `first` on for the RP outputs from `top` on, in three parts."""
-    o = top + tl.arange(0, RP)
-    k = first + tl.arange(0, ROWS)
-    at = o[:, None] * (4 * RP) + k[None, :] if SIDE == 0 else o[None, :] + k[:, None] * (3 * RP)
-    return split3(tl.load(c_ptr + at), tl.bfloat16)
+    o = top + tl.arange(0, RP)[:, None]
+    k = first + tl.arange(0, ROWS)[None, :]
+    return split3(tl.load(c_ptr + (o * (4 * RP) + k if SIDE == 0 else o + k * (3 * RP))), tl.bfloat16)
 
 
 @triton.jit
-def _product(c1, c2, c3, y1, y2, y3, total, SIDE: tl.constexpr):
-    """Return total + C·Y, or Yᵀ·Cᵀ of B's side, of what has been cut into three parts each: off by 2⁻²⁴ of |C|·|Y|."""
-    if SIDE == 1:
-        c1, c2, c3, y1, y2, y3 = y1, y2, y3, c1, c2, c3
-    # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103.
-    low = tl.fma(tl.dot(c3, y1), 1.0, tl.dot(c1, y3))
-    low = tl.fma(tl.dot(c2, y2), 1.0, low)
-    low = tl.fma(tl.dot(c2, y1), 1.0, low)
-    low = tl.fma(tl.dot(c1, y2), 1.0, low)
-    return tl.fma(tl.dot(c1, y1), 1.0, low) + total
+def _add_plain(c_ptr, y, top, first, total, RP: tl.constexpr, SIDE: tl.constexpr):
+    """Return total + 16 rows from `first` on times their coefficients, in fp32; transposed on B's side."""
+    o = top + tl.arange(0, RP)
+    k = first + tl.arange(0, 16)
+    if SIDE == 0:
+        found = tl.dot(tl.load(c_ptr + o[:, None] * (4 * RP) + k[None, :]), y, input_precision="ieee")
+    else:
+        found = tl.dot(y, tl.load(c_ptr + o[None, :] + k[:, None] * (3 * RP)), input_precision="ieee")
+    return tl.fma(found, 1.0, total)
 
 
 @triton.jit
@@ -66,52 +64,67 @@ def _apply_side(
     F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
     r, _, d = sizes(dims_ptr, problem, SIDE)
+    # Up to rank 32 products are those of 16-bit parts; above, first operands would come from registers on sm_90.
+    PARTS: tl.constexpr = RP <= 32
+    AXIS: tl.constexpr = 0 if PARTS else SIDE  # of rows
     T: tl.constexpr = SIDE == 1
     f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
     m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
     steps = address(addresses_ptr, problem, STEPS + SIDE, tl.float32, ADDRESSES)
     metric = address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES)
     if WHOLE:
-        f, m, r = tl.multiple_of(f, 16), tl.multiple_of(m, 16), RP
-        d = tl.multiple_of(d, 64)
+        r = RP
     factor = power(shift if SIDE == 0 else -shift)
-    ROWS: tl.constexpr = 4 * RP if RP < 16 else 64 if RP < 128 else 32
-    f1, f2, f3 = _parts(c_ptr, 0, 0, RP, ROWS, SIDE)
-    a1, a2, a3 = _parts(c_ptr, RP, 0, RP, ROWS, SIDE)
-    b1, b2, b3 = _parts(c_ptr, 2 * RP, 0, RP, ROWS, SIDE)
+    ROWS: tl.constexpr = 16 if not PARTS else 64 if RP > 8 else 32
+    if PARTS:
+        f1, f2, f3 = _coefficients(c_ptr, 0, 0, RP, ROWS, SIDE)
+        a1, a2, a3 = _coefficients(c_ptr, RP, 0, RP, ROWS, SIDE)
+        b1, b2, b3 = _coefficients(c_ptr, 2 * RP, 0, RP, ROWS, SIDE)
     for begin in range(start, end, BN):
         columns = begin + tl.arange(0, BN)
         v, root = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, columns, columns < end, SIDE)
-        n = columns[:, None] if T else columns[None, :]
-        w = v[:, None] if T else v[None, :]
-        shape: tl.constexpr = (BN, RP) if T else (RP, BN)
+        n = columns[:, None] if AXIS == 1 else columns[None, :]
+        w = v[:, None] if AXIS == 1 else v[None, :]
+        shape: tl.constexpr = (BN, RP) if AXIS == 1 else (RP, BN)
         of_f = tl.zeros(shape, tl.float32)
         of_1 = tl.zeros(shape, tl.float32)
         of_2 = tl.zeros(shape, tl.float32)
         for first in range(0, 4 * RP, ROWS):
             row = first + tl.arange(0, ROWS)
-            z, own = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, SIDE, WHOLE, F_TYPE, G_TYPE)
-            y1, y2, y3 = split3(z * tl.where(own, w, 1.0), tl.bfloat16)
-            if ROWS < 4 * RP:
-                f1, f2, f3 = _parts(c_ptr, 0, first, RP, ROWS, SIDE)
-            of_f = _product(f1, f2, f3, y1, y2, y3, of_f, SIDE)
-            if COMMIT:
-                if ROWS < 4 * RP:
-                    a1, a2, a3 = _parts(c_ptr, RP, first, RP, ROWS, SIDE)
-                of_1 = _product(a1, a2, a3, y1, y2, y3, of_1, SIDE)
-                if ROWS < 4 * RP:
-                    b1, b2, b3 = _parts(c_ptr, 2 * RP, first, RP, ROWS, SIDE)
-                of_2 = _product(b1, b2, b3, y1, y2, y3, of_2, SIDE)
-        k = tl.arange(0, RP)[None, :] if T else tl.arange(0, RP)[:, None]
+            z, own = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, AXIS, WHOLE, F_TYPE, G_TYPE)
+            y = z * tl.where(own, w, 1.0)
+            if PARTS:
+                y1, y2, y3 = split3(y, tl.bfloat16)
+                if RP == 32:
+                    f1, f2, f3 = _coefficients(c_ptr, 0, first, RP, ROWS, SIDE)
+                of_f = add_product(f1, f2, f3, y1, y2, y3, of_f)
+                if COMMIT:
+                    if RP == 32:
+                        a1, a2, a3 = _coefficients(c_ptr, RP, first, RP, ROWS, SIDE)
+                    of_1 = add_product(a1, a2, a3, y1, y2, y3, of_1)
+                    if RP == 32:
+                        b1, b2, b3 = _coefficients(c_ptr, 2 * RP, first, RP, ROWS, SIDE)
+                    of_2 = add_product(b1, b2, b3, y1, y2, y3, of_2)
+            else:
+                of_f = _add_plain(c_ptr, y, 0, first, of_f, RP, SIDE)
+                if COMMIT:
+                    of_1 = _add_plain(c_ptr, y, RP, first, of_1, RP, SIDE)
+                    of_2 = _add_plain(c_ptr, y, 2 * RP, first, of_2, RP, SIDE)
+        k = tl.arange(0, RP)[None, :] if AXIS == 1 else tl.arange(0, RP)[:, None]
         step = of_f / w
         if COMMIT:
             at = f + element(k, n, r if T else d, T)
-            of_1_at = m + element(k, n, 2 * r if T else d, T)
-            of_2_at = m + element(r + k, n, 2 * r if T else d, T)
+            first_at = m + element(k, n, 2 * r if T else d, T)
+            second_at = m + element(r + k, n, 2 * r if T else d, T)
             if WHOLE:
-                at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
-                of_1_at = tl.multiple_of(tl.max_contiguous(of_1_at, (1, 8)), (1, 16))
-                of_2_at = tl.multiple_of(tl.max_contiguous(of_2_at, (1, 8)), (1, 16))
+                if (AXIS == 1) == T:  # memory runs along axis 1
+                    at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+                    first_at = tl.multiple_of(tl.max_contiguous(first_at, (1, 8)), (1, 16))
+                    second_at = tl.multiple_of(tl.max_contiguous(second_at, (1, 8)), (1, 16))
+                else:
+                    at = tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
+                    first_at = tl.multiple_of(tl.max_contiguous(first_at, (8, 1)), (16, 1))
+                    second_at = tl.multiple_of(tl.max_contiguous(second_at, (8, 1)), (16, 1))
                 old = tl.load(at)
             else:
                 old = tl.load(at, mask=(k < r) & (n < end), other=0.0)
@@ -121,13 +134,13 @@ def _apply_side(
             tl.debug_barrier()  # other threads still read what is written now
             if WHOLE:
                 tl.store(at, new)
-                tl.store(of_1_at, of_1)
-                tl.store(of_2_at, of_2)
+                tl.store(first_at, of_1)
+                tl.store(second_at, of_2)
             else:
                 inside = (k < r) & (n < end)
                 tl.store(at, new, mask=inside)
-                tl.store(of_1_at, of_1, mask=inside)
-                tl.store(of_2_at, of_2, mask=inside)
+                tl.store(first_at, of_1, mask=inside)
+                tl.store(second_at, of_2, mask=inside)
             tl.store(metric + columns, root, mask=columns < end)
         else:
             tl.store(steps + k * d + n, step, mask=(k < r) & (n < end))
@@ -182,6 +195,7 @@ def apply(
         coefficients: (2, L, 3·RP, 4·RP) fp32, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D; those of B transposed.
         found, outcome: What `joint_core.collect` and `joint_core.finish` have left.
         ok: 0-d uint8, whether anything is written.
+        whole: As for `joint_gram.gram`.
         commit: Whether parameters and state are written; else the increments of F, into the rows STEPS.
         follows: Whether the norms of gradients are state.
     """
@@ -189,8 +203,8 @@ def apply(
     BN, warps = BLOCKS[padded]
     _apply_kernel[(tiles.shape[0],)](
         addresses, settings, dims, tiles, coefficients, found, frozen, outcome, ok, dims.shape[0],
-        RP=padded, BN=BN, COMMIT=commit, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
-        num_warps=warps, num_stages=1,
+        RP=padded, BN=BN, COMMIT=commit, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2],
+        G_B=types[3], num_warps=warps, num_stages=1,
     )  # fmt: skip
 
 
@@ -200,24 +214,23 @@ def _variants() -> list[Variant]:
         "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "c_ptr": "*fp32",
         "seen_ptr": "*fp32", "frozen_ptr": "*i32", "outcome_ptr": "*i32", "ok_ptr": "*u8", "layers": "i32",
     }  # fmt: skip
+    mixed = {"F_A": tl.bfloat16, "F_B": tl.float32, "G_A": tl.bfloat16, "G_B": tl.float32, "WHOLE": False}
+    plain = {**dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}
     for padded, (BN, warps) in BLOCKS.items():
-        constexprs = {
-            "RP": padded, "BN": BN, "COMMIT": True, "FOLLOWS": True, "WHOLE": False, "F_A": tl.bfloat16, "F_B": tl.float32,
-            "G_A": tl.bfloat16, "G_B": tl.float32,
-        }  # fmt: skip
-        found.append(
-            Variant(
-                name=f"joint_apply_r{padded}",
-                kernel=_apply_kernel,
-                signature=types,
-                constexprs=constexprs,
-                aligned=("dims_ptr", "tiles_ptr", "c_ptr", "seen_ptr", "frozen_ptr", "outcome_ptr"),
-                num_warps=warps,
-                num_stages=1,
-                max_registers=255,
-                targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
+        for kind, own in (("", mixed), ("_fp32", plain)):
+            found.append(
+                Variant(
+                    name=f"joint_apply{kind}_r{padded}",
+                    kernel=_apply_kernel,
+                    signature=types,
+                    constexprs={"RP": padded, "BN": BN, "COMMIT": True, "FOLLOWS": True, **own},
+                    aligned=("dims_ptr", "tiles_ptr", "c_ptr", "seen_ptr", "frozen_ptr", "outcome_ptr"),
+                    num_warps=warps,
+                    num_stages=1,
+                    max_registers=255,
+                    targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
+                )
             )
-        )
     return found
 
 

@@ -215,9 +215,7 @@ def _gather(
         lo = tl.zeros((ROWS, ROWS), tl.float32)
         for t in range(count):
             tile = (first + t).to(tl.int64)
-            ph, pl = load(
-                partials_ptr + (tile * PIECES + piece) * (2 * ROWS * ROWS) + inner, ROWS * ROWS, lower
-            )
+            ph, pl = load(partials_ptr + (tile * PIECES + piece) * (2 * ROWS * ROWS) + inner, ROWS * ROWS, lower)
             f = power(tl.load(exponents_ptr + tile * STRIDE + i) - unit_i)[:, None]
             f = f * power(tl.load(exponents_ptr + tile * STRIDE + j) - unit_j)[None, :]
             hi, lo = add(hi, lo, ph * f, pl * f)
@@ -252,7 +250,19 @@ def _roots_kernel(
     )  # fmt: skip
     mean = _mean_diagonal(own + ONE * RP * RP, RP, r, RP)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + RP * UNIT) * mean
-    _factor(own + LINV * RP * RP, PLANE, own + ONE * RP * RP, PLANE, RP, own + TWO * RP * RP, ridge, mean > 0.0, r, RP, DOUBLE)
+    _factor(
+        own + LINV * RP * RP,
+        PLANE,
+        own + ONE * RP * RP,
+        PLANE,
+        RP,
+        own + TWO * RP * RP,
+        ridge,
+        mean > 0.0,
+        r,
+        RP,
+        DOUBLE,
+    )
     # F = 2^E·F′: L⁻¹ of F is 2^(−E) times that of F′.
     unit = power(-top)
     HEIGHT: tl.constexpr = RP if RP < 16 else 16
@@ -432,12 +442,32 @@ def _tangent_kernel(
                 hi, lo = load(its + W * Q + (block * RP + row) * RP + col, PLANE, row >= 0)
                 hi, lo = _scaled(hi, lo, e + tl.load(its_known + EXPONENT + block) - unit)
             store(own + CAR * Q + ((block - 1) * RP + row) * RP + col, PLANE, hi, lo, row >= 0)
-    product(own + V * Q, PLANE, RP, gram + RP, N * N, N, 1, own + CAR * Q, PLANE, RP, 1, N, 2 * RP, 1.0, RP, False, DOUBLE)
+    product(
+        own + V * Q, PLANE, RP, gram + RP, N * N, N, 1, own + CAR * Q, PLANE, RP, 1, N, 2 * RP, 1.0, RP, False, DOUBLE
+    )
     product(
         own + OUT * Q, PLANE, RP, gram + 3 * RP, N * N, N, 1, own + (CAR + 2) * Q, PLANE, RP, 1, N, RP, 1.0,
         RP, False, DOUBLE,
     )  # fmt: skip
-    product(own + ONE * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + V * Q, PLANE, RP, 1, RP, RP, 1.0, RP, False, DOUBLE)
+    product(
+        own + ONE * Q,
+        PLANE,
+        RP,
+        own + LINV * Q,
+        PLANE,
+        RP,
+        1,
+        own + V * Q,
+        PLANE,
+        RP,
+        1,
+        RP,
+        RP,
+        1.0,
+        RP,
+        False,
+        DOUBLE,
+    )
     product(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + OUT * Q, PLANE, RP, 1, RP, RP, 1.0,
         RP, False, DOUBLE,
@@ -460,8 +490,12 @@ def _tangent_kernel(
     )  # fmt: skip
     _combine(own + (OUT + 1) * Q, own + CAR * Q, of_old, own + CAR * Q, 0.0, PLANE, 2 * RP, RP, 1)
     _combine(own + (OUT + 3) * Q, own + (CAR + 2) * Q, of_new, own + CAR * Q, 0.0, PLANE, RP, RP, 1)
-    product(own + V * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + ALONG * Q, PLANE, RP, 1, N, RP, -1.0, RP, True, DOUBLE)
-    product(own + TWO * Q, PLANE, RP, own + OUT * Q, PLANE, 1, RP, own + V * Q, PLANE, RP, 1, RP, N, 1.0, RP, False, DOUBLE)
+    product(
+        own + V * Q, PLANE, RP, own + W * Q, PLANE, RP, 1, own + ALONG * Q, PLANE, RP, 1, N, RP, -1.0, RP, True, DOUBLE
+    )
+    product(
+        own + TWO * Q, PLANE, RP, own + OUT * Q, PLANE, 1, RP, own + V * Q, PLANE, RP, 1, RP, N, 1.0, RP, False, DOUBLE
+    )
     size = tl.maximum(size, 0.0)
     ridge = RESIDUAL_RIDGE * size + N * UNIT * (_terms_of(own + OUT * Q, gram, N, RP) / r)
     failed = _factor(own + RES * Q, PLANE, own + TWO * Q, PLANE, RP, own + ONE * Q, ridge, size > 0.0, r, RP, DOUBLE)
@@ -469,10 +503,48 @@ def _tangent_kernel(
         own + LRES * Q, PLANE, RP, own + TWO * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, RP, RP, 1.0,
         RP, False, DOUBLE,
     )  # fmt: skip
-    product(own + BASIS * Q, PLANE, RP, own + OUT * Q, PLANE, RP, 1, own + RES * Q, PLANE, 1, RP, N, RP, 1.0, RP, False, DOUBLE)
+    product(
+        own + BASIS * Q,
+        PLANE,
+        RP,
+        own + OUT * Q,
+        PLANE,
+        RP,
+        1,
+        own + RES * Q,
+        PLANE,
+        1,
+        RP,
+        N,
+        RP,
+        1.0,
+        RP,
+        False,
+        DOUBLE,
+    )
     # [Q; basis]·Fᵀ·T, then ·Tᵀ; and FFᵀ·T·Tᵀ.
-    product(own + STEP * Q, PLANE, RP, own + W * Q, PLANE, 1, RP, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False, DOUBLE)
-    product(own + ONE * Q, PLANE, RP, own + RES * Q, PLANE, RP, 1, own + V * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False, DOUBLE)
+    product(
+        own + STEP * Q,
+        PLANE,
+        RP,
+        own + W * Q,
+        PLANE,
+        1,
+        RP,
+        own + LINV * Q,
+        PLANE,
+        1,
+        RP,
+        RP,
+        RP,
+        1.0,
+        RP,
+        False,
+        DOUBLE,
+    )
+    product(
+        own + ONE * Q, PLANE, RP, own + RES * Q, PLANE, RP, 1, own + V * Q, PLANE, 1, RP, RP, RP, 1.0, RP, False, DOUBLE
+    )
     product(
         own + (STEP + 1) * Q, PLANE, RP, own + ONE * Q, PLANE, RP, 1, own + LINV * Q, PLANE, 1, RP, RP, RP, 1.0,
         RP, False, DOUBLE,
@@ -531,9 +603,7 @@ def _square(
                 y = tl.load(
                     y_ptr + (column[None, :] * SIZE + k[:, None] if FLIP else k[:, None] * SIZE + column[None, :])
                 )
-                total = tl.fma(
-                    tl.dot(x.to(TYPE), y.to(TYPE), input_precision="ieee", out_dtype=TYPE), 1.0, total
-                )
+                total = tl.fma(tl.dot(x.to(TYPE), y.to(TYPE), input_precision="ieee", out_dtype=TYPE), 1.0, total)
             at = row * SIZE + column[None, :]
             total = total.to(tl.float32) * b
             if BASE:
@@ -752,7 +822,9 @@ def _finish_kernel(
             RP, RP, 1.0, RP, False, DOUBLE)  # fmt: skip
     # E is read before FOUR, which the same rows of `fixed` hold, is written: it is copied to `moving` first.
     _combine(moving + (FOUR + 2) * Q, fixed + (FOUR + 2) * Q, 1.0, fixed, 0.0, PLANE, S, RP, 1)
-    _spread(fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP, DOUBLE)
+    _spread(
+        fixed, FOUR + 2, moving, P, P_PLANE, S if FIRST == 0 else 1, 1 if FIRST == 0 else S, rate, PLANE, RP, DOUBLE
+    )
     _combine(fixed + STEP * Q, fixed + STEP * Q, 1.0, moving + (W + 3) * Q, 1.0, PLANE, RP, RP, 2)
     tl.debug_barrier()
     _single(fixed + STEP * Q, PLANE, N, RP)
@@ -905,13 +977,13 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any]) -> Variant:
+def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any], double: bool) -> Variant:
     signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
     return Variant(
-        name=f"{name}_r{padded}",
+        name=f"{name}{'' if double else '_twofold'}_r{padded}",
         kernel=kernel,
         signature=signature,
-        constexprs={"RP": padded, **constexprs},
+        constexprs={"RP": padded, "DOUBLE": double, **constexprs},
         aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
         num_warps=WARPS[padded],
         num_stages=1,
@@ -919,7 +991,7 @@ def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any]) ->
         maxnreg=REGISTERS[padded],
         fusion=False,
         spilled=SPILLED.get((name, padded), 0),
-        targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
+        targets=tuple(t for t in JOINT_TARGETS if (t in DOUBLE_TARGETS) == double) if padded == 16 else (SLOW_TARGET,),
     )
 
 
@@ -932,12 +1004,13 @@ def _variants() -> list[Variant]:
         ):
             rows, pieces = rows_of_piece(padded, blocks), pieces_of(padded, blocks)
             tiled = {"ROWS": rows, "PIECES": len(pieces), "STRIDE": (1 + pieces[-1][0]) * rows}
-            found.append(_variant(name, kernel, padded, {**tiled, **more}))
-        found.append(_variant("joint_tangent", _tangent_kernel, padded, {"NESTEROV": True}))
+            found += [_variant(name, kernel, padded, {**tiled, **more}, double) for double in (True, False)]
+        for double in (True, False):
+            found.append(_variant("joint_tangent", _tangent_kernel, padded, {"NESTEROV": True}, double))
         constexprs = {
             "STEPS": 11, "FIRST": 0, "HAS_DECAY": True, "BALANCE": True, "MOST_A": 65504.0, "MOST_B": 3e38,
         }  # fmt: skip
-        found.append(_variant("joint_finish", _finish_kernel, padded, constexprs))
+        found += [_variant("joint_finish", _finish_kernel, padded, constexprs, double) for double in (True, False)]
     return found
 
 

@@ -32,13 +32,13 @@ from psilora.triton_kernels.joint_layout import (
     weights,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
+from psilora.triton_kernels.split import add_product, split3
+from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import exponent_of, power, two_sum
 from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 #: Columns of a tile are a multiple of this: what a program does once should be little beside them.
 SPAN = tl.constexpr(256)
-#: Columns of a chunk.
-CHUNK = int(__import__('os').environ.get('KC','64'))
 #: Where all widths are a multiple of this loads need no masks.
 EVEN = 64
 #: Columns whose integer sums stay below 2²⁴ in one accumulator: of single products, and of three of them.
@@ -54,8 +54,17 @@ def rows_of_piece(padded: int, blocks: int) -> int:
     return min(64, max(16, padded * blocks))
 
 
-def _warps(rows: int) -> int:
-    return {16: 2, 32: 4, 64: 8}[rows]
+#: Targets whose products read both operands from shared memory, and the others.
+WIDE_TARGETS = (90, 100)
+NARROW = tuple(target for target in JOINT_TARGETS if target not in WIDE_TARGETS)
+#: Bytes that ptxas spills there: six sums and their operands are more than 255 registers hold.
+SPILLED = 256
+
+
+def _shape(rows: int, target: int) -> dict[str, Any]:
+    """Return the columns of a chunk, fewer where operands of products are in registers, and how it is compiled."""
+    chunk = 64 if target in WIDE_TARGETS or rows < 64 else 32
+    return {"KC": chunk, "num_warps": {16: 2, 32: 4, 64: 8}[rows], "num_stages": 1, "maxnreg": 255}
 
 
 @triton.jit
@@ -187,9 +196,7 @@ def _gram_side(
             x = _whitened(addresses_ptr, dims_ptr, problem, i, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
             most_i = tl.maximum(most_i, tl.abs(x))
             if CROSS:
-                x = _whitened(
-                    addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE
-                )
+                x = _whitened(addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
                 most_j = tl.maximum(most_j, tl.abs(x))
     top_i = exponent_of(tl.max(most_i, axis=0))
     top_j = exponent_of(tl.max(most_j, axis=0))
@@ -323,9 +330,31 @@ def _gram_kernel(
 
 
 @triton.jit
+def _gradient(g, k, n, end, r, d, SIDE: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr):
+    """Return rows k of `.grad` at columns n in fp32, rows along axis 0."""
+    if WHOLE and k.shape[0] <= RP:
+        at = g + element(k[:, None], n[None, :], RP if SIDE == 1 else d, SIDE == 1)
+        if SIDE == 1:
+            at = tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
+        else:
+            at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+        return tl.load(at).to(tl.float32)
+    else:
+        at = g + element(k[:, None], n[None, :], r if SIDE == 1 else d, SIDE == 1)
+        return tl.load(at, mask=(k[:, None] < r) & (n[None, :] < end), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _root(roots_ptr, c, k, r, RP: tl.constexpr):
+    """Return rows c and columns k of a root in three parts."""
+    inside = (c[:, None] < r) & (k[None, :] < r)
+    return split3(tl.load(roots_ptr + c[:, None] * RP + k[None, :], mask=inside, other=0.0), tl.bfloat16)
+
+
+@triton.jit
 def _moments_side(
     addresses_ptr, settings_ptr, dims_ptr, roots_ptr, scale, sums_ptr, problem, start, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, G_TYPE: tl.constexpr,
+    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
     r, _, d = sizes(dims_ptr, problem, SIDE)
     g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
@@ -337,40 +366,30 @@ def _moments_side(
     new_sum = tl.full((), 0.0, tl.float32)
     old_unit = tl.full((), 0.0, tl.float32)
     old_sum = tl.full((), 0.0, tl.float32)
+    k = tl.arange(0, C)
+    x1, x2, x3 = _root(roots_ptr, k, k, r, RP)
     for begin in range(start, end, BN):
         n = begin + tl.arange(0, BN)
         inside = n < end
-        # A row of `.grad` times the triangular root: the columns of the root in chunks, each with its rows in chunks.
+        # The triangular root times a column of `.grad`: rows of the root in chunks, each with its columns in chunks.
         top = tl.zeros((BN,), tl.float32)
         squares = tl.zeros((BN,), tl.float32)
         for first in range(0, K, C):
             c = first + tl.arange(0, C)
-            t = tl.zeros((C, BN), tl.float32) if SIDE == 0 else tl.zeros((BN, C), tl.float32)
-            for k0 in range(0, K, 16):
-                k = k0 + tl.arange(0, 16)
-                if SIDE == 0:
-                    root = tl.load(
-                        roots_ptr + c[:, None] * RP + k[None, :], mask=(c[:, None] < r) & (k[None, :] < r), other=0.0
-                    )
-                    z = tl.load(g + k[:, None] * d + n[None, :], mask=(k[:, None] < r) & inside[None, :], other=0.0).to(
-                        tl.float32
-                    )
-                    t = tl.fma(tl.dot(root, z, input_precision="ieee"), 1.0, t)
-                else:
-                    root = tl.load(
-                        roots_ptr + c[None, :] * RP + k[:, None], mask=(c[None, :] < r) & (k[:, None] < r), other=0.0
-                    )
-                    z = tl.load(g + n[:, None] * r + k[None, :], mask=inside[:, None] & (k[None, :] < r), other=0.0).to(
-                        tl.float32
-                    )
-                    t = tl.fma(tl.dot(z, root, input_precision="ieee"), 1.0, t)
+            t = tl.zeros((C, BN), tl.float32)
+            for k0 in range(0, K, C):
+                k = k0 + tl.arange(0, C)
+                if C < K:
+                    x1, x2, x3 = _root(roots_ptr, c, k, r, RP)
+                y1, y2, y3 = split3(_gradient(g, k, n, end, r, d, SIDE, RP, WHOLE), tl.bfloat16)
+                t = add_product(x1, x2, x3, y1, y2, y3, t)
             # Σ t² with a power of two taken out, so that neither tiny nor huge gradients leave the range of fp32.
-            largest = tl.max(tl.abs(t), axis=SIDE)
+            largest = tl.max(tl.abs(t), axis=0)
             grown = tl.maximum(top, largest)
             unit = power(-exponent_of(grown))
-            scaled = t * (unit[None, :] if SIDE == 0 else unit[:, None])
+            scaled = t * unit[None, :]
             before = power(exponent_of(top) - exponent_of(grown))
-            squares = squares * before * before + tl.sum(scaled * scaled, axis=SIDE)
+            squares = squares * before * before + tl.sum(scaled * scaled, axis=0)
             top = grown
         root_new = tl.sqrt_rn(squares / r) * power(exponent_of(top)) * scale
         root_new = tl.where(inside, root_new, 0.0)
@@ -398,7 +417,7 @@ def _grown(unit, total, roots):
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
 def _moments_kernel(
     addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, roots_ptr, clip_ptr, sums_ptr, layers,
-    RP: tl.constexpr, BN: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
+    RP: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
 ):  # fmt: skip
     """√mean_k (g_k)² per column of a tile, g the gradient in the orthonormal basis of the other factor; tile sums."""
     tile = tl.program_id(0).to(tl.int64)
@@ -408,12 +427,12 @@ def _moments_kernel(
     if side == 0:
         roots = roots_ptr + (layers + problem) * RP * RP
         _moments_side(
-            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 0, RP, BN, G_A
+            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 0, RP, BN, WHOLE, G_A
         )  # fmt: skip
     else:
         roots = roots_ptr + problem * RP * RP
         _moments_side(
-            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 1, RP, BN, G_B
+            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 1, RP, BN, WHOLE, G_B
         )  # fmt: skip
 
 
@@ -457,20 +476,15 @@ def gram(
     rows = out.shape[-1]
     _gram_kernel[(tiles.shape[0] * pieces.shape[0],)](
         addresses, settings, dims, tiles, parts, pieces, sums, frozen, out, exponents, flags, dims.shape[0],
-        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1], KC=CHUNK,
+        RP=padded, ROWS=rows, PIECES=pieces.shape[0], GROUPS=exponents.shape[1],
         ALONE=alone, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
-        num_warps=_warps(rows), num_stages=1, enable_fp_fusion=False, maxnreg=255,
+        enable_fp_fusion=False, **_shape(rows, capability_of(addresses.device)),
     )  # fmt: skip
-
-
-def moments_block(padded: int) -> int:
-    """Return the columns of a block of `moments`."""
-    return 32
 
 
 def moments(
     addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, roots: Tensor, clip: Tensor, sums: Tensor,
-    *, padded: int, types: tuple[Any, Any, Any, Any],
+    *, padded: int, whole: bool, types: tuple[Any, Any, Any, Any],
 ) -> None:  # fmt: skip
     """Launch `_moments_kernel`.
 
@@ -481,7 +495,7 @@ def moments(
     """
     _moments_kernel[(tiles.shape[0],)](
         addresses, settings, dims, tiles, roots, clip, sums, dims.shape[0],
-        RP=padded, BN=moments_block(padded), G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
+        RP=padded, BN=EVEN, WHOLE=whole, G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
     )  # fmt: skip
 
 
@@ -493,41 +507,47 @@ _TYPES = {
 
 
 def _variant(
-    name: str, kernel: Any, padded: int, registers: int, fusion: bool, constexprs: dict[str, Any], warps: int = WARPS
-) -> Variant:
+    name: str, kernel: Any, padded: int, constexprs: dict[str, Any], shape: dict[str, Any],
+    targets: tuple[int, ...] = JOINT_TARGETS, **limits: Any,
+) -> Variant:  # fmt: skip
     signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
+    own = {key: value for key, value in shape.items() if key in kernel.arg_names}
     return Variant(
         name=f"{name}_r{padded}",
         kernel=kernel,
         signature=signature,
-        constexprs={"RP": padded, **constexprs},
+        constexprs={"RP": padded, **constexprs, **own},
         aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
-        num_warps=warps,
-        num_stages=1,
-        max_registers=registers,
-        maxnreg=None if fusion else 255,
-        fusion=fusion,
-        targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
+        **{key: value for key, value in shape.items() if key not in own},
+        **limits,
+        targets=targets if padded == 16 else (SLOW_TARGET,),
     )
 
 
 def _variants() -> list[Variant]:
     found = []
+    mixed = {"F_A": tl.bfloat16, "F_B": tl.float32, "G_A": tl.float32, "G_B": tl.bfloat16, "WHOLE": False}
+    plain = {**dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}
     for padded in (8, 16, 32, 64, 128):
-        types = {"G_A": tl.float32, "G_B": tl.bfloat16}
-        found.append(
-            _variant("joint_moments", _moments_kernel, padded, 168, True, {"BN": moments_block(padded), **types})
-        )
-        for name, blocks in (("joint_gram", 4), ("joint_gram_alone", 1)):
-            rows = rows_of_piece(padded, blocks)
-            constexprs = {
-                "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
-                "KC": CHUNK, "ALONE": blocks == 1, "FOLLOWS": blocks == 4, "WHOLE": False,
-                "F_A": tl.bfloat16, "F_B": tl.float32, **types,
-            }  # fmt: skip
-            plain = {**constexprs, **dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}
-            for kind, chosen in (("", constexprs), ("_fp32", plain)):
-                found.append(_variant(f"{name}{kind}", _gram_kernel, padded, 255, False, chosen, _warps(rows)))
+        for kind, types in (("", mixed), ("_fp32", plain)):
+            own = {key: types[key] for key in ("G_A", "G_B", "WHOLE")}
+            shape = {"BN": EVEN, "num_warps": WARPS, "num_stages": 1}
+            found.append(_variant(f"joint_moments{kind}", _moments_kernel, padded, own, shape, max_registers=255))
+            for name, blocks in (("joint_gram", 4), ("joint_gram_alone", 1)):
+                rows = rows_of_piece(padded, blocks)
+                own = {
+                    "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
+                    "ALONE": blocks == 1, "FOLLOWS": blocks == 4, **types,
+                }  # fmt: skip
+                wide = {"max_registers": 255, "fusion": False}
+                found.append(
+                    _variant(f"{name}{kind}", _gram_kernel, padded, own, _shape(rows, 90), WIDE_TARGETS, **wide)
+                )
+                if padded == 16:
+                    narrow = {**wide, "spilled": SPILLED if blocks == 4 else 0}
+                    found.append(
+                        _variant(f"{name}{kind}_narrow", _gram_kernel, padded, own, _shape(rows, 80), NARROW, **narrow)
+                    )
     return found
 
 

@@ -55,6 +55,17 @@ def split3(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def add_product(x1, x2, x3, y1, y2, y3, total):
+    """Return total + x·y of what has been cut into three bf16 parts each: off by 2⁻²⁴ of |x|·|y|."""
+    # fma: a plain sum of products becomes a chain into one accumulator, miscompiled on sm_103.
+    low = tl.fma(tl.dot(x3, y1), 1.0, tl.dot(x1, y3))
+    low = tl.fma(tl.dot(x2, y2), 1.0, low)
+    low = tl.fma(tl.dot(x2, y1), 1.0, low)
+    low = tl.fma(tl.dot(x1, y2), 1.0, low)
+    return tl.fma(tl.dot(x1, y1), 1.0, low) + total
+
+
+@triton.jit
 def _operand(x):
     """Return a loaded 16-bit tile as an operand for `tl.dot`."""
     if INTERPRET:

@@ -254,7 +254,9 @@ def invert_factor_at(matrix_ptr, plane, work_ptr, work_plane, SIZE: tl.constexpr
         corner = left + H
         good = eliminate_at(matrix_ptr, plane, SIZE, H, DOUBLE)
         product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, 1, SIZE, H, H, 1.0, H, False, DOUBLE)
-        product(corner, plane, SIZE, work_ptr, work_plane, H, 1, work_ptr, work_plane, 1, H, H, H, -1.0, H, True, DOUBLE)
+        product(
+            corner, plane, SIZE, work_ptr, work_plane, H, 1, work_ptr, work_plane, 1, H, H, H, -1.0, H, True, DOUBLE
+        )
         good = good & eliminate_at(corner, plane, SIZE, H, DOUBLE)
         product(left, plane, SIZE, corner, plane, SIZE, 1, work_ptr, work_plane, H, 1, H, H, 1.0, H, False, DOUBLE)
         product(work_ptr, work_plane, H, left, plane, SIZE, 1, matrix_ptr, plane, SIZE, 1, H, H, -1.0, H, False, DOUBLE)

@@ -169,7 +169,7 @@ class JointRun:
             )  # fmt: skip
             joint_gram.moments(
                 addresses, settings, self.dims, self.tiles, self.roots, clip, self.sums,
-                padded=self.padded, types=self.types,
+                padded=self.padded, whole=self.whole, types=self.types,
             )  # fmt: skip
             joint_gram.gram(
                 addresses, settings, self.dims, self.tiles, self.parts, self.pieces, self.sums, self.frozen,
