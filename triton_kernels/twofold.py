@@ -127,7 +127,9 @@ def product(
     float64. AT_ONCE does that in a single step: for the interpreter, for which loops are slow.
     """
     tl.debug_barrier()
-    ROWS: tl.constexpr = rows if rows < 64 or AT_ONCE else 64
+    # Float64 in 64 rows or more would go to a unit of sm_100 that has none.
+    MOST: tl.constexpr = 32 if DOUBLE else 64
+    ROWS: tl.constexpr = rows if rows < MOST or AT_ONCE else MOST
     COLUMNS: tl.constexpr = N if N < 32 or AT_ONCE else 32
     for top in range(0, rows, ROWS):
         row = top + tl.arange(0, ROWS)[:, None]
