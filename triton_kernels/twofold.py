@@ -227,14 +227,19 @@ def eliminate(hi, lo, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
 
 
 @triton.jit
-def eliminate_at(matrix_ptr, plane, leading, SIZE: tl.constexpr, DOUBLE: tl.constexpr):
-    """Replace a square matrix in memory by L⁻¹, its upper triangle by 0, and return whether every pivot was good."""
+def eliminate_at(
+    matrix_ptr, plane, leading, SIZE: tl.constexpr, DOUBLE: tl.constexpr, LOOPS: tl.constexpr = False
+):  # fmt: skip
+    """Replace a square matrix in memory by L⁻¹, its upper triangle by 0, and return whether every pivot was good.
+
+    The interpreter works in float64 unless it is to do as compiled code would (LOOPS).
+    """
     tl.debug_barrier()
     row = tl.arange(0, SIZE)[:, None]
     col = tl.arange(0, SIZE)[None, :]
     at = matrix_ptr + row * leading + col
     hi, lo = load(at, plane, row >= 0)
-    hi, lo, good = eliminate(hi, lo, SIZE, DOUBLE or INTERPRET)
+    hi, lo, good = eliminate(hi, lo, SIZE, DOUBLE or (INTERPRET and not LOOPS))
     tl.debug_barrier()
     store(at, plane, tl.where(row >= col, hi, 0.0), tl.where(row >= col, lo, 0.0), row >= 0)
     tl.debug_barrier()
