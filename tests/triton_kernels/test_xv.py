@@ -13,7 +13,7 @@ if not _compat.available():
     pytest.skip(_compat.unavailable_reason() or "", allow_module_level=True)
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.split import _power_of_two, split3, power_of_two_ref, split3_ref
+from psilora.triton_kernels.split import _power_of_two, power_of_two_ref, split3, split3_ref
 from psilora.triton_kernels.tables import PointerTable
 from psilora.triton_kernels.xv import XVPlan, xv, xv_ref
 
