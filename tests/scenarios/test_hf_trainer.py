@@ -93,6 +93,7 @@ def test_warm_up_accumulation_clipping_and_dropout(mode: str, tmp_path: Path) ->
 def test_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
     """Traps: forward hooks fire again in the recomputation, and what they store outlives the forward."""
     model = adapted(lora_dropout=0.1)
+    model.enable_input_require_grads()  # reentrant checkpointing needs it; transformers 5 sees to it by itself
     naive = WrapperHooks(model)
     optimizer = PSILoRA(model, 0.1, step="gradient")
     inputs: list[weakref.ref[Tensor]] = []
@@ -139,6 +140,8 @@ def resumable(path: Path, **changes: Any) -> tuple[Trainer, nn.Module]:
     return trainer, model
 
 
+# PEFT before 0.18, which looks for a base that has no folder
+@pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning")
 @pytest.mark.scenario(
     5,
     "transformers",
