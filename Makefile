@@ -15,7 +15,7 @@ VENV ?= .venv
 TORCH ?= $(if $(shell command -v nvidia-smi),torch>=2.6,torch==2.13.0)
 TORCH_INDEX ?=
 TRITON ?= triton==3.6.0
-EXTRAS ?= hf,loops,bench,test,demo,experiments,dev
+EXTRAS ?= hf,loops,examples,bench,test,demo,experiments,notebook,docs,dev
 WORKERS ?= logical
 ARGS ?=
 
@@ -23,10 +23,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: help install demo demo-short demo-llm mnist test test-all test-fast lint typecheck format clean
+.PHONY: help install demo demo-short demo-llm mnist test test-all test-fast test-matrix docs lint typecheck format clean
 
 help:
-	@echo "make test | test-all | test-fast | demo | demo-short | demo-llm | mnist | lint | typecheck | format | install | clean"
+	@echo "make test | test-all | test-fast | test-matrix | docs | demo | demo-short | demo-llm | mnist | lint | typecheck | format | install | clean"
 
 # The marks below make a second run install nothing. $(VENV)/.torch: an environment with torch and the build tools.
 $(VENV)/.torch:
@@ -79,6 +79,15 @@ test-all: install
 NOT_FAST := backends bench distributed examples experiments scenarios triton_kernels test_gpu.py test_gpu_default.py test_doctor.py
 test-fast: install
 	$(PYTEST) -m "not slow and not gpu" -k "not triton and not kernels" $(addprefix --ignore=tests/,$(NOT_FAST)) $(ARGS)
+
+# The tests that meet other libraries, with the oldest and the newest releases of them; minutes each. docs/matrix.py
+# says which, and writes the support table of README.md and docs/compatibility.md.
+test-matrix: install
+	$(PY) docs/matrix.py $(ARGS)
+
+# The documentation site in outputs/site; a link that leads nowhere is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 lint: install typecheck
 	$(VENV)/bin/ruff check .

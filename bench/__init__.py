@@ -9,5 +9,5 @@ with its error and never timed.
     measure.py      checks, alternation, quantiles, operations, memory; cuda.py: graph replay on a cold cache
     loop.py         the method as a per-layer loop, the yardstick and the oracle of the `step` suite
     suites/         lorsum, solve, step, train, scaling, products; `cpu` and `gpu` are selections of them
-    report.py       page.html, and the tables of the README; targets.py: which goals hold
+    report.py       page.html, and the tables of docs/benchmarks.md; targets.py: which goals hold
 """

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         suite.add_argument("--seconds", type=float, default=20.0, help="time for one case's rounds (%(default)s)")
         suite.add_argument("--commit", help="what the results say they measured, where there is no checkout")
         suite.add_argument("--small", action="store_true", help="tiny shapes: proves the code, times nothing")
-    page = commands.add_parser("report", help="write DIR/report.html, and the tables of a README")
+    page = commands.add_parser("report", help="write DIR/report.html, and the tables of a document")
     page.add_argument("folder", type=Path, metavar="DIR")
     page.add_argument("--readme", type=Path, help="replace what stands between its bench:begin and bench:end markers")
     pair = commands.add_parser("compare", help="what changed beyond noise; exit code 1 if something got worse")

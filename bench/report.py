@@ -1,4 +1,4 @@
-"""One self-contained page of a folder of results, and the tables that the README embeds."""
+"""One self-contained page of a folder of results, and the tables that docs/benchmarks.md embeds."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _records(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def markdown(records: Records, folder: str) -> str:
-    """Return the README's tables: the step, training, and the goals."""
+    """Return the document's tables: the step, training, and the goals."""
     parts = [_step_table(rows_of(records, "step")), _train_table(rows_of(records, "train"))]
     parts.append(_host_table(rows_of(records, "host")))
     goals = verdicts(records)

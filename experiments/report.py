@@ -1,4 +1,4 @@
-"""The report of a folder of runs: tables and figures in Markdown, and the README's quality table."""
+"""The report of a folder of runs: tables and figures in Markdown, and the quality table of docs/results.md."""
 
 from __future__ import annotations
 

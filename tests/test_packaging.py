@@ -1,0 +1,133 @@
+"""What is built: the package page, the metadata, a wheel without its extension, a whole source distribution."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+import psilora
+
+ROOT = Path(__file__).parents[1]
+#: What a build reads, without the build folders of this checkout.
+SOURCES = ("psilora", "triton_kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+SOURCES += ("CHANGELOG.md", "CITATION.cff", "SECURITY.md", "tests/conftest.py")
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of what a build reads."""
+    for name in SOURCES:
+        for path in [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*"):
+            if path.is_file() and path.suffix not in (".so", ".pyc"):
+                target = folder / path.relative_to(ROOT)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    return folder
+
+
+def build(folder: Path, command: str, **environment: str) -> tuple[Path, str]:
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", command, "--dist-dir", "out"],
+        cwd=folder,
+        env={**os.environ, "PSILORA_BUILD_EXT": "0", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = (folder / "out").iterdir()
+    return made, done.stderr
+
+
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith("METADATA"))
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def relative_links(text: str) -> list[str]:
+    return [target for target in re.findall(r"\]\(([^)]+)\)", text) if not re.match(r"[a-z]+:|#", target)]
+
+
+def test_the_package_page_has_no_link_that_leads_nowhere(tmp_path: Path) -> None:
+    folder = checkout(tmp_path)
+    wheel, _ = build(folder, "bdist_wheel")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    page = str(metadata(wheel).get_payload())
+    assert relative_links((ROOT / "README.md").read_text()) and not relative_links(page)
+    assert "# psilora" in page and "docs/img" not in page and "arxiv.org" in page
+    text = (folder / "pyproject.toml").read_text()
+    (folder / "pyproject.toml").write_text(
+        text.replace("[project.urls]\n", '[project.urls]\nRepository = "https://example.org/a/b"\n')
+    )
+    wheel.unlink()
+    page = str(metadata(build(folder, "bdist_wheel")[0]).get_payload())
+    assert "](https://example.org/a/b/blob/main/docs/choosing.md)" in page
+    assert "](https://example.org/a/b/raw/main/docs/img/rates.png)" in page
+
+
+def test_version_changelog_and_citation_agree() -> None:
+    (version,) = re.findall(r'^version = "(.*)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    dated = re.findall(r"^## \[([\d.]+)\] - (\d{4}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert version == psilora.__version__ == dated[0][0]
+    assert f"\nversion: {version}\n" in citation and f'\ndate-released: "{dated[0][1]}"\n' in citation
+
+
+def test_the_source_distribution_holds_what_a_build_needs_and_no_test(tmp_path: Path) -> None:
+    made, _ = build(checkout(tmp_path), "sdist")
+    with tarfile.open(made) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.is_file()}
+    assert sources | {"triton_kernels/xv.py", "psilora/py.typed", "CHANGELOG.md", "CITATION.cff"} <= names
+    assert not any(name.startswith("tests") for name in names)
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel, _ = build(unpacked, "bdist_wheel")
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+        assert "psilora/triton_kernels/xv.py" in archive.namelist()
+    assert tops == {"psilora", f"psilora-{psilora.__version__}.dist-info"}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the extension is not built on Windows")
+def test_a_native_build_that_fails_leaves_a_pure_wheel(tmp_path: Path) -> None:
+    """The trap: a wheel named after one Python and platform, with nothing in it that needs them."""
+    folder = checkout(tmp_path)
+    compiler = tmp_path / "broken-compiler"
+    compiler.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    broken = {"CXX": str(compiler), "CC": str(compiler), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    wheel, said = build(folder, "bdist_wheel", PSILORA_BUILD_EXT="auto", **broken)
+    assert wheel.name.endswith("-py3-none-any.whl") and "native extension NOT built" in said
+    with zipfile.ZipFile(wheel) as archive:
+        assert not any(name.endswith(".so") for name in archive.namelist())
+        (record,) = (n for n in archive.namelist() if n.endswith("/WHEEL"))
+        assert b"Root-Is-Purelib: true" in archive.read(record)
+    failed = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel"],
+        cwd=folder,
+        env={**os.environ, "PSILORA_BUILD_EXT": "1", **broken},
+        capture_output=True,
+        timeout=300,
+    )
+    assert failed.returncode != 0
+
+
+def test_the_workflows_call_what_there_is() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([\w-]+):", makefile, re.MULTILINE))
+    called = set()
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        text = path.read_text()
+        assert "\t" not in text and text.startswith("#") and "\npermissions:\n  contents: read\n" in text
+        called |= set(re.findall(r"run: make ([\w-]+)", text))
+    assert called == {"lint", "test", "test-matrix", "docs", "test-all"} and called <= targets
