@@ -30,6 +30,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _accelerate_begins_anew() -> Iterator[None]:
+    """accelerate keeps its device and precision in singletons: what a test has made, or a failed one left, is gone."""
+    yield
+    states = sys.modules.get("accelerate.state")
+    if states is not None:
+        for kind in (states.AcceleratorState, states.GradientState, states.PartialState):
+            kind._reset_state()
+
+
 @pytest.fixture
 def checkout_on_path() -> Iterator[None]:
     """The checkout on the path, for its folders that are not installed, and off it again afterwards: other libraries

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from captures import held
 from models import bare, factors
 from naive import PlainState, WrapperHooks
@@ -20,13 +18,6 @@ from tiny import MODES, adapted, tiny_llama, tokens
 from torch import Tensor, nn
 
 from psilora import PSILoRA, lorsum
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerate() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def half_base(adapter: torch.dtype) -> nn.Module:

@@ -49,7 +49,6 @@ EXACT: dict[str, tuple[dict[str, Any], bool]] = {
     gradient="exact",
     tested="rsLoRA, rank_pattern, alpha_pattern, DoRA, dropout, Conv1D, lora_bias, modules_to_save",
 )
-@pytest.mark.filterwarnings("ignore:psilora. AdamW trains 8,288:UserWarning")  # a head as wide as the model is tiny
 @pytest.mark.filterwarnings("ignore:Model.* with `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("variant", EXACT)
 def test_exact_variants(variant: str) -> None:
