@@ -96,7 +96,7 @@ def extension_options() -> dict[str, Any]:
                     if mode == "1" or kind is not CUDAExtension:
                         raise
                     say(f"CUDA half NOT built: {error}")
-                    self.extensions[:] = [without_cuda]
+                    vars(self.extensions[0]).update(vars(without_cuda))  # what setuptools has noted on it stays
                     super().build_extensions()
             except (Exception, SystemExit) as error:
                 if mode == "1":
