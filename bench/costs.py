@@ -16,7 +16,7 @@ from psilora.backends.triton.gradient.plan import Layer, Structure
 def passes(num_iters: int, momentum: bool, exact: bool) -> int:
     """Return how often an exact step reads all of X and S: its turns that need a product."""
     structure = Structure(num_iters=num_iters, momentum=momentum, exact=exact)
-    return sum(turn.product for turn in plan.course(structure, 16).turns)
+    return sum(turn.product for turn in plan.schedule(structure, 16).turns)
 
 
 def state_numbers(work: Workload, settings: dict[str, Any]) -> int:
@@ -45,7 +45,7 @@ def step_flops(work: Workload, settings: dict[str, Any]) -> int:
     r, momentum = work.model.rank, bool(settings.get("momentum", 0.9))
     columns = sum(
         plan.columns(turn, Layer(1, 1, r, r if momentum else 0, Structure()))
-        for turn in plan.course(Structure(settings.get("num_iters", 1), momentum=momentum), 16).turns
+        for turn in plan.schedule(Structure(settings.get("num_iters", 1), momentum=momentum), 16).turns
         if turn.product
     )
     widths = sum(o + i for o, i, _ in work.model.layers)

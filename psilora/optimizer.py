@@ -249,12 +249,12 @@ class PSILoRA(Lifecycle):
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
         self._notices.rates(self.param_groups)
         self._capture.refresh()
-        joints = functools.cache(self._consensus)
+        all_counts = functools.cache(self._consensus)
         if self._shared is not None:
-            joints()  # a round of messages, in which all processes take part at this point
+            all_counts()  # a round of messages, in which all processes take part at this point
         gathered = Gathered()
         try:
-            found = self._collect(joints, gathered)
+            found = self._collect(all_counts, gathered)
             types = found.device_types | {grad.device.type for grad in self._others.gradients}
             if not types:
                 self._capture.clear()
@@ -267,7 +267,7 @@ class PSILoRA(Lifecycle):
             self._assembler.release()
         if self._planner.waiting:
             world = self.communicator.world_size
-            self._planner.observe(self._capture, {key: joint.rows // world for key, joint in joints().items()})
+            self._planner.observe(self._capture, {key: counts.rows // world for key, counts in all_counts().items()})
         self._capture.clear()
         self._counters.poll()
         return loss
@@ -322,14 +322,16 @@ class PSILoRA(Lifecycle):
         pairs, shared = list(self._pairs.values()), self._shared
         if shared is not None:
             refuse_unshared(self._options(), shared.world_size)
-        return {id(pair): joint for pair, joint in zip(pairs, global_counts(pairs, self._capture, shared), strict=True)}
+        return {
+            id(pair): counts for pair, counts in zip(pairs, global_counts(pairs, self._capture, shared), strict=True)
+        }
 
-    def _collect(self, joints: Callable[[], Mapping[int, GlobalCounts]], gathered: Gathered) -> Collected:
+    def _collect(self, all_counts: Callable[[], Mapping[int, GlobalCounts]], gathered: Gathered) -> Collected:
         """The pairs that have gradients."""
         settings = self._options()
         self._planner.check(settings)
         shared = self._shared is not None
-        found = self._assembler.collect(settings, self._capture, joints, self.state, gathered, shared)
+        found = self._assembler.collect(settings, self._capture, all_counts, self.state, gathered, shared)
         self._notices.without_activations(found.blind)
         self._notices.halved(found.halved)
         self._notices.trained(bool(found.problems or found.halved))

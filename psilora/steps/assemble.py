@@ -64,14 +64,14 @@ class Assembler:
         self,
         settings: Sequence[tuple[LoRAPair, Options]],
         capture: Capture,
-        joints: Callable[[], Mapping[int, GlobalCounts]],
+        all_counts: Callable[[], Mapping[int, GlobalCounts]],
         states: Mapping[Tensor, dict[str, Any]],
         gathered: Gathered,
         shared: bool = False,
     ) -> Collected:
         """Return what `assemble` does: the very problems of an earlier step where nothing but numbers has changed.
 
-        `settings` is the same list as before where they have not changed. `joints` is asked where it has to be.
+        `settings` is the same list as before where they have not changed. `all_counts` is asked where it has to be.
         `shared` says that several processes decide together what is taken, as where captures are summed, and then every
         step is assembled anew.
         """
@@ -85,7 +85,7 @@ class Assembler:
             self._last = kept
             self._kept.move_to_end(there)
             return kept.found
-        found = assemble(settings, capture, joints(), states, gathered)
+        found = assemble(settings, capture, all_counts(), states, gathered)
         found.device_types = {p.pair.lora_A.device.type for p in found.problems}
         self._last = None
         self._kept.pop(there, None)
@@ -227,7 +227,7 @@ def _alike(one: Options, other: Options) -> bool:
 def assemble(
     settings: Sequence[tuple[LoRAPair, Options]],
     capture: Capture,
-    joints: Mapping[int, GlobalCounts],
+    all_counts: Mapping[int, GlobalCounts],
     states: Mapping[Tensor, dict[str, Any]],
     gathered: Gathered,
 ) -> Collected:
@@ -236,16 +236,16 @@ def assemble(
     A pair is left alone, by None in `.grad` as by zeros, where no call of its layer has reached backward since the last
     step: it saw no rows. Without captures a zero cannot be told from the gradient of a call, and is one. A pair with a
     frozen factor is left alone whatever its gradients are. Creates state where it is missing. The same pairs are taken
-    in all processes: `joints`, by id of the pair, decide.
+    in all processes: `all_counts`, by id of the pair, decide.
 
     Raises:
         RuntimeError: A metric has no activations, gradient="backward" saw several calls, K-FAC's sums one call in two
             backward passes, or a gradient is sparse.
     """
     found = Collected()
-    unreached = _unreached([pair for pair, _ in settings], capture, joints)
+    unreached = _unreached([pair for pair, _ in settings], capture, all_counts)
     for pair, options in settings:
-        dA, dB, joint = pair.lora_A.grad, pair.lora_B.grad, joints[id(pair)]
+        dA, dB, counts = pair.lora_A.grad, pair.lora_B.grad, all_counts[id(pair)]
         if dA is None or dB is None or not pair.trainable or id(pair) in unreached:
             if dA is not dB and (dA is None or dB is None or pair.lora_A.requires_grad != pair.lora_B.requires_grad):
                 found.halved.append(pair.name)
@@ -258,22 +258,22 @@ def assemble(
         if is_sparse(dA) or is_sparse(dB):
             raise RuntimeError(f"{pair.name}: sparse gradients are not supported; use dense ones")
         record = capture.record(pair)
-        if record is not None and joint.captured and not record.captured:
+        if record is not None and counts.captured and not record.captured:
             record.stand_in()
-        if record is not None and not joint.captured:
+        if record is not None and not counts.captured:
             if options.metric is not None:
                 raise RuntimeError(
                     f"{pair.name}: the metric needs activations, but none were captured in this step: "
-                    f"{_why_none(joint, capture)}"
+                    f"{_why_none(counts, capture)}"
                 )
             found.blind.append(pair.name)
             record = None
-        if record is not None and record.holds == "cross" and joint.calls > 1:
+        if record is not None and record.holds == "cross" and counts.calls > 1:
             raise RuntimeError(
-                f"{pair.name}: gradient='backward' takes one call of a layer per step, there were {joint.calls}; "
+                f"{pair.name}: gradient='backward' takes one call of a layer per step, there were {counts.calls}; "
                 "for accumulation and several forwards use gradient='dense' or 'exact'"
             )
-        if record is not None and joint.overlaid:
+        if record is not None and counts.overlaid:
             raise RuntimeError(
                 f"{pair.name}: two backward passes went through one forward pass, and the sums that "
                 f"gradient={options.gradient!r} keeps of each for metric={options.metric!r} do not add up; take one "
@@ -286,13 +286,13 @@ def assemble(
         found.moving.append(pair)
         found.problems.append(
             Problem(
-                work, options, _matrix(dA), _matrix(dB), record, exact, state_A=state_A, state_B=state_B, joint=joint
+                work, options, _matrix(dA), _matrix(dB), record, exact, state_A=state_A, state_B=state_B, counts=counts
             )
         )
     return found
 
 
-def _unreached(pairs: Sequence[LoRAPair], capture: Capture, joints: Mapping[int, GlobalCounts]) -> set[int]:
+def _unreached(pairs: Sequence[LoRAPair], capture: Capture, all_counts: Mapping[int, GlobalCounts]) -> set[int]:
     """The ids of captured pairs with gradients of zero that no backward pass has reached in any process.
 
     On CUDA, to look at gradients that no pass has left there waits for the device.
@@ -300,17 +300,17 @@ def _unreached(pairs: Sequence[LoRAPair], capture: Capture, joints: Mapping[int,
     asked = [
         pair
         for pair in pairs
-        if capture.attached and capture.record(pair) is not None and joints[id(pair)].unreached
+        if capture.attached and capture.record(pair) is not None and all_counts[id(pair)].unreached
         if len(present(pair)) == 2 and not any(map(is_sparse, present(pair))) and not capturing(pair.lora_A.device)
     ]
     return {id(pair) for pair, zero in zip(asked, all_zero(asked), strict=True) if zero}
 
 
-def _why_none(joint: GlobalCounts, capture: Capture) -> str:
+def _why_none(counts: GlobalCounts, capture: Capture) -> str:
     """Why a gradient came without activations."""
     if not capture.attached:
         return "the optimizer was detached; build a new one"
-    if joint.unreached:
+    if counts.unreached:
         return (
             "no backward pass has reached the layer since the last step, and its .grad is not zero: it was set by hand "
             "or is left from an earlier step; call zero_grad() before backward, or use metric=None"

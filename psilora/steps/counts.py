@@ -74,21 +74,21 @@ def global_counts(pairs: Sequence[LoRAPair], capture: Capture, communicator: Com
     counts = torch.tensor(local, dtype=torch.float64, device="cpu").to(device)
     overlaps = torch.stack([_overlap(pair, capture.record(pair)).to(device) for pair in pairs])
     counts, overlaps = communicator.sums([counts, overlaps])
-    joints = []
+    summed = []
     for numbers, overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
         gradients, calls, missed, rows, overlaid, probed = numbers
-        joints.append(GlobalCounts(gradients, calls, missed, rows, overlaid, probed, overlap))
-    partial = [pair.name for pair, joint in zip(pairs, joints, strict=True) if 0 < joint.gradients < world]
+        summed.append(GlobalCounts(gradients, calls, missed, rows, overlaid, probed, overlap))
+    partial = [pair.name for pair, counted in zip(pairs, summed, strict=True) if 0 < counted.gradients < world]
     if partial:
         raise RuntimeError(
             f"some of the {world} processes have no gradient for {listed(partial)}; average gradients over all of them "
             "(DDP with find_unused_parameters=True does), filling in zeros"
         )
-    return joints
+    return summed
 
 
 def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int, int]:
-    """Return this process's counts, in the order of `Joint`."""
+    """Return this process's counts, in the order of `GlobalCounts`."""
     gradients = int(pair.trainable and len(present(pair)) == 2)
     if record is None:
         return gradients, 0, 0, 0, 0, 0

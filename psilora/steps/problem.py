@@ -31,7 +31,7 @@ class Problem:
         record: The captured X and S_B (exact) or their sums (tangent with K-FAC); None when only `.grad` is used.
         exact: Whether G = SᵀX is taken from what was captured; else the tangent projection from dA and dB.
         state_A, state_B: Optimizer state of lora_A and lora_B.
-        joint: What all processes know of the pair, where the step asked them.
+        counts: What all processes know of the pair, where the step asked them.
     """
 
     pair: LoRAPair
@@ -42,7 +42,7 @@ class Problem:
     exact: bool
     state_A: dict[str, Any]
     state_B: dict[str, Any]
-    joint: GlobalCounts | None = None
+    counts: GlobalCounts | None = None
 
     def release(self) -> None:
         """Let go of the gradients; the next step brings others."""

@@ -110,7 +110,7 @@ def _joint_scales(
 
     The residual is the change along dB alone: what changed across it would need the mean of the probes themselves.
     """
-    probes = [(p, p.joint.overlap) for p in problems if p.joint is not None and p.joint.probed == world]
+    probes = [(p, p.counts.overlap) for p in problems if p.counts is not None and p.counts.probed == world]
     overlaps = [overlap.to(device) / world for _, overlap in probes if overlap is not None]
     if not overlaps:
         raise RuntimeError(

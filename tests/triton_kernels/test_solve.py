@@ -39,7 +39,7 @@ def test_stored_grams(dtype: torch.dtype) -> None:
     problems = [make_problem(s, momentum_rank=3, dtype=dtype, device=DEVICE, scaling=3.0) for s in shapes]
     (execution,) = triton_backend.compute(problems, Scales())
     bucket = bucket_of(execution)
-    assert bucket.plan.course.grams[1] == WEIGHTED | CROSS | OWN
+    assert bucket.plan.schedule.grams[1] == WEIGHTED | CROSS | OWN
     for i, problem in enumerate(problems):
         r = problem.pair.rank
         B, B_m = problem.pair.B.double() * 3.0**0.5, problem.state_B["momentum"].double()

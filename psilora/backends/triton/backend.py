@@ -24,7 +24,7 @@ from psilora.steps.problem import Problem, Problems, Scales
 if TYPE_CHECKING:
     from psilora.backends.triton.gradient.bucket import Workspace
     from psilora.backends.triton.gradient.plan import Layer
-    from psilora.backends.triton.gradient.ritz import Products, RitzUpdate
+    from psilora.backends.triton.gradient.ritz import PreparedProducts, RitzUpdate
     from psilora.backends.triton.gradient.run import Run
     from psilora.backends.triton.joint import JointRun
     from psilora.backends.triton.spectral import SpectralRun
@@ -227,7 +227,7 @@ class Backend:
         self._numbers = itertools.count()
         self._workspaces: dict[object, list[Workspace]] = {}
         self._spectral: collections.OrderedDict[object, Spectral] = collections.OrderedDict()
-        self._products: Products | None = None
+        self._products: PreparedProducts | None = None
         self._scratch: Scratch | None = None
         self._captured: list[Run | Spectral] = []  # a CUDA graph replays with their memory
 
@@ -249,10 +249,10 @@ class Backend:
         return [*found, *self._ritz_steps(ritz, scales)] if ritz else found
 
     def _ritz_steps(self, problems: Sequence[Problem], scales: Scales) -> list[RitzUpdate]:
-        from psilora.backends.triton.gradient.ritz import Products, ritz_updates
+        from psilora.backends.triton.gradient.ritz import PreparedProducts, ritz_updates
 
         if self._products is None:
-            self._products = Products()
+            self._products = PreparedProducts()
         return ritz_updates(problems, scales, self._products)
 
     def _spectral_kind(self, problems: Problems, scales: Scales) -> list[Computed]:

@@ -64,16 +64,16 @@ def reference_steps(
     )
     old = batch.momentum()
     memory = None if old is None else Projection(*old, decay=batch.mu - 1, prox=batch.ridge, solve=fastest_spd_solve)
-    products = _Products(batch, weight, memory)
+    both = _Turns(batch, weight, memory)
     if options.num_iters == 0:
-        left = yield from products.weight_left()
-        right = yield from products.weight_right()
+        left = yield from both.weight_left()
+        right = yield from both.weight_right()
         weight.simultaneous(left, right)
     if options.solver == "ritz":
-        yield from products.ritz()
+        yield from both.ritz()
     else:
         for turn in turns(max(options.num_iters, 1), options.first):
-            yield from products.take(turn, advance_weight=options.num_iters > 0)
+            yield from both.take(turn, advance_weight=options.num_iters > 0)
     if weight.step_B is None or weight.step_A is None:
         raise RuntimeError("a LoRSum ended before both factors had a turn")
     momentum_B, momentum_A = (None, None) if memory is None else _remembered(memory, options)
@@ -106,7 +106,7 @@ def _remembered(memory: Projection, options: GradientOptions) -> tuple[Tensor, T
 
 
 @dataclass
-class _Products:
+class _Turns:
     """The products BᵏᵀG and GAᵏᵀ that the turns of the two projections ask for."""
 
     batch: GradientBatch

@@ -92,9 +92,9 @@ class BucketRun:
         device = workspace.device
         self.addresses = table.reserve(self.count, int(layout.ADDRESSES.value))
         self.scalars = table.reserve(self.count, int(layout.SCALARS.value) // 2)
-        turns = len(bucket.course.turns)
+        turns = len(bucket.schedule.turns)
         self.zeros = table.reserve(1, -(-self.count * (4 + 4 * turns) // 2))
-        self.product_blocks = [table.reserve(self.count, 3) if turn.product else None for turn in bucket.course.turns]
+        self.product_blocks = [table.reserve(self.count, 3) if turn.product else None for turn in bucket.schedule.turns]
         layers = bucket.layers
         self.dims = int32_table(
             [(layer.rank, layer.momentum_rank, layer.d_in, layer.d_out) for layer in layers],
@@ -118,7 +118,7 @@ class BucketRun:
         """The turn that says whether the momentum is split anew, the last of B; None where nothing is to."""
         if not (self.structure.momentum and self.structure.balance):
             return None
-        return max(t for t, turn in enumerate(self.plan.course.turns) if turn.side == "B")
+        return max(t for t, turn in enumerate(self.plan.schedule.turns) if turn.side == "B")
 
     # ---- what the host knows of a step --------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class BucketRun:
 
     def asks(self, t: int) -> bool:
         """Whether turn t needs a product with X and S."""
-        turns = self.plan.course.turns
+        turns = self.plan.schedule.turns
         return t < len(turns) and turns[t].product
 
     def stage(self, problems: Problems, scales: Scales) -> None:
@@ -226,13 +226,13 @@ class BucketRun:
     @property
     def info(self) -> Tensor:
         """(turns, 2, L) int32: failed attempts of the weight's and the momentum's solves."""
-        turns = len(self.plan.course.turns)
+        turns = len(self.plan.schedule.turns)
         return self._zeroed()[self.count : self.count * (1 + 2 * turns)].view(turns, 2, self.count)
 
     @property
     def busy(self) -> Tensor:
         """(turns, 2, L) int32: whether a solve's right-hand side is not zero."""
-        turns = len(self.plan.course.turns)
+        turns = len(self.plan.schedule.turns)
         start = self.count * (1 + 2 * turns)
         return self._zeroed()[start : start + 2 * turns * self.count].view(turns, 2, self.count)
 
@@ -244,7 +244,7 @@ class BucketRun:
     @property
     def sizes(self) -> Tensor:
         """(3, L) fp32: ‖A_m‖² and ‖B_m‖² as the step's last turns have seen them, and whether to split B_m·A_m anew."""
-        start = self.count * (1 + 4 * len(self.plan.course.turns))
+        start = self.count * (1 + 4 * len(self.plan.schedule.turns))
         return self._zeroed()[start : start + 3 * self.count].view(torch.float32).view(3, self.count)
 
     def _tables(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -257,8 +257,8 @@ class BucketRun:
 
     def launch_grams(self, scale: Tensor) -> None:
         """Form the metric, the stored factors as rows and their Grams, unless the last commit has left them."""
-        course, work = self.plan.course, self.workspace
-        fresh = course.lasting and work.fresh is not None and work.fresh == signature(self.problems)
+        schedule, work = self.plan.schedule, self.workspace
+        fresh = schedule.lasting and work.fresh is not None and work.fresh == signature(self.problems)
         work.fresh = None
         if fresh:
             return
@@ -269,7 +269,7 @@ class BucketRun:
             A_TYPE=a, B_TYPE=b, DA_TYPE=da, DB_TYPE=db, HAS_MOMENTUM=self.structure.momentum,
             HAS_METRIC=self.structure.metric is not None, SCALED_A=shampoo and self.structure.exact,
             SCALED_B=self.structure.exact or not shampoo, CORRECTED=self.structure.corrected,
-            EMIT_A=course.rows[0], EMIT_B=course.rows[1], MASK_A=course.grams[0], MASK_B=course.grams[1],
+            EMIT_A=schedule.rows[0], EMIT_B=schedule.rows[1], MASK_A=schedule.grams[0], MASK_B=schedule.grams[1],
         )  # fmt: skip
 
     def launch_verdict(self) -> None:
@@ -287,7 +287,7 @@ class BucketRun:
 
     def launch_turn(self, t: int, scale: Tensor) -> None:
         """One turn: the factor launch and the solve."""
-        turn, work, s = self.plan.course.turns[t], self.workspace, self.structure
+        turn, work, s = self.plan.schedule.turns[t], self.workspace, self.structure
         side = SIDES[turn.side]
         weight_grams = work.moved_grams if turn.moved else work.stored_grams
         momentum_grams = work.moved_grams if turn.own_moved else work.stored_grams
@@ -319,7 +319,7 @@ class BucketRun:
         """Write parameters and state, and leave the Grams for the next step where they can last."""
         self._commit(scale, ok, shifts)
         note_written(self.problems)
-        if self.plan.course.lasting:
+        if self.plan.schedule.lasting:
             self.workspace.fresh = signature(self.problems)
         self.problems, self.kept = (
             Problems(),
@@ -327,10 +327,10 @@ class BucketRun:
         )  # the launches are in stream order; gradients need not wait for a next step
 
     def _commit(self, scale: Tensor, ok: Tensor, shifts: Tensor | None) -> None:
-        course, work, s = self.plan.course, self.workspace, self.structure
+        schedule, work, s = self.plan.schedule, self.workspace, self.structure
         a, b, _, _ = self._types()
-        masks = course.grams if course.lasting else (0, 0)
-        rows = course.rows if course.lasting else (False, False)
+        masks = schedule.grams if schedule.lasting else (0, 0)
+        rows = schedule.rows if schedule.lasting else (False, False)
         commit_kernels.commit(
             *self._tables(), self.tiles, scale, ok.view(torch.uint8), work.stored_grams,
             sizes=self.sizes, shifts=shifts,

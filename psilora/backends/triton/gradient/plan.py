@@ -52,7 +52,7 @@ def most_rows(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Structure:
-    """What decides the course of a step. `reuse`: `.grad` is precise enough to stand for the first products."""
+    """What decides the schedule of a step. `reuse`: `.grad` is precise enough to stand for the first products."""
 
     num_iters: int = 1
     first: str = "A"
@@ -128,7 +128,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Course:
+class Schedule:
     """The turns of a step, and what they need from the stored factors of each side.
 
     Attributes:
@@ -144,8 +144,8 @@ class Course:
 
 
 @functools.lru_cache
-def course(structure: Structure, padded: int) -> Course:
-    """Return the course of a step of this structure at this padded rank."""
+def schedule(structure: Structure, padded: int) -> Schedule:
+    """Return the schedule of a step of this structure at this padded rank."""
     s = structure
     order = list(turns(max(s.num_iters, 1), s.first))
     sources = [_sources(s, t) for t in range(len(order))]
@@ -177,7 +177,7 @@ def course(structure: Structure, padded: int) -> Course:
             )
         )
     lasting = s.metric is None and not (grams[0] | grams[1]) & ~LASTING
-    return Course(tuple(result), (grams[0], grams[1]), (rows[0], rows[1]), lasting)
+    return Schedule(tuple(result), (grams[0], grams[1]), (rows[0], rows[1]), lasting)
 
 
 def _sources(s: Structure, t: int) -> tuple[int, int]:
@@ -213,7 +213,7 @@ class BucketPlan:
     members: tuple[int, ...]
     layers: tuple[Layer, ...]
     padded: int
-    course: Course
+    schedule: Schedule
     tiles: Tiles
     parts: tuple[Parts, Parts]
 
@@ -241,12 +241,12 @@ class StepPlan:
 
     @property
     def num_turns(self) -> int:
-        """Turns of the longest course."""
-        return max(len(bucket.course.turns) for bucket in self.buckets)
+        """Turns of the longest schedule."""
+        return max(len(bucket.schedule.turns) for bucket in self.buckets)
 
     def asking(self, t: int) -> list[BucketPlan]:
         """The buckets whose turn t needs a product with X and S."""
-        return [b for b in self.buckets if t < len(b.course.turns) and b.course.turns[t].product]
+        return [b for b in self.buckets if t < len(b.schedule.turns) and b.schedule.turns[t].product]
 
     def launches(self, *, stale: bool = False) -> list[str]:
         """Return the launches of a step in order; `stale`: the Grams left by the last commit cannot be used."""
@@ -255,19 +255,19 @@ class StepPlan:
         if any(b.structure.metric == "kfac" and b.structure.exact for b in metrics):
             dtypes = {x for b in metrics for layer in b.layers for x in (layer.X_dtype, layer.S_dtype)}
             names += ["squares"] * len(dtypes)
-        names += ["gram" for b in self.buckets if stale or not b.course.lasting]
+        names += ["gram" for b in self.buckets if stale or not b.schedule.lasting]
         for t in range(self.num_turns):
             names += self._product_launches(t)
             for bucket in self.buckets:
-                if t < len(bucket.course.turns):
-                    turn = bucket.course.turns[t]
+                if t < len(bucket.schedule.turns):
+                    turn = bucket.schedule.turns[t]
                     names += ["factor", f"solve_{turn.side.lower()}"]
         return names + ["verdict"] * len(self.buckets) + ["commit"] * len(self.buckets)
 
     def _product_launches(self, t: int) -> list[str]:
         xv, stz = set(), set()
         for bucket in self.asking(t):
-            turn = bucket.course.turns[t]
+            turn = bucket.schedule.turns[t]
             for layer in bucket.layers:
                 k = columns(turn, layer)
                 X, S = (layer.X_dtype, layer.d_in), (layer.S_dtype, layer.d_out)
@@ -299,4 +299,4 @@ def _bucket(members: Sequence[int], layers: Sequence[Layer]) -> BucketPlan:
     tiles, parts = tile_map(
         [[layer.d_in for layer in layers], [layer.d_out for layer in layers]], BLOCK_COLUMNS[padded]
     )
-    return BucketPlan(tuple(members), tuple(layers), padded, course(layers[0].structure, padded), tiles, parts)
+    return BucketPlan(tuple(members), tuple(layers), padded, schedule(layers[0].structure, padded), tiles, parts)

@@ -32,7 +32,7 @@ class RitzUpdate(Update):
     """The update of layers of one shape, whose products with X and S were launches of the kernels."""
 
 
-def ritz_updates(problems: Sequence[Problem], scales: Scales, products: Products) -> list[RitzUpdate]:
+def ritz_updates(problems: Sequence[Problem], scales: Scales, products: PreparedProducts) -> list[RitzUpdate]:
     """Return the updates of problems with solver="ritz" and captured X and S, without changing anything."""
     groups = grouped(problems)
     gradient = functools.partial(KernelGradient, products=products)
@@ -49,7 +49,7 @@ class KernelGradient:
         products: What launches them.
     """
 
-    def __init__(self, chunks: Sequence[Chunks], scale: Tensor, products: Products) -> None:
+    def __init__(self, chunks: Sequence[Chunks], scale: Tensor, products: PreparedProducts) -> None:
         self._layers = [layer for layer, calls in enumerate(chunks) for _ in calls]
         self._x = [x for calls in chunks for x, _ in calls]
         self._s = [s for calls in chunks for _, s in calls]
@@ -65,11 +65,11 @@ class KernelGradient:
         return self._products(self._x, self._s, self._layers, A).mul_(self._scale).mT
 
 
-class Products:
+class PreparedProducts:
     """Σ_j F·N_jᵀW_j of all layers in two launches, `xv` and `stz`, whose tables are kept from step to step."""
 
     def __init__(self) -> None:
-        self._kept: collections.OrderedDict[object, _Product] = collections.OrderedDict()
+        self._kept: collections.OrderedDict[object, Prepared] = collections.OrderedDict()
 
     def __call__(self, narrow: Sequence[Tensor], wide: Sequence[Tensor], layers: Sequence[int], rows: Tensor) -> Tensor:
         """Return (L, k, d_wide) fp32.
@@ -88,7 +88,7 @@ class Products:
         key = (tuple(layers), *(_layout(t) for t in (*narrow, *wide, rows)))
         product = self._kept.get(key)
         if product is None:
-            product = self._kept[key] = _Product(*tensors, layers)
+            product = self._kept[key] = Prepared(*tensors, layers)
         else:
             product.bind(*tensors)
         self._kept.move_to_end(key)
@@ -103,7 +103,7 @@ def _layout(t: Tensor) -> tuple[object, ...]:
     return t.shape, t.stride(), t.dtype, t.data_ptr() % ALIGNMENT == 0
 
 
-class _Product:
+class Prepared:
     """The tables of one product."""
 
     def __init__(

@@ -41,7 +41,7 @@ class Run:
             for bucket, workspace in zip(plan.buckets, workspaces, strict=True)
         ]
         self.products = [
-            Product([b for b in self.buckets if b.asks(t)], t, self.table, scratch) if plan.asking(t) else None
+            TurnProduct([b for b in self.buckets if b.asks(t)], t, self.table, scratch) if plan.asking(t) else None
             for t in range(plan.num_turns)
         ]
         self.statistics = Statistics([b for b in self.buckets if b.own_statistics], self.table, scratch)
@@ -71,7 +71,7 @@ class Run:
                 if product is not None:
                     product.launch()
                 for bucket in self.buckets:
-                    if t < len(bucket.plan.course.turns):
+                    if t < len(bucket.plan.schedule.turns):
                         bucket.launch_turn(t, self.scale)
             for bucket in self.buckets:
                 bucket.launch_verdict()
@@ -134,7 +134,7 @@ class Calls:
         self.rows = [x.shape[0] for x, _ in chunks]
 
 
-class Product:
+class TurnProduct:
     """xv and stz of one turn, over all buckets that ask for it."""
 
     def __init__(self, buckets: Sequence[BucketRun], t: int, table: PointerTable, scratch: Scratch) -> None:
@@ -166,7 +166,7 @@ class Product:
         layers: list[int] = []
         shapes: list[tuple[int, int]] = []
         for bucket in self.buckets:
-            turn = bucket.plan.course.turns[self.t]
+            turn = bucket.plan.schedule.turns[self.t]
             for i, (layer, problem) in enumerate(zip(bucket.plan.layers, bucket.problems, strict=True)):
                 size = layer.d_in if turn.side == "A" else layer.d_out
                 factor = _asked(turn, bucket.workspace.rows[1 - SIDES[turn.side]][i], layer.rank)
@@ -185,7 +185,7 @@ class Product:
         rows: list[int] = []
         for bucket in self.buckets:
             own = calls[id(bucket)]
-            of_A = bucket.plan.course.turns[self.t].side == "A"
+            of_A = bucket.plan.schedule.turns[self.t].side == "A"
             narrow += own.S if of_A else own.X
             wide += own.X if of_A else own.S
             rows += own.rows

@@ -16,8 +16,8 @@ from psilora.backends.triton.gradient.plan import (
     StepPlan,
     Structure,
     columns,
-    course,
     make_plan,
+    schedule,
 )
 from psilora.backends.triton.launch import MAX_SPAN
 from psilora.triton_kernels import _compat
@@ -101,28 +101,28 @@ def test_buckets_share_products_turn_by_turn() -> None:
 @pytest.mark.parametrize("first", ["A", "B"])
 def test_turns(first: str) -> None:
     second = "B" if first == "A" else "A"
-    turns = course(Structure(num_iters=2, first=first, momentum=True), 16).turns
+    turns = schedule(Structure(num_iters=2, first=first, momentum=True), 16).turns
     assert [t.side for t in turns] == [first, second, first, second]
     assert [(t.source, t.own_source) for t in turns] == [(KNOWN, PRODUCT)] + [(PRODUCT, PRODUCT)] * 3
     assert [t.moved for t in turns] == [False, True, True, True]
     assert [t.emit for t in turns] == [True, True, True, False]
     assert [bool(t.grams) for t in turns] == [True, True, True, False]
     assert [t.check for t in turns] == [True, True, False, False]
-    jacobi = course(Structure(num_iters=0, first=first, momentum=True, reuse=False), 16)
+    jacobi = schedule(Structure(num_iters=0, first=first, momentum=True, reuse=False), 16)
     assert [(t.source, t.moved, t.own_moved) for t in jacobi.turns] == [(PRODUCT, False, False), (PRODUCT, False, True)]
     assert jacobi.rows == (True, True)
-    tangent = course(Structure(exact=False), 16).turns
+    tangent = schedule(Structure(exact=False), 16).turns
     assert [(t.source, t.own_source) for t in tangent] == [(KNOWN, NONE), (TANGENT, NONE)]
 
 
 def test_only_grams_without_gradient_and_metric_last() -> None:
-    assert course(MOMENTUM, 16).lasting
-    assert not course(Structure(metric="kfac"), 16).lasting
-    assert not course(Structure(exact=False, momentum=True), 16).lasting
+    assert schedule(MOMENTUM, 16).lasting
+    assert not schedule(Structure(metric="kfac"), 16).lasting
+    assert not schedule(Structure(exact=False, momentum=True), 16).lasting
 
 
 def test_columns_of_a_product() -> None:
-    turns = course(MOMENTUM, 16).turns
+    turns = schedule(MOMENTUM, 16).turns
     example = layer((8, 8), 4, MOMENTUM, 3, 1)
     assert [columns(turn, example) for turn in turns] == [3, 7]
 

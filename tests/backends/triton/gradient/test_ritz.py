@@ -21,7 +21,7 @@ if triton_backend.unavailable_reason() is not None:
     pytest.skip(str(triton_backend.unavailable_reason()), allow_module_level=True)
 
 from psilora.backends.triton.gradient import ritz
-from psilora.backends.triton.gradient.ritz import KernelGradient, Products
+from psilora.backends.triton.gradient.ritz import KernelGradient, PreparedProducts
 from psilora.triton_kernels.tables import Launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +42,7 @@ def captured(rows: list[list[int]], d_out: int, d_in: int, dtype: torch.dtype) -
 def test_products_are_those_of_the_gradient(dtype: torch.dtype, d_out: int, d_in: int, k: int) -> None:
     chunks = captured([[19], [3, 0, 40], [0]], d_out, d_in, dtype)
     scale = torch.tensor([0.5, -2.0, 1.0], device=DEVICE)
-    plain, kernels = ActivationGradient(chunks, scale), KernelGradient(chunks, scale, Products())
+    plain, kernels = ActivationGradient(chunks, scale), KernelGradient(chunks, scale, PreparedProducts())
     wide = [[(x.double(), s.double()) for x, s in calls] for calls in chunks]
     sizes = [[(x.abs(), s.abs()) for x, s in calls] for calls in wide]
     exact, magnitude = ActivationGradient(wide, scale.double()), ActivationGradient(sizes, scale.double().abs())
@@ -77,7 +77,7 @@ def test_layers_of_a_shape_share_their_launches_and_the_tables_last(monkeypatch:
 def test_tables_of_few_sets_of_shapes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Batches of ever new lengths must not fill the memory with tables."""
     monkeypatch.setattr(ritz, "KEPT_PRODUCTS", 2)
-    products = Products()
+    products = PreparedProducts()
     for rows in (3, 5, 4, 3):
         chunks = captured([[rows]], 9, 8, FP32)
         scale = torch.ones(1, device=DEVICE)
