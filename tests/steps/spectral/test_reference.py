@@ -293,8 +293,8 @@ def test_own_clipping_equals_clipping_outside_in_the_momentum_too(max_grad_norm:
         if max_grad_norm is not None:
             torch._foreach_mul_(grads, (max_grad_norm / (norm + 1e-6)).clamp(max=1))
         b.step()
-    for name, value in factors(model).items():
-        torch.testing.assert_close(value, factors(other)[name], rtol=1e-8, atol=1e-8)
+    for name, value in factors(model).items():  # a Gram knows small singular values to √eps, 1.5e-8
+        torch.testing.assert_close(value, factors(other)[name], rtol=1e-7, atol=1e-7)
 
 
 def test_weight_decay_shrinks_the_weight_itself() -> None:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from psilora import LoRALinear, PSILoRA, doctor, options
 from psilora.adapters import find_pairs
+from psilora.adapters.pair import mebibytes
 from psilora.backends.triton import backend as triton_backend
 from psilora.doctor import survey
 from psilora.linalg.eigen import EigenMetric, eigh
@@ -181,7 +182,7 @@ def test_the_kernels_and_the_doctor_know_of_it(monkeypatch: pytest.MonkeyPatch) 
     assert triton_backend.unsupported(make_problem((20, 24, 4), metric="kfac-dense")) == "metric='kfac-dense'"
     pairs, _ = find_pairs(plain_mlp((32, 16, 8, 4)))
     size = 4 * (32**2 + 16**2 + 16**2 + 8**2 + 8**2 + 4**2)
-    assert doctor.memory(pairs, 64, 4)[-1] == f"metric='kfac-dense' or 'shampoo-dense': {size / 1024:.3g} KiB"
+    assert doctor.memory(pairs, 64, 4)[-1] == f"metric='kfac-dense' or 'shampoo-dense': {mebibytes(size)}"
     monkeypatch.setattr(survey, "DENSE_LIMIT", 16)
     assert doctor.memory(pairs, 64, 4)[-1].endswith("without 1 layer wider than 16, which it cannot take")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from psilora import LoRALinear, PSILoRA, doctor
 from psilora.adapters import find_pairs
+from psilora.adapters.pair import mebibytes
 from psilora.steps.gradient.metrics.low_rank import directions, raised_low_rank, second_moments, truncated
 
 F64 = torch.float64
@@ -131,7 +132,7 @@ def test_state_is_thin_in_fp32_and_starts_at_zero_or_the_identity() -> None:
     train(model, optimizer, [data()])
     assert {state["metric"].shape[1] for state in optimizer.state.values()} == {4}  # r where nothing is said
     size = 4 * sum(state[name].numel() for state in optimizer.state.values() for name in ("metric", "metric_rest"))
-    assert f"metric='kfac-low-rank' (rank r): {size / 1024:.3g} KiB" in doctor.memory(find_pairs(model)[0], 64, 4)
+    assert f"metric='kfac-low-rank' (rank r): {mebibytes(size)}" in doctor.memory(find_pairs(model)[0], 64, 4)
 
 
 def test_what_is_not_finite_is_skipped_with_everything_unchanged() -> None:
