@@ -55,6 +55,14 @@ def _numbers(o: SpectralOptions) -> tuple[tuple[int, float], ...]:
     )
 
 
+def _carved(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return an fp32 tensor in the memory of another one, which is needed at other times; new memory if it is small."""
+    size = math.prod(shape)
+    if size > memory.numel():
+        return torch.zeros(shape, dtype=torch.float32, device=memory.device)
+    return memory.flatten()[:size].view(shape)
+
+
 class JointRun:
     """Tables and workspaces of layers of one rank and equal settings, of any widths; kept from step to step.
 
@@ -93,19 +101,19 @@ class JointRun:
 
         self.alone = joint_gram.pieces_table(padded, 1, device)
         self.pieces = joint_gram.pieces_table(padded, 4, device)
-        self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
         self.partials, self.exponents, self.flags_found = self._partials(len(tiles), 4, self.pieces)
+        self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
         self.sums = floats(len(tiles), int(joint_layout.SUMS.value))
         self.frozen, self.seen = ints(count), floats(count, int(joint_layout.SEEN.value))
-        self.roots, self.traces = floats(2, count, padded, padded), floats(2, count, 2)
-        self.gram = floats(2, count, 2, 4 * padded, 4 * padded)
+        self.gram, self.traces = floats(2, count, 2, 4 * padded, 4 * padded), floats(2, count, 2)
+        self.roots = _carved(self.gram, (2, count, padded, padded))  # read before Γ is written
         self.small = floats(2, count, 2, int(joint_core.SMALL.value), padded, padded)
         self.known, self.outcome = (
             ints(2, count, int(joint_core.KNOWN.value)),
             ints(count, int(joint_core.OUTCOME.value)),
         )
         self.polar = floats(count, 4, 2 * padded, 2 * padded)
-        self.coefficients = floats(2, count, 3 * padded, 4 * padded)
+        self.coefficients = _carved(self.partials, (2, count, 3 * padded, 4 * padded))  # written after those are read
         schulz = newton_schulz_coefficients(SMALLEST, SCHULZ_STEPS)
         self.schulz = torch.tensor(schulz, dtype=torch.float32, device=device)
         self.fresh = self._rows(sizes, 1)
@@ -130,7 +138,11 @@ class JointRun:
         rows = joint_gram.rows_of_piece(self.padded, blocks)
         groups = -(-self.padded * blocks // rows)
         shape = (tiles, pieces.shape[0], 2, rows, rows)
-        partials = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        # The partial Grams of the factors alone are read before those of all rows are written.
+        if blocks == 1:
+            partials = _carved(self.partials, shape)
+        else:
+            partials = torch.zeros(shape, dtype=torch.float32, device=self.device)
         exponents = torch.zeros(tiles, groups, rows, dtype=torch.int32, device=self.device)
         return partials, exponents, torch.zeros(tiles, groups, dtype=torch.int32, device=self.device)
 
@@ -143,9 +155,8 @@ class JointRun:
 
     def workspace_bytes(self) -> int:
         """Return the bytes held beside parameters and state."""
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor)) + sum(
-            t.nbytes for side in self.fresh for t in side
-        )
+        held = [t for t in vars(self).values() if isinstance(t, Tensor)] + [t for side in self.fresh for t in side]
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in held}.values())
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
