@@ -111,7 +111,8 @@ def _stz_kernel(
         item = tl.load(spans_ptr + span * sums.SPAN + sums.ITEM).to(tl.int64)
         begin = tl.load(spans_ptr + span * sums.SPAN + sums.BEGIN)
         known = tl.load(pointers_ptr + item * ITEM_POINTERS + ROWS).to(tl.int32)
-        stop = tl.minimum(tl.load(spans_ptr + span * sums.SPAN + sums.STOP), known)
+        # Not below `begin`: with a length that may be negative the loop spills where it is compiled for Blackwell.
+        stop = tl.maximum(begin, tl.minimum(tl.load(spans_ptr + span * sums.SPAN + sums.STOP), known))
         s_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + S).to(tl.pointer_type(S_DTYPE))
         p_ptr = tl.load(pointers_ptr + item * ITEM_POINTERS + P).to(tl.pointer_type(tl.float32))
         stride_s_n = tl.load(dims_ptr + item * ITEM_DIMS + S_STRIDE_N)

@@ -2,7 +2,7 @@
 
 Counts, and ratios of times of the host in one run; no time of a device. The kernels, AdamW's own included, are replaced
 by functions that do nothing, so what is left is Python and PyTorch's small operations, on layers of a few columns;
-Triton's own work for a launch is left out. Workspaces are counted at the true widths on the meta device, where nothing
+Triton's own work for a launch is left out. Times are the thread's own, which other work does not stretch. Workspaces are counted at the true widths on the meta device, where nothing
 is really allocated.
 """
 
@@ -253,10 +253,10 @@ def counted(model: Model, case: Case, settings: Settings) -> Row:
             for name in ("ours", "adamw") if number % 2 else ("adamw", "ours"):
                 bench, step = steps[name]
                 bench.backward()
-                start = time.perf_counter()
+                start = time.thread_time()
                 step()
                 if number >= 2:
-                    times[name].append(1e3 * (time.perf_counter() - start))
+                    times[name].append(1e3 * (time.thread_time() - start))
             if number >= 6 and time.perf_counter() - began > settings.seconds:
                 break
     found: Row = {}

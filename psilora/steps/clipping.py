@@ -10,7 +10,7 @@ from torch import Tensor
 
 from psilora.distributed.sharding import is_sharded, whole
 from psilora.runtime import capturing
-from psilora.steps.problem import Problem
+from psilora.steps.problem import Problem, Problems
 
 
 def gradient_factor(
@@ -37,10 +37,9 @@ def gradient_factor(
     unscale = None if loss_scale is None else 1 / loss_scale.to(device).double()
     if max_norm is None:
         return unscale
-    pairs = problems if full is None else ()
-    roots = [p.pair.scaling**0.5 for p in pairs] * 2
+    pairs = Problems.of(problems) if full is None else Problems()
     plain = [g for g in others if not is_sharded(g)]
-    norms = _norms([*(p.dA for p in pairs), *(p.dB for p in pairs), *plain], [*roots, *[1.0] * len(plain)], device)
+    norms = _norms([*[p.dA for p in pairs], *[p.dB for p in pairs], *plain], _groups(pairs, plain), device)
     norms += [whole(torch.linalg.vector_norm(g, dtype=torch.float64)).to(device)[None] for g in others if is_sharded(g)]
     if full is not None:
         norms.append(full.sqrt().to(device)[None])
@@ -62,19 +61,38 @@ def _kept(value: float, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float64, device=device)
 
 
-def _norms(gradients: Sequence[Tensor], divisors: Sequence[float], device: torch.device) -> list[Tensor]:
-    """Return ‖gradient‖/divisor in float64, a vector for each device and dtype, in a few launches."""
-    groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[float]]] = {}
-    for gradient, divisor in zip(gradients, divisors, strict=True):
-        members, factors = groups.setdefault((gradient.device, gradient.dtype), ([], []))
-        members.append(gradient)
-        factors.append(divisor)
+Groups = list[tuple[list[int], list[float]]]
+
+
+def _groups(pairs: Problems, plain: Sequence[Tensor]) -> Groups:
+    """Return, for each device and dtype, the places of gradients of A, of B and plain ones, and their divisors."""
+    known: dict[tuple[torch.device, torch.dtype], tuple[list[int], list[float]]] | None = pairs.prepared.get("norms")
+    if known is None:
+        known = pairs.prepared["norms"] = {}
+        roots = [p.pair.scaling**0.5 for p in pairs]
+        for place, gradient in enumerate([*(p.dA for p in pairs), *(p.dB for p in pairs)]):
+            places, divisors = known.setdefault((gradient.device, gradient.dtype), ([], []))
+            places.append(place)
+            divisors.append(roots[place % len(pairs)])
+    if not plain:
+        return list(known.values())
+    found = {key: (list(places), list(divisors)) for key, (places, divisors) in known.items()}
+    for place, gradient in enumerate(plain, start=2 * len(pairs)):
+        places, divisors = found.setdefault((gradient.device, gradient.dtype), ([], []))
+        places.append(place)
+        divisors.append(1.0)
+    return list(found.values())
+
+
+def _norms(gradients: Sequence[Tensor], groups: Groups, device: torch.device) -> list[Tensor]:
+    """Return ‖gradient‖/divisor in float64, a vector for each group of places and divisors, in a few launches."""
     found = []
-    for members, factors in groups.values():
+    for places, divisors in groups:
+        members = list(gradients) if len(places) == len(gradients) else [gradients[place] for place in places]
         norms = torch._foreach_norm(members, 2, dtype=torch.float64)
-        common = factors[0] if len(set(factors)) == 1 else None
+        common = divisors[0] if divisors.count(divisors[0]) == len(divisors) else None
         if common is None:
-            norms = torch._foreach_div(norms, factors)
+            norms = torch._foreach_div(norms, divisors)
         stacked = torch.stack(norms).to(device)
         found.append(stacked if common in (None, 1.0) else stacked / common)
     return found
