@@ -2,8 +2,8 @@
 
 Counts, and ratios of times of the host in one run; no time of a device. The kernels, AdamW's own included, are replaced
 by functions that do nothing, so what is left is Python and PyTorch's small operations, on layers of a few columns;
-Triton's own work for a launch is left out. Times are the thread's own, which other work does not stretch. Workspaces are counted at the true widths on the meta device, where nothing
-is really allocated.
+Triton's own work for a launch is left out. Times are the thread's own, which other work does not stretch. Workspaces
+are counted at the true widths on the meta device, where nothing is really allocated.
 """
 
 from __future__ import annotations

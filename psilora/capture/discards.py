@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import torch
@@ -22,7 +22,7 @@ class Versions:
     """The gradients of one pair, and their version counters, as backward has left them."""
 
     def __init__(self) -> None:
-        self._noted: dict[int, tuple[Tensor, int]] = {}  # by parameter
+        self._noted: dict[int, tuple[Tensor, Tensor, int]] = {}  # parameter, gradient and version, by id of the first
 
     def clear(self) -> None:
         """Forget them."""
@@ -31,17 +31,22 @@ class Versions:
     def note(self, parameter: Tensor) -> None:
         """Remember `.grad` as it is now."""
         if parameter.grad is not None:
-            self._noted[id(parameter)] = parameter.grad, parameter.grad._version
+            self._noted[id(parameter)] = parameter, parameter.grad, parameter.grad._version
 
     def changes(self, pair: LoRAPair) -> float:
         """Return how many operations have written to the pair's gradients since; inf for another tensor or none."""
         total = 0.0
         for parameter in (pair.lora_B, pair.lora_A):
             grad, seen = parameter.grad, self._noted.get(id(parameter))
-            if grad is None or seen is None or grad is not seen[0]:
+            if grad is None or seen is None or grad is not seen[1]:
                 return math.inf
-            total += grad._version - seen[1]
+            total += grad._version - seen[2]
         return total
+
+    @property
+    def noted(self) -> Collection[tuple[Tensor, Tensor, int]]:
+        """The parameters with their gradients and versions, as noted."""
+        return self._noted.values()
 
 
 class Watched(Protocol):
@@ -92,6 +97,14 @@ def suspects(records: Sequence[Watched]) -> list[Watched]:
     often than others, or replaced: clipping, unscaling and averaging write to all alike.
     """
     busy = [record for record in records if not record.idle]
+    if busy and not any(runtime.at_hand(device) for device in {record.pair.lora_A.device for record in busy}):
+        noted = [one for record in busy for one in record.versions.noted]
+        # Most often every gradient is the one that backward left, and has been written to as often as all others.
+        written = {
+            grad._version - version if parameter.grad is grad else math.inf for parameter, grad, version in noted
+        }
+        if len(written) == 1 and math.inf not in written and len(noted) == 2 * len(busy):
+            return []
     changes = [record.versions.changes(record.pair) for record in busy]
     least = min(changes, default=0.0)
     return [

@@ -23,7 +23,7 @@ MARKED = [
     pytest.param(name, target, marks=() if VARIANTS[name].sampled(target) else pytest.mark.sweep)
     for name, target in JOBS
 ]
-MUST_REGISTER = ("xv", "stz", "squares", "reduce", "verdict", "span", "moments", "spread", "joint")
+MUST_REGISTER = ("xv", "stz", "squares", "reduce", "verdict", "norms", "span", "moments", "spread", "joint")
 
 
 @pytest.fixture(scope="module")

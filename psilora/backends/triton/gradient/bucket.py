@@ -104,7 +104,8 @@ class BucketRun:
         self.tiles = int32_table(bucket.tiles, int(layout.TILE.value), device)
         self.parts = [int32_table(bucket.parts[side], 2, device) for side in (0, 1)]
         self.kept: list[Any] = []
-        self.no_norms = torch.zeros(1, dtype=torch.float64, device=device)
+        self.longest = max(count for side in bucket.parts for _, count in side)
+        self.squares = torch.zeros(len(bucket.tiles), dtype=torch.float64, device=device)
         self.refused = torch.zeros((), dtype=torch.bool, device=device)
         self.repaired = torch.zeros((), dtype=torch.int64, device=device)
         self.found_shifts = torch.zeros(self.count, dtype=torch.int32, device=device)
@@ -274,15 +275,14 @@ class BucketRun:
 
     def launch_verdict(self) -> None:
         """What the turns have come to: whether anything is refused, what was repaired, and what is to be balanced."""
-        problems, options = self.problems, self.problems[0].options
         balance = self.structure.balance
-        norms = self.no_norms
         if balance:
-            factors: list[Tensor] = [*(p.pair.lora_A for p in problems), *(p.pair.lora_B for p in problems)]
-            norms = torch.stack(torch._foreach_norm(factors, 2, dtype=torch.float64))
+            a, b, _, _ = self._types()
+            verdict_kernels.norms(self.addresses.device, self.dims, self.tiles, self.squares, A_TYPE=a, B_TYPE=b)
         verdict_kernels.verdict(
-            self.addresses.device, self.flags, self.info, self.busy, norms, self.refused, self.repaired,
-            self.found_shifts, balance=balance, burn_in=options.burn_in, largest=gauge.LARGEST_SHIFT,
+            self.addresses.device, self.flags, self.info, self.busy, self.squares, self.parts, self.refused,
+            self.repaired, self.found_shifts, longest=self.longest, balance=balance,
+            burn_in=self.problems[0].options.burn_in, largest=gauge.LARGEST_SHIFT,
         )  # fmt: skip
 
     def launch_turn(self, t: int, scale: Tensor) -> None:

@@ -262,7 +262,8 @@ class StepPlan:
                 if t < len(bucket.schedule.turns):
                     turn = bucket.schedule.turns[t]
                     names += ["factor", f"solve_{turn.side.lower()}"]
-        return names + ["verdict"] * len(self.buckets) + ["commit"] * len(self.buckets)
+        names += [name for b in self.buckets for name in ("norms", "verdict")[not b.structure.balance :]]
+        return names + ["commit"] * len(self.buckets)
 
     def _product_launches(self, t: int) -> list[str]:
         xv, stz = set(), set()

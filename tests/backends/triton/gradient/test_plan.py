@@ -52,9 +52,9 @@ MOMENTUM = Structure(momentum=True)
 def test_launches_of_one_iteration(model: object, rank: int) -> None:
     turns = [["factor", "solve_a"], ["factor", "solve_b"]]
     products = ["xv", "stz"]
-    expected = [*turns[0], *products, *turns[1], "verdict", "commit"]
+    expected = [*turns[0], *products, *turns[1], "norms", "verdict", "commit"]
     assert model(rank, PLAIN).launches() == expected  # type: ignore[operator]
-    expected = [*products, *turns[0], *products, *turns[1], "verdict", "commit"]
+    expected = [*products, *turns[0], *products, *turns[1], "norms", "verdict", "commit"]
     assert model(rank, MOMENTUM, rank).launches() == expected  # type: ignore[operator]
     assert model(rank, MOMENTUM, rank).launches(stale=True) == ["gram", *expected]  # type: ignore[operator]
 
@@ -64,20 +64,21 @@ def test_launches_of_other_settings() -> None:
         structure = Structure(**settings)  # type: ignore[arg-type]
         return len(llama(16, structure, 16 if structure.momentum else 0).launches())
 
-    products, solves, end = 2, 2, 2  # xv and stz of a turn, factor and solve of a turn, verdict and commit
+    products, solves, end = 2, 2, 3  # xv and stz of a turn; factor and solve of a turn; norms, verdict, commit
     assert count(num_iters=2) == 4 * solves + 3 * products + end
     assert count(num_iters=0) == 2 * solves + end
     assert count(num_iters=2, momentum=True) == 4 * (solves + products) + end
     assert count(metric="kfac") == 2 * solves + products + end + 2  # squares and the weighted Grams
     assert count(exact=False) == 2 * solves + end + 1  # Grams
     assert count(exact=False, momentum=True) == 2 * solves + end + 1
+    assert count(balance=False) == count() - 1  # the norms
     assert count(reuse=False) == 2 * (solves + products) + end
 
 
 @pytest.mark.parametrize("rank", [16, 32, 64, 128])
 def test_every_solve_has_its_factor_launch(rank: int) -> None:
     names = Counter(llama(rank, MOMENTUM, rank).launches())
-    assert names.total() == 10
+    assert names.total() == 11
     assert names["factor"] == names["solve_a"] + names["solve_b"] == 2
 
 
