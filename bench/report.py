@@ -92,7 +92,7 @@ def markdown(records: Records, folder: str) -> str:
             f"{len(goals) - len(judged)} goals have no figure, those for an H200 because none could be had: "
             f"`{folder}/report.html` lists them."
         )
-    record = next(iter(records.values()))
+    record = records.get("step", next(iter(records.values())))
     source = (
         f"Medians of runs in alternation, on {record['device']}, {record['threads']} threads, torch "
         f"{record['versions']['torch']}, commit {record['commit']}; every method's result is checked before it is "

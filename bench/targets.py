@@ -114,7 +114,29 @@ def targets() -> Iterator[Target]:
         _slowest_solve("psilora native"), at_least=True,
         why="with 768 columns both stream the same bytes; with a square right-hand side it is at 3 to 6×",
     )  # fmt: skip
+    yield from _host_targets()
     yield from _gpu_targets()
+
+
+def _host_targets() -> Iterator[Target]:
+    """What a step on the kernels launches, and what it costs the host beside fused AdamW; no GPU is needed for it."""
+    first = {"model": "llama-3-8b"}
+    fixed, changing = "exact, momentum, fixed N", "exact, momentum, N changing every step"
+    for kind, bound in (
+        ("spectral", 10), ("spectral, bf16 adapters", 12), ("spectral, max_grad_norm", 14), ("tangent, momentum", 15),
+        (fixed, 20),
+    ):  # fmt: skip
+        found = _field("host", "aten_launches", f"PSILoRA {kind}", **first)
+        yield Target("CPU", f"PyTorch launches of a step, Llama-3-8B, {kind}", bound, "", found)
+    for kind, most in (("spectral", 1.5), (fixed, 2.5), (changing, 3.0)):
+        found = _field("host", "host_ratio", f"PSILoRA {kind}", **first)
+        yield Target("CPU", f"the host's time over that of fused AdamW, Llama-3-8B, {kind}", most, "×", found)
+    for model in ("llama-3-8b", "llama-3-8b-r64"):
+        yield Target(
+            "CPU", f"workspace over state of a spectral step, {model}", 0.2, "×",
+            _field("host", "workspace_ratio", "PSILoRA spectral", model=model),
+            why="the small matrices of all layers are held at once; in turns, a launch would fill less of a GPU",
+        )  # fmt: skip
 
 
 def _gpu_targets() -> Iterator[Target]:
