@@ -35,12 +35,11 @@ class Versions:
 
     def changes(self, pair: LoRAPair) -> float:
         """Return how many operations have written to the pair's gradients since; inf for another tensor or none."""
+        known = {id(grad): version for _, grad, version in self._noted.values()}
         total = 0.0
-        for parameter in (pair.lora_B, pair.lora_A):
-            grad, seen = parameter.grad, self._noted.get(id(parameter))
-            if grad is None or seen is None or grad is not seen[1]:
-                return math.inf
-            total += grad._version - seen[2]
+        for grad in (pair.lora_B.grad, pair.lora_A.grad):
+            seen = None if grad is None else known.get(id(grad))
+            total += math.inf if grad is None or seen is None else grad._version - seen
         return total
 
     @property
