@@ -76,7 +76,7 @@ test-all: install
 	$(PYTEST) --sweep $(ARGS)
 
 # What computes without kernels, in one process and without other libraries' training loops.
-NOT_FAST := backends bench distributed examples experiments scenarios triton_kernels test_gpu.py test_gpu_default.py test_doctor.py
+NOT_FAST := backends bench distributed docs examples experiments scenarios triton_kernels test_gpu.py test_gpu_default.py test_doctor.py test_packaging.py
 test-fast: install
 	$(PYTEST) -m "not slow and not gpu" -k "not triton and not kernels" $(addprefix --ignore=tests/,$(NOT_FAST)) $(ARGS)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import MLP, bare, factors, randomise_B
 from peft import LoraConfig, get_peft_model
+from releases import needs_factories
 from tiny import trainer_arguments
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
@@ -61,7 +62,7 @@ def test_warm_up_accumulation_clipping_and_dropout(tmp_path: Path) -> None:
     assert optimizer.stats() == {"skipped_steps": 0, "repaired_pivots": 0}
     assert optimizer.capture_bytes() == 0
     logged = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
-    assert logged[:3] == [0.0, 0.25, 0.5]  # the first group is LoRA's
+    assert logged[:3] in ([0.0, 0.25, 0.5], [0.25, 0.5, 0.375])  # LoRA's, before the step or, in old releases, after it
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     assert float(state["step"]) == 6
 
@@ -84,6 +85,8 @@ def test_accelerate_prepare_keeps_fp32_state(dtype: torch.dtype) -> None:
 
 
 def test_resuming_a_trainer_run_is_bit_exact(tmp_path: Path) -> None:
+    needs_factories()
+
     def run(path: Path, **changes: object) -> tuple[Trainer, nn.Module]:
         model = adapted()
         trainer = Trainer(

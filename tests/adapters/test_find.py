@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import MLP, bare, data, factors, mse, peft_mlp, plain_mlp, randomise_B, train
 from peft import LoraConfig, get_peft_model
+from releases import lora_config
 from torch import Tensor, nn
 
 from psilora import LoRALinear
@@ -218,7 +219,7 @@ def test_moe_parameters_are_refused_by_name() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.out(self.experts(x))
 
-    config = LoraConfig(r=2, target_modules=["out"], target_parameters=["experts.weight"])
+    config = lora_config(r=2, target_modules=["out"], target_parameters=["experts.weight"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's own advice about target_parameters
         model = get_peft_model(Net(), config)

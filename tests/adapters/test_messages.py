@@ -17,6 +17,10 @@ from psilora.adapters import find_pairs
 pytestmark = pytest.mark.filterwarnings("ignore:psilora. using the tangent gradient:UserWarning")
 
 
+#: Blocks are given by their size since PEFT 0.14, by their number before.
+OFT = {"oft_block_size" if hasattr(peft.OFTConfig, "oft_block_size") else "r": 4}
+
+
 class Handmade(nn.Module):
     """ΔW from two parameters of given shapes, or two modules, however they are multiplied."""
 
@@ -109,7 +113,7 @@ def test_a_loaded_adapter_is_frozen_and_named(tmp_path: Path) -> None:
         ("LoHa", peft.LoHaConfig(target_modules=["0"])),
         ("LoKr", peft.LoKrConfig(target_modules=["0"])),
         ("(IA)³", peft.IA3Config(target_modules=["0"], feedforward_modules=[])),
-        ("OFT", peft.OFTConfig(target_modules=["0"], oft_block_size=4)),
+        ("OFT", peft.OFTConfig(target_modules=["0"], **OFT)),
         ("hira", peft.HiraConfig(target_modules=["0"], r=4)) if hasattr(peft, "HiraConfig") else ("", None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 from models import plain_mlp
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from releases import lora_config
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -16,11 +15,9 @@ from psilora.adapters import find_pairs
 
 
 def llama(**config: object) -> nn.Module:
-    if config.keys() - {field.name for field in dataclasses.fields(LoraConfig)}:
-        pytest.skip("this PEFT does not tie adapters")
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True))
-    return get_peft_model(model, LoraConfig(r=4, target_modules=["embed_tokens", "q_proj"], **config))
+    return get_peft_model(model, lora_config(r=4, target_modules=["embed_tokens", "q_proj"], **config))
 
 
 def test_pefts_tied_embedding_and_head_are_refused_by_both_names() -> None:

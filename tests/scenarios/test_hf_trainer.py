@@ -13,6 +13,7 @@ import torch
 from captures import scales_and_residuals
 from models import factors
 from naive import WrapperHooks, jittered_turn
+from releases import needs_factories
 from tiny import MODES, adapted, token_rows, trainer_arguments
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -129,6 +130,7 @@ def test_gradient_checkpointing(use_reentrant: bool, tmp_path: Path) -> None:
 
 
 def resumable(path: Path, **changes: Any) -> tuple[Trainer, nn.Module]:
+    needs_factories()
     model = adapted(lora_dropout=0.1)
     settings = {"step": "gradient", "metric": "kfac", "momentum": 0.9}
     trainer = Trainer(
@@ -176,6 +178,7 @@ class OfVersion4(Trainer):
 
 
 def test_a_trainer_that_hands_over_parameters_is_served_too(tmp_path: Path) -> None:
+    needs_factories()
     ends = []
     for kind in (Trainer, OfVersion4):
         torch.manual_seed(0)
@@ -194,6 +197,8 @@ def test_a_trainer_that_hands_over_parameters_is_served_too(tmp_path: Path) -> N
 @pytest.mark.parametrize("way", ["factory", "callback"])
 def test_a_learning_rate_that_is_not_used_is_said(tmp_path: Path, way: str) -> None:
     """The trap: the rate in TrainingArguments, which every other optimizer takes, does nothing."""
+    if way == "factory":
+        needs_factories()
 
     def trainer(**changes: Any) -> Trainer:
         model = adapted()

@@ -10,6 +10,7 @@ import torch
 from captures import scales_and_residuals
 from models import bare, factors
 from naive import WrapperHooks
+from releases import unmet
 from tiny import MODES, SENTENCES, byte_tokenizer, lora, tiny_llama
 from torch import nn
 from transformers import TrainerCallback
@@ -18,6 +19,8 @@ from psilora import PSILoRA
 from psilora.integrations.hf import optimizer_cls_and_kwargs
 
 trl = pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
+if unmet("trl"):
+    pytest.skip(f"this TRL does not go with this {', '.join(unmet('trl'))}", allow_module_level=True)
 Dataset = pytest.importorskip("datasets", reason="datasets comes with TRL").Dataset
 
 COMMON = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import warnings
 from typing import Any
@@ -12,7 +11,8 @@ import torch
 from captures import scales_and_residuals
 from models import bare, factors, train
 from naive import WrapperHooks
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
+from releases import lora_config
 from tiny import TARGETS, adapted, lora, tiny_gpt2, tiny_llama, tokens
 from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -53,6 +53,7 @@ EXACT: dict[str, tuple[dict[str, Any], bool]] = {
 @pytest.mark.parametrize("variant", EXACT)
 def test_exact_variants(variant: str) -> None:
     config, trap = EXACT[variant]
+    lora_config(**config)
     base = tiny_gpt2() if "fan_in_fan_out" in config else tiny_llama()
     model = adapted(base, **config).train()
     naive = WrapperHooks(model)
@@ -116,7 +117,9 @@ def test_experts_are_refused_by_name_or_given_to_adamw() -> None:
         num_local_experts=4,
         num_experts_per_tok=2,
     )
-    settings = with_parameters(r=2, target_parameters=["experts.gate_up_proj"], task_type="CAUSAL_LM")
+    settings = lora_config(
+        r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj"], task_type="CAUSAL_LM"
+    )
     base = MixtralForCausalLM(config)
     if not any(name.endswith("experts.gate_up_proj") for name, _ in base.named_parameters()):
         pytest.skip("each expert is a module of its own in this transformers, and its layers are pairs like others")
@@ -131,34 +134,6 @@ def test_experts_are_refused_by_name_or_given_to_adamw() -> None:
         train(model, optimizer, [tokens()], loss)
     moved = {name: not torch.equal(before[name], value) for name, value in factors(model).items()}
     assert moved and all(moved.values())
-
-
-def with_parameters(**settings: Any) -> LoraConfig:
-    """A LoraConfig with `target_parameters`, which PEFT has since 0.17."""
-    if "target_parameters" not in {field.name for field in dataclasses.fields(LoraConfig)}:
-        pytest.skip("this PEFT adapts no bare parameters")
-    return LoraConfig(target_modules=["q_proj"], **settings)
-
-
-class Experts(nn.Module):
-    """Four products in one parameter."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.experts = nn.Linear(16, 16), nn.Module()
-        self.experts.weights = nn.Parameter(torch.randn(4, 16, 16))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.einsum("nd,edo->no", self.q_proj(x), self.experts.weights)
-
-
-def test_a_parameter_of_several_products_is_refused_whatever_the_model() -> None:
-    """The trap: one release of a library packs its experts, another does not, and a name is no longer found."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = get_peft_model(Experts(), with_parameters(r=2, target_parameters=["experts.weights"]))
-    with pytest.raises(ValueError, match=r"cannot be trained as ΔW = s·B·A: .*experts .*one product for each of 4"):
-        bare(model, 0.1)
 
 
 class FusedLoRA(torch.autograd.Function):
