@@ -1,4 +1,4 @@
-"""What older releases of other libraries lack: tests of it are skipped there, for reasons that the support table shows."""
+"""What older releases of other libraries lack: tests of it are skipped, for reasons that the support table shows."""
 
 from __future__ import annotations
 
