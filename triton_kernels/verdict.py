@@ -21,6 +21,15 @@ BLOCK = 128
 
 
 @triton.jit
+def _squared(x, TYPE: tl.constexpr):
+    """Return x² in float64; of 16-bit numbers, whose squares fp32 holds to the bit, through fp32."""
+    if TYPE == tl.float32:
+        return x.to(tl.float64) * x.to(tl.float64)
+    else:
+        return (x.to(tl.float32) * x.to(tl.float32)).to(tl.float64)
+
+
+@triton.jit
 def _square(addresses_ptr, dims_ptr, problem, start, end, SIDE: tl.constexpr, TYPE: tl.constexpr, BLOCK: tl.constexpr):
     """Return Σ F² over the columns start … end − 1 of a side, in float64."""
     r, _, d = sizes(dims_ptr, problem, SIDE)
@@ -31,15 +40,13 @@ def _square(addresses_ptr, dims_ptr, problem, start, end, SIDE: tl.constexpr, TY
         for _ in range(r):
             for first in range(start, end, BLOCK):
                 n = first + tl.arange(0, BLOCK)
-                x = tl.load(row + n, mask=n < end, other=0.0).to(tl.float32).to(tl.float64)
-                total += x * x
+                total += _squared(tl.load(row + n, mask=n < end, other=0.0), TYPE)
             row += d
     else:
         stop = end.to(tl.int64) * r
         for first in range(start.to(tl.int64) * r, stop, BLOCK):
             n = first + tl.arange(0, BLOCK)
-            x = tl.load(param + n, mask=n < stop, other=0.0).to(tl.float32).to(tl.float64)
-            total += x * x
+            total += _squared(tl.load(param + n, mask=n < stop, other=0.0), TYPE)
     return tl.sum(total, axis=0)
 
 
