@@ -303,7 +303,7 @@ def workspace(model: Model, case: Case) -> Row:
                 problem.record = record
             for execution in triton_backend.compute(problems, scales, backends):
                 execution.commit(one.bool(), None)
-            del records
+            del records, record
             for problem in problems:
                 problem.record = None
             held.append(mode.bytes)
