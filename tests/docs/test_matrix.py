@@ -1,0 +1,57 @@
+"""The support table is that of the committed runs, in which nothing failed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from test_docs import ROOT, load
+
+MATRIX = load("matrix")
+RECORDS = json.loads(MATRIX.RECORDS.read_text())
+
+
+def between(path: Path) -> list[str]:
+    return path.read_text().partition(f"{MATRIX.BEGIN}\n")[2].partition(f"\n{MATRIX.END}")[0].splitlines()
+
+
+def test_the_committed_tables_are_those_of_the_committed_runs() -> None:
+    assert {"oldest", "newest"} <= set(RECORDS)
+    assert all(not record["failed"] and record["passed"] > 50 for record in RECORDS.values())
+    assert between(ROOT / "README.md") == MATRIX.table(RECORDS, reasons=False)
+    assert between(ROOT / "docs" / "compatibility.md") == MATRIX.table(RECORDS)
+
+
+def test_the_extras_ask_for_what_was_run() -> None:
+    (line,) = (line for line in (ROOT / "pyproject.toml").read_text().splitlines() if line.startswith("hf = "))
+    for package in ("transformers", "peft", "accelerate"):
+        floor = line.partition(f'"{package}>=')[2].partition('"')[0]
+        assert RECORDS["oldest"]["versions"][package].startswith(f"{floor}.")
+
+
+def test_outcomes_are_counted_and_told(tmp_path: Path) -> None:
+    seen = MATRIX.Outcomes()
+    for when, outcome, why in (
+        ("setup", "passed", None),
+        ("call", "passed", None),
+        ("setup", "skipped", ("t.py", 1, "Skipped: needs a CUDA device")),
+        ("call", "failed", None),
+    ):
+        kinds = {kind: kind == outcome for kind in ("passed", "failed", "skipped")}
+        seen.pytest_runtest_logreport(SimpleNamespace(when=when, nodeid="t.py::f", longrepr=why, **kinds))
+    assert (seen.passed, seen.failed, seen.skipped) == (1, ["t.py::f"], {"needs a CUDA device": 1})
+    versions = {"torch": "2.9.1+cpu", "transformers": "4.50.0", "peft": "0.17.1", "accelerate": "1.2.0"}
+    record = {"python": "3.12.1", "versions": versions, "passed": 1, "failed": seen.failed, "skipped": seen.skipped}
+    newer = {**record, "versions": {**versions, "transformers": "4.51.0"}, "failed": []}
+    lines = MATRIX.table({"a": record, "b": newer})
+    assert lines[2] == "| 2.9.1 | 4.51.0 | 0.17.1 | 1.2.0 | 3.12.1 | 1 passed | needs a CUDA device |"
+    assert "1 passed, **1 failed**" in lines[3]
+    page = tmp_path / "page.md"
+    page.write_text(f"a\n{MATRIX.BEGIN}\nold\n{MATRIX.END}\nb\n")
+    MATRIX.embed({"a": record}, page)
+    assert between(page) == MATRIX.table({"a": record}) and page.read_text().endswith("\nb\n")
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="once each"):
+        MATRIX.embed({"a": record}, page)
