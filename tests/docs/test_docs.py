@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from models import MLP, mse, peft_mlp, plain_mlp
+from scripts import ROOT, load
 from tiny import SENTENCES, adapted, byte_tokenizer, tiny_llama, token_rows, tokens
 from torch import nn
 
 from psilora import PSILoRA
 
-ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BESIDE = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "examples/README.md", "experiments/README.md")
 DOCUMENTS = [*PAGES, *(ROOT / name for name in BESIDE), ROOT / "experiments/NOTES.md", ROOT / "bench/NOTES.md"]
-
-
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / "docs" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 HOOKS = load("hooks")
@@ -197,4 +187,3 @@ def test_the_reference_names_what_there_is(name: str) -> None:
         importlib.import_module(dotted) if dotted == "psilora.baselines" else getattr(
             importlib.import_module(module), attribute
         )
-    assert "docs_hooks" not in sys.modules

@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from test_docs import ROOT, load
+from scripts import ROOT, load
 
 MATRIX = load("matrix")
 RECORDS = json.loads(MATRIX.RECORDS.read_text())
