@@ -23,10 +23,10 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q
 NATIVE_SOURCES := $(shell find csrc -type f)
 
-.PHONY: help install demo demo-short demo-llm mnist test test-all test-fast test-matrix docs lint typecheck format clean
+.PHONY: help install demo demo-short demo-llm mnist test test-all test-fast test-matrix gates docs lint typecheck format clean
 
 help:
-	@echo "make test | test-all | test-fast | test-matrix | docs | demo | demo-short | demo-llm | mnist | lint | typecheck | format | install | clean"
+	@echo "make test | test-all | test-fast | test-matrix | gates | docs | demo | demo-short | demo-llm | mnist | lint | typecheck | format | install | clean"
 
 # The marks below make a second run install nothing. $(VENV)/.torch: an environment with torch and the build tools.
 $(VENV)/.torch:
@@ -74,6 +74,12 @@ test: install
 # With every variant of every kernel for every target.
 test-all: install
 	$(PYTEST) --sweep $(ARGS)
+
+# The gates on another Triton, which is put into a folder of its own: make gates TRITON=triton==3.9.0
+# ARGS: a pattern of names, and --targets with capabilities.
+gates: install
+	$(PIP) --no-deps --upgrade --target build/$(subst ==,-,$(TRITON)) "$(TRITON)"
+	PYTHONPATH=$(abspath build/$(subst ==,-,$(TRITON))) $(PY) tests/support/kernel_gates.py $(ARGS)
 
 # What computes without kernels, in one process and without other libraries' training loops.
 NOT_FAST := backends bench distributed docs examples experiments scenarios triton_kernels test_gpu.py test_gpu_default.py test_doctor.py test_packaging.py

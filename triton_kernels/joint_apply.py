@@ -25,6 +25,7 @@ from psilora.triton_kernels.joint_layout import (
     SIGMA,
     STEPS,
     TAKEN,
+    aligned,
     rows_of,
     weights,
 )
@@ -117,14 +118,9 @@ def _apply_side(
             first_at = m + element(k, n, 2 * r if T else d, T)
             second_at = m + element(r + k, n, 2 * r if T else d, T)
             if WHOLE:
-                if (AXIS == 1) == T:  # memory runs along axis 1
-                    at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
-                    first_at = tl.multiple_of(tl.max_contiguous(first_at, (1, 8)), (1, 16))
-                    second_at = tl.multiple_of(tl.max_contiguous(second_at, (1, 8)), (1, 16))
-                else:
-                    at = tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
-                    first_at = tl.multiple_of(tl.max_contiguous(first_at, (8, 1)), (16, 1))
-                    second_at = tl.multiple_of(tl.max_contiguous(second_at, (8, 1)), (16, 1))
+                at = aligned(at, AXIS, T, True)
+                first_at = aligned(first_at, AXIS, T, True)
+                second_at = aligned(second_at, AXIS, T, True)
                 old = tl.load(at)
             else:
                 old = tl.load(at, mask=(k < r) & (n < end), other=0.0)

@@ -181,6 +181,17 @@ def _across(x, AXIS: tl.constexpr):
 
 
 @triton.jit
+def aligned(at, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr):
+    """Say of pointers to rows along AXIS, stored as (k, n) or TRANSPOSED as (n, k), what WHOLE promises."""
+    if not WHOLE:
+        return at
+    elif (AXIS == 1) == TRANSPOSED:  # memory runs along axis 1
+        return tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
+    else:
+        return tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
+
+
+@triton.jit
 def rows_of(
     addresses_ptr, dims_ptr, problem, row, n, end,
     SIDE: tl.constexpr, RP: tl.constexpr, AXIS: tl.constexpr, WHOLE: tl.constexpr, F_TYPE: tl.constexpr,
@@ -215,24 +226,23 @@ def rows_of(
         leading = tl.max_constancy(tl.where(own, 2 * r, r), 8) if T else tl.zeros_like(row) + d
         at = _across(start, AXIS) + element(_across(index, AXIS), column, _across(leading, AXIS), T)
         if WHOLE:
-            if (AXIS == 1) == T:  # memory runs along axis 1
-                at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
-            else:
-                at = tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
-            return tl.load(at), of_f
+            return tl.load(aligned(at, AXIS, T, True)), of_f
         else:
             return tl.load(at, mask=inside, other=0.0), of_f
     else:
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
         g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
         m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
-        if WHOLE:
-            f, g, m = tl.multiple_of(f, 16), tl.multiple_of(g, 16), tl.multiple_of(m, 16)
-        of = _across(block, AXIS)
         at = element(_across(tl.max_contiguous(k, 8), AXIS), column, r if T else d, T)
-        first = tl.load(f + at, mask=inside & (of == 0), other=0.0).to(tl.float32)
-        last = tl.load(g + at, mask=inside & (of == 3), other=0.0).to(tl.float32)
         index = tl.max_contiguous((block - 1) * r + k, 8)
-        at = element(_across(index, AXIS), column, 2 * r if T else d, T)
-        middle = tl.load(m + at, mask=inside & (of > 0) & (of < 3), other=0.0)
+        at_m = element(_across(index, AXIS), column, 2 * r if T else d, T)
+        block = _across(block, AXIS)
+        last_of = block == 3
+        middle_of = (block > 0) & (block < 3)
+        first_of = of_f
+        if not WHOLE:
+            first_of, middle_of, last_of = first_of & inside, middle_of & inside, last_of & inside
+        first = tl.load(aligned(f + at, AXIS, T, WHOLE), mask=first_of, other=0.0).to(tl.float32)
+        last = tl.load(aligned(g + at, AXIS, T, WHOLE), mask=last_of, other=0.0).to(tl.float32)
+        middle = tl.load(aligned(m + at_m, AXIS, T, WHOLE), mask=middle_of, other=0.0)
         return first + last + middle, of_f

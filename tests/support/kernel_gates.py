@@ -321,6 +321,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="", help="regular expression that selects variants")
     parser.add_argument("--modules", nargs="*", help="default: every module of the kernel package")
+    parser.add_argument(
+        "--targets", nargs="*", type=int, help="compute capabilities, 90 for 9.0; default: a variant's own"
+    )
     parser.add_argument("--serve", action="store_true", help="compile what stdin asks for")
     options = parser.parse_args()
     found = variants(options.modules or kernel_modules())
@@ -328,7 +331,8 @@ def main() -> None:
         serve(found)
         return
     selected = [variant for name, variant in found.items() if re.search(options.pattern, name)]
-    print(table([compile_variant(variant, target) for variant in selected for target in variant.targets]))
+    chosen = [(v, t) for v in selected for t in v.targets if options.targets is None or t in options.targets]
+    print(table([compile_variant(variant, target) for variant, target in chosen]))
 
 
 if __name__ == "__main__":
