@@ -307,14 +307,15 @@ class Flow:
         return reached
 
 
-def table(reports: list[dict[str, Any]]) -> str:
-    """The reports as text, one line each."""
-    lines = [f"{'kernel':40s} {'sm':>4s} {'registers':>9s} {'shared':>7s} {'copies':>6s} {'seconds':>7s}  problems"]
-    for r in reports:
-        numbers = [str(r.get(key, "-")).rjust(width) for key, width in (("registers", 9), ("shared", 7), ("copies", 6))]
-        line = f"{r['name']:40s} {r['target']:4d} {' '.join(numbers)} {r.get('seconds', 0):7.1f}"
-        lines.append(f"{line}  {'; '.join(r['problems'])}".rstrip())
-    return "\n".join(lines)
+HEAD = f"{'kernel':40s} {'sm':>4s} {'registers':>9s} {'shared':>7s} {'copies':>6s} {'seconds':>7s}  problems"
+
+
+def row(report: dict[str, Any]) -> str:
+    """A report as a line under `HEAD`."""
+    widths = (("registers", 9), ("shared", 7), ("copies", 6))
+    numbers = " ".join(str(report.get(key, "-")).rjust(width) for key, width in widths)
+    line = f"{report['name']:40s} {report['target']:4d} {numbers} {report.get('seconds', 0):7.1f}"
+    return f"{line}  {'; '.join(report['problems'])}".rstrip()
 
 
 def main() -> None:
@@ -332,7 +333,9 @@ def main() -> None:
         return
     selected = [variant for name, variant in found.items() if re.search(options.pattern, name)]
     chosen = [(v, t) for v in selected for t in v.targets if options.targets is None or t in options.targets]
-    print(table([compile_variant(variant, target) for variant, target in chosen]))
+    print(HEAD)
+    for variant, target in chosen:
+        print(row(compile_variant(variant, target)), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def compiler() -> Iterator[kernel_gates.Compiler]:
 @pytest.mark.parametrize(("name", "target"), MARKED)
 def test_gate(name: str, target: int, compiler: kernel_gates.Compiler) -> None:
     report = compiler.report(name, target)
-    assert report["problems"] == [], kernel_gates.table([report])
+    assert report["problems"] == [], kernel_gates.row(report)
 
 
 @pytest.mark.parametrize(("variant", "expected"), gate_offenders.CASES, ids=lambda value: getattr(value, "name", ""))
