@@ -977,6 +977,10 @@ _TYPES = {
 }  # fmt: skip
 
 
+def _targets(double: bool) -> tuple[int, ...]:
+    return tuple(t for t in JOINT_TARGETS if (t in DOUBLE_TARGETS and DOUBLE_PRODUCTS) == double)
+
+
 def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any], double: bool) -> Variant:
     signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
     return Variant(
@@ -991,8 +995,12 @@ def _variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any], do
         maxnreg=REGISTERS[padded],
         fusion=False,
         spilled=SPILLED.get((name, padded), 0),
-        targets=tuple(t for t in JOINT_TARGETS if (t in DOUBLE_TARGETS) == double) if padded == 16 else (SLOW_TARGET,),
+        targets=_targets(double) if padded == 16 else (SLOW_TARGET,),
     )
+
+
+#: Whether DOUBLE, as far as this Triton compiles it.
+WAYS = (True, False) if DOUBLE_PRODUCTS else (False,)
 
 
 def _variants() -> list[Variant]:
@@ -1004,13 +1012,13 @@ def _variants() -> list[Variant]:
         ):
             rows, pieces = rows_of_piece(padded, blocks), pieces_of(padded, blocks)
             tiled = {"ROWS": rows, "PIECES": len(pieces), "STRIDE": (1 + pieces[-1][0]) * rows}
-            found += [_variant(name, kernel, padded, {**tiled, **more}, double) for double in (True, False)]
-        for double in (True, False):
+            found += [_variant(name, kernel, padded, {**tiled, **more}, double) for double in WAYS]
+        for double in WAYS:
             found.append(_variant("joint_tangent", _tangent_kernel, padded, {"NESTEROV": True}, double))
         constexprs = {
             "STEPS": 11, "FIRST": 0, "HAS_DECAY": True, "BALANCE": True, "MOST_A": 65504.0, "MOST_B": 3e38,
         }  # fmt: skip
-        found += [_variant("joint_finish", _finish_kernel, padded, constexprs, double) for double in (True, False)]
+        found += [_variant("joint_finish", _finish_kernel, padded, constexprs, double) for double in WAYS]
     return found
 
 
