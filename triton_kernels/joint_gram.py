@@ -50,8 +50,13 @@ _ROUND = tl.constexpr(12582912.0)
 
 
 def rows_of_piece(padded: int, blocks: int) -> int:
-    """Return the rows and columns of a piece of Γ that one program forms; more, and its sums do not fit registers."""
-    return min(64, max(16, padded * blocks))
+    """Return the rows and columns of a piece of Γ that one program forms.
+
+    Up to 64 rows all at once. Of more, whose pieces are also products of rows with others, 32: larger ones would be
+    formed by sm_90's asynchronous products, which some runs of the compiled code have left as NaN.
+    """
+    rows = padded * blocks
+    return max(16, rows) if rows <= 64 else 32
 
 
 #: Targets whose products read both operands from shared memory, and the others.
