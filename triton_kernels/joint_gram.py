@@ -53,7 +53,7 @@ def rows_of_piece(padded: int, blocks: int) -> int:
     """Return the rows and columns of a piece of Γ that one program forms.
 
     Up to 64 rows all at once. Of more, whose pieces are also products of rows with others, 32: larger ones would be
-    formed by sm_90's asynchronous products, which some runs of the compiled code have left as NaN.
+    formed by sm_90's asynchronous products, which compiled code run on a CPU left as NaN.
     """
     rows = padded * blocks
     return max(16, rows) if rows <= 64 else 32
@@ -544,7 +544,7 @@ def _variants() -> list[Variant]:
                     "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
                     "ALONE": blocks == 1, "FOLLOWS": blocks == 4, **types,
                 }  # fmt: skip
-                wide = {"max_registers": 255, "fusion": False}
+                wide = {"max_registers": 255, "fusion": False, "spilled": 1024 if rows < padded * blocks else 0}
                 found.append(
                     _variant(f"{name}{kind}", _gram_kernel, padded, own, _shape(rows, 90), WIDE_TARGETS, **wide)
                 )
