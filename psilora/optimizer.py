@@ -14,16 +14,14 @@ from psilora.adapters.model import Models
 from psilora.adapters.pair import LoRAPair, is_sparse, listed
 from psilora.backends import dispatch
 from psilora.backends.warmup import warm_up
-from psilora.capture.record import Captured
 from psilora.distributed.communicator import Communicator
 from psilora.distributed.sharding import Gathered, local
-from psilora.lifecycle import Lifecycle
 from psilora.linalg.precision import full_precision
 from psilora.monitor.standstill import why_still
-from psilora.monitor.summary import PairInfo, pair_infos, summary
 from psilora.options import OPTION_NAMES, Options, refuse_foreign, resolved
 from psilora.options.published import PAPER
 from psilora.param_groups.bind import Recipe
+from psilora.reporting import Reporting
 from psilora.steps.assemble import Collected
 from psilora.steps.clipping import gradient_factor
 from psilora.steps.controller import CONTROLLERS
@@ -38,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class PSILoRA(Lifecycle):
+class PSILoRA(Reporting):
     r"""A full step on the weight of every LoRA pair, cut back to rank r by LoRSum (see `psilora.lorsum`).
 
     ΔW = s·B·A, with the gradient G = ∂L/∂W, which is never formed. Two kinds of step:
@@ -382,33 +380,6 @@ class PSILoRA(Lifecycle):
         copy_loaded(found, self.param_groups, self.state)
         self._capture.clear()
 
-    def captured(self) -> list[Captured]:
-        """Return what is held of X and S of every pair since the last step, in the order of `pairs`; copies nothing."""
-        return [self._capture.held(pair) for pair, _ in self._options()]
-
-    def capture_bytes(self) -> int:
-        """Return the bytes held for the next step beside `.grad`; storage shared between layers is counted once."""
-        return self._capture.nbytes()
-
-    def gradients(self) -> dict[str, str]:
-        """Return how each captured pair's gradient is kept now: "exact", "dense", "backward" or "tangent"."""
-        return self._planner.gradients()
-
-    def pairs(self) -> list[PairInfo]:
-        """Return the LoRA pairs in order: names, shapes, scaling, parameters, and how the gradient of each is known."""
-        return pair_infos(self._options(), self.gradients())
-
-    def summary(self) -> str:
-        """Return in words what trains with what, how many numbers, and their bytes."""
-        return summary(self.pairs(), self.param_groups, self.backend, self.backends())
-
-    def __repr__(self) -> str:
-        return self.summary()
-
-    def backends(self) -> list[str]:
-        """Return which backend has taken how many pairs in the last step and, of the reference, why; [] before."""
-        return list(self._taken)
-
     def warmup(self) -> list[str]:
         """Compile everything that a step on the kernels needs, ahead of the first one; return in words what was done.
 
@@ -421,14 +392,3 @@ class PSILoRA(Lifecycle):
         return warm_up(
             self._options(), self.state, self.gradients(), self.backend, self._planner.tokens, increments=controlled
         )
-
-    def observe_next_step(self) -> None:
-        """Have the next step compute the figures of `psilora.monitor.observer.Observer`; costs about a step."""
-        self._observer.request()
-
-    def stats(self) -> dict[str, float]:
-        """Return the counts of skipped steps and repaired pivots, and the figures of the last observed step, if any.
-
-        Waits for the device. Which backend has taken the last step says `backends`.
-        """
-        return {**self._counters.read(), **self._observer.read()}

@@ -19,6 +19,7 @@ ORDER = (
     ("steps", "baselines"),
     ("backends", "monitor"),
     ("lifecycle",),
+    ("reporting",),
     ("optimizer",),
     ("presets", "integrations", "doctor", "functional"),
 )
