@@ -128,7 +128,9 @@ def _commit_side(
             )
     if start == 0:
         count = address(addresses_ptr, problem, COUNT + SIDE, tl.float32, ADDRESSES)
-        tl.store(count, tl.load(count) + 1.0)
+        steps_before = tl.load(count)  # by every thread, and the store is one thread's
+        tl.debug_barrier()
+        tl.store(count, steps_before + 1.0)
 
 
 @triton.jit

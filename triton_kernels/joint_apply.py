@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.joint_core import OUT_SHIFT, OUTCOME
+from psilora.triton_kernels.joint_algebra import OUT_SHIFT, OUTCOME
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     COUNT,
@@ -189,7 +189,7 @@ def apply(
 
     Takes, beside what `joint_gram.gram` describes:
         coefficients: (2, L, 3·RP, 4·RP) fp32, rows ΔF, M₁⁺, M₂⁺, columns F, M₁, M₂, D; those of B transposed.
-        found, outcome: What `joint_core.collect` and `joint_core.finish` have left.
+        found, outcome: What `joint_collect.collect` and `joint_finish.finish` have left.
         ok: 0-d uint8, whether anything is written.
         whole: As for `joint_gram.gram`.
         commit: Whether parameters and state are written; else the increments of F, into the rows STEPS.

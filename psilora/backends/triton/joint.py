@@ -22,7 +22,16 @@ from psilora.linalg.polar import STEPS as SCHULZ_STEPS
 from psilora.options import Options, SpectralOptions
 from psilora.steps.problem import Problem, Problems, Scales
 from psilora.steps.spectral.reference import factor_ridge, rate_factor
-from psilora.triton_kernels import joint_apply, joint_core, joint_gram, joint_layout, slots
+from psilora.triton_kernels import (
+    joint_algebra,
+    joint_apply,
+    joint_collect,
+    joint_finish,
+    joint_gram,
+    joint_layout,
+    joint_tangent,
+    slots,
+)
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table
 
@@ -107,10 +116,10 @@ class JointRun:
         self.frozen, self.seen = ints(count), floats(count, int(joint_layout.SEEN.value))
         self.gram, self.traces = floats(2, count, 2, 4 * padded, 4 * padded), floats(2, count, 2)
         self.roots = _carved(self.gram, (2, count, padded, padded))  # read before Γ is written
-        self.small = floats(2, count, 2, int(joint_core.SMALL.value), padded, padded)
+        self.small = floats(2, count, 2, int(joint_algebra.SMALL.value), padded, padded)
         self.known, self.outcome = (
-            ints(2, count, int(joint_core.KNOWN.value)),
-            ints(count, int(joint_core.OUTCOME.value)),
+            ints(2, count, int(joint_algebra.KNOWN.value)),
+            ints(count, int(joint_algebra.OUTCOME.value)),
         )
         self.polar = floats(count, 4, 2 * padded, 2 * padded)
         self.coefficients = _carved(self.partials, (2, count, 3 * padded, 4 * padded))  # written after those are read
@@ -121,7 +130,7 @@ class JointRun:
         #: Whether neither rank nor widths need masks; whether addresses allow to do without is seen in every step.
         self.even = self.rank == padded and not any(size % joint_gram.EVEN for side in sizes for size in side)
         self.whole = False
-        self.double = joint_core.doubles(self.device)
+        self.double = joint_algebra.doubles(self.device)
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.yes = torch.ones((), dtype=torch.uint8, device=device)
         for side in (0, 1):
@@ -174,7 +183,7 @@ class JointRun:
                 self.partials_alone, self.exponents_alone, self.flags_alone,
                 padded=self.padded, alone=True, follows=False, whole=self.whole, types=self.types,
             )  # fmt: skip
-            joint_core.roots(
+            joint_collect.roots(
                 settings, self.dims, self.parts, self.alone, self.partials_alone, self.exponents_alone, self.small,
                 self.roots, self.traces, self.frozen, double=self.double,
             )  # fmt: skip
@@ -187,17 +196,17 @@ class JointRun:
                 self.partials, self.exponents, self.flags_found,
                 padded=self.padded, alone=False, follows=self.follows, whole=self.whole, types=self.types,
             )  # fmt: skip
-            joint_core.collect(
+            joint_collect.collect(
                 addresses, settings, self.dims, self.parts, self.pieces, self.sums, self.frozen, self.partials,
                 self.exponents, self.flags_found, self.gram, self.small, self.known, self.seen,
                 follows=self.follows, fades=self.options.fade, double=self.double,
             )  # fmt: skip
-            joint_core.tangent(
+            joint_tangent.tangent(
                 settings, self.dims, self.parts, self.sums, clip, self.seen, self.gram, self.small, self.known,
                 self.coefficients,
                 nesterov=self.options.nesterov, double=self.double,
             )  # fmt: skip
-            joint_core.finish(
+            joint_finish.finish(
                 addresses, settings, self.dims, self.parts, self.sums, self.seen, self.traces, self.gram, self.small,
                 self.known, self.polar, self.schulz, self.coefficients, self.outcome,
                 first=self.options.first, decay=self.options.weight_decay > 0, balance=self.options.balance,
