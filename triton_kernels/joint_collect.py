@@ -27,8 +27,18 @@ from psilora.triton_kernels.joint_algebra import (
     options,
     variant,
 )
-from psilora.triton_kernels.joint_gram import pieces_of, rows_of_piece
-from psilora.triton_kernels.joint_layout import NEW_STEPS, RIDGE, SEEN, SETTINGS, SHARE, SIGMA, TAKEN, seen
+from psilora.triton_kernels.joint_layout import (
+    NEW_STEPS,
+    RIDGE,
+    SEEN,
+    SETTINGS,
+    SHARE,
+    SIGMA,
+    TAKEN,
+    pieces_of,
+    rows_of_piece,
+    seen,
+)
 from psilora.triton_kernels.layout import UNALIGNED, sizes
 from psilora.triton_kernels.twofold import add, load, power, product, store
 from psilora.triton_kernels.variants import Variant

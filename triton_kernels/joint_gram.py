@@ -11,28 +11,21 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     FACTOR,
-    FRESH_ROOT,
-    GRAD,
-    METRIC,
-    NEW_UNIT,
-    OLD_UNIT,
-    SCALING,
-    SETTINGS,
     SUMS,
     WEIGHT_SUM,
+    pieces_of,
     rows_of,
+    rows_of_piece,
     seen,
     weights,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
-from psilora.triton_kernels.split import add_product, split3
 from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import exponent_of, power, two_sum
 from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
@@ -47,16 +40,6 @@ FULL_CROSS = tl.constexpr(256)
 WARPS = 2
 #: Adding and subtracting it rounds an fp32 number below 2²² to an integer.
 _ROUND = tl.constexpr(12582912.0)
-
-
-def rows_of_piece(padded: int, blocks: int) -> int:
-    """Return the rows and columns of a piece of Γ that one program forms.
-
-    Up to 64 rows all at once. Of more, whose pieces are also products of rows with others, 32: larger ones would be
-    formed by sm_90's asynchronous products, which compiled code run on a CPU left as NaN.
-    """
-    rows = padded * blocks
-    return max(16, rows) if rows <= 64 else 32
 
 
 #: Targets whose products read both operands from shared memory, and the others.
@@ -334,124 +317,6 @@ def _gram_kernel(
                 )  # fmt: skip
 
 
-@triton.jit
-def _gradient(g, k, n, end, r, d, SIDE: tl.constexpr, RP: tl.constexpr, WHOLE: tl.constexpr):
-    """Return rows k of `.grad` at columns n in fp32, rows along axis 0."""
-    if WHOLE and k.shape[0] <= RP:
-        at = g + element(k[:, None], n[None, :], RP if SIDE == 1 else d, SIDE == 1)
-        if SIDE == 1:
-            at = tl.multiple_of(tl.max_contiguous(at, (8, 1)), (16, 1))
-        else:
-            at = tl.multiple_of(tl.max_contiguous(at, (1, 8)), (1, 16))
-        return tl.load(at).to(tl.float32)
-    else:
-        at = g + element(k[:, None], n[None, :], r if SIDE == 1 else d, SIDE == 1)
-        return tl.load(at, mask=(k[:, None] < r) & (n[None, :] < end), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _root(roots_ptr, c, k, r, RP: tl.constexpr):
-    """Return rows c and columns k of a root in three parts."""
-    inside = (c[:, None] < r) & (k[None, :] < r)
-    return split3(tl.load(roots_ptr + c[:, None] * RP + k[None, :], mask=inside, other=0.0), tl.bfloat16)
-
-
-@triton.jit
-def _moments_side(
-    addresses_ptr, settings_ptr, dims_ptr, roots_ptr, scale, sums_ptr, problem, start, end,
-    SIDE: tl.constexpr, RP: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, G_TYPE: tl.constexpr,
-):  # fmt: skip
-    r, _, d = sizes(dims_ptr, problem, SIDE)
-    g = address(addresses_ptr, problem, GRAD + SIDE, G_TYPE, ADDRESSES)
-    old_ptr = address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES)
-    fresh = address(addresses_ptr, problem, FRESH_ROOT + SIDE, tl.float32, ADDRESSES)
-    K: tl.constexpr = RP if RP > 16 else 16
-    C: tl.constexpr = K if K < 32 else 32
-    new_unit = tl.full((), 0.0, tl.float32)
-    new_sum = tl.full((), 0.0, tl.float32)
-    old_unit = tl.full((), 0.0, tl.float32)
-    old_sum = tl.full((), 0.0, tl.float32)
-    k = tl.arange(0, C)
-    x1, x2, x3 = _root(roots_ptr, k, k, r, RP)
-    for begin in range(start, end, BN):
-        n = begin + tl.arange(0, BN)
-        inside = n < end
-        # The triangular root times a column of `.grad`: rows of the root in chunks, each with its columns in chunks.
-        top = tl.zeros((BN,), tl.float32)
-        squares = tl.zeros((BN,), tl.float32)
-        for first in range(0, K, C):
-            c = first + tl.arange(0, C)
-            t = tl.zeros((C, BN), tl.float32)
-            for k0 in range(0, K, C):
-                k = k0 + tl.arange(0, C)
-                if C < K:
-                    x1, x2, x3 = _root(roots_ptr, c, k, r, RP)
-                y1, y2, y3 = split3(_gradient(g, k, n, end, r, d, SIDE, RP, WHOLE), tl.bfloat16)
-                t = add_product(x1, x2, x3, y1, y2, y3, t)
-            # Σ t² with a power of two taken out, so that neither tiny nor huge gradients leave the range of fp32.
-            largest = tl.max(tl.abs(t), axis=0)
-            grown = tl.maximum(top, largest)
-            unit = power(-exponent_of(grown))
-            scaled = t * unit[None, :]
-            before = power(exponent_of(top) - exponent_of(grown))
-            squares = squares * before * before + tl.sum(scaled * scaled, axis=0)
-            top = grown
-        root_new = tl.sqrt_rn(squares / r) * power(exponent_of(top)) * scale
-        root_new = tl.where(inside, root_new, 0.0)
-        tl.store(fresh + n, root_new, mask=inside)
-        root_old = tl.load(old_ptr + n, mask=inside, other=0.0)
-        new_unit, new_sum = _grown(new_unit, new_sum, root_new)
-        old_unit, old_sum = _grown(old_unit, old_sum, root_old)
-    tl.store(sums_ptr + NEW_UNIT, new_unit)
-    tl.store(sums_ptr + NEW_UNIT + 1, new_sum)
-    tl.store(sums_ptr + OLD_UNIT, old_unit)
-    tl.store(sums_ptr + OLD_UNIT + 1, old_sum)
-
-
-@triton.jit
-def _grown(unit, total, roots):
-    """Return (unit', Σ/unit'²) with the squares of `roots` added, unit' a power of two above them all."""
-    top = tl.max(roots, axis=0)
-    new = tl.maximum(unit, tl.where(top > 0.0, power(exponent_of(top)), 0.0))
-    safe = tl.where(new > 0.0, new, 1.0)
-    share = unit / safe
-    scaled = roots / safe
-    return new, total * share * share + tl.sum(scaled * scaled, axis=0)
-
-
-@triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
-def _moments_kernel(
-    addresses_ptr, settings_ptr, dims_ptr, tiles_ptr, roots_ptr, clip_ptr, sums_ptr, layers,
-    RP: tl.constexpr, BN: tl.constexpr, WHOLE: tl.constexpr, G_A: tl.constexpr, G_B: tl.constexpr,
-):  # fmt: skip
-    """√mean_k (g_k)² per column of a tile, g the gradient in the orthonormal basis of the other factor; tile sums."""
-    tile = tl.program_id(0).to(tl.int64)
-    side, problem, start, end = tile_at(tiles_ptr, tile)
-    scale = tl.abs(tl.load(clip_ptr)) / tl.load(settings_ptr + problem * SETTINGS + SCALING)
-    sums = sums_ptr + tile * SUMS
-    if side == 0:
-        roots = roots_ptr + (layers + problem) * RP * RP
-        _moments_side(
-            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 0, RP, BN, WHOLE, G_A
-        )  # fmt: skip
-    else:
-        roots = roots_ptr + problem * RP * RP
-        _moments_side(
-            addresses_ptr, settings_ptr, dims_ptr, roots, scale, sums, problem, start, end, 1, RP, BN, WHOLE, G_B
-        )  # fmt: skip
-
-
-def pieces_table(padded: int, blocks: int, device: torch.device) -> Tensor:
-    """Return the pieces that cover the lower triangle of Γ, (pieces, 2) int32: of rows, and of columns."""
-    return torch.tensor(pieces_of(padded, blocks), dtype=torch.int32, device=device)
-
-
-def pieces_of(padded: int, blocks: int) -> list[tuple[int, int]]:
-    """Return the pieces that cover the lower triangle of Γ: of rows, and of columns."""
-    rows = rows_of_piece(padded, blocks)
-    return [(i, j) for i in range(-(-padded * blocks // rows)) for j in range(i + 1)]
-
-
 def gram(
     addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, parts: Tensor, pieces: Tensor, sums: Tensor,
     frozen: Tensor, out: Tensor, exponents: Tensor, flags: Tensor, *, padded: int, alone: bool, follows: bool,
@@ -487,23 +352,6 @@ def gram(
     )  # fmt: skip
 
 
-def moments(
-    addresses: Tensor, settings: Tensor, dims: Tensor, tiles: Tensor, roots: Tensor, clip: Tensor, sums: Tensor,
-    *, padded: int, whole: bool, types: tuple[Any, Any, Any, Any],
-) -> None:  # fmt: skip
-    """Launch `_moments_kernel`.
-
-    Takes, beside what `joint_gram.gram` describes:
-        roots: (2, L, RP, RP) fp32, L⁻¹ of AAᵀ and of BᵀB.
-        clip: 0-d fp32, what multiplies `.grad`.
-        sums: (tiles, 8) fp32, written.
-    """
-    _moments_kernel[(tiles.shape[0],)](
-        addresses, settings, dims, tiles, roots, clip, sums, dims.shape[0],
-        RP=padded, BN=EVEN, WHOLE=whole, G_A=types[2], G_B=types[3], num_warps=WARPS, num_stages=1,
-    )  # fmt: skip
-
-
 _TYPES = {
     "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",
     "pieces_ptr": "*i32", "sums_ptr": "*fp32", "frozen_ptr": "*i32", "out_ptr": "*fp32", "exponents_ptr": "*i32",
@@ -511,10 +359,11 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _variant(
+def variant(
     name: str, kernel: Any, padded: int, constexprs: dict[str, Any], shape: dict[str, Any],
     targets: tuple[int, ...] = JOINT_TARGETS, **limits: Any,
 ) -> Variant:  # fmt: skip
+    """Return a variant of one of these kernels, `shape` its blocks and how it is compiled."""
     signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
     own = {key: value for key, value in shape.items() if key in kernel.arg_names}
     return Variant(
@@ -529,15 +378,17 @@ def _variant(
     )
 
 
+#: Types of the rows that are compiled, by what they add to a variant's name.
+TYPES = {
+    "": {"F_A": tl.bfloat16, "F_B": tl.float32, "G_A": tl.float32, "G_B": tl.bfloat16, "WHOLE": False},
+    "_fp32": {**dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True},
+}
+
+
 def _variants() -> list[Variant]:
     found = []
-    mixed = {"F_A": tl.bfloat16, "F_B": tl.float32, "G_A": tl.float32, "G_B": tl.bfloat16, "WHOLE": False}
-    plain = {**dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True}
     for padded in (8, 16, 32, 64, 128):
-        for kind, types in (("", mixed), ("_fp32", plain)):
-            own = {key: types[key] for key in ("G_A", "G_B", "WHOLE")}
-            shape = {"BN": EVEN, "num_warps": WARPS, "num_stages": 1}
-            found.append(_variant(f"joint_moments{kind}", _moments_kernel, padded, own, shape, max_registers=255))
+        for kind, types in TYPES.items():
             for name, blocks in (("joint_gram", 4), ("joint_gram_alone", 1)):
                 rows = rows_of_piece(padded, blocks)
                 own = {
@@ -546,12 +397,12 @@ def _variants() -> list[Variant]:
                 }  # fmt: skip
                 wide = {"max_registers": 255, "fusion": False, "spilled": 1024 if rows < padded * blocks else 0}
                 found.append(
-                    _variant(f"{name}{kind}", _gram_kernel, padded, own, _shape(rows, 90), WIDE_TARGETS, **wide)
+                    variant(f"{name}{kind}", _gram_kernel, padded, own, _shape(rows, 90), WIDE_TARGETS, **wide)
                 )
                 if padded == 16:
                     narrow = {**wide, "spilled": SPILLED if blocks == 4 else 0}
                     found.append(
-                        _variant(f"{name}{kind}_narrow", _gram_kernel, padded, own, _shape(rows, 80), NARROW, **narrow)
+                        variant(f"{name}{kind}_narrow", _gram_kernel, padded, own, _shape(rows, 80), NARROW, **narrow)
                     )
     return found
 

@@ -8,6 +8,9 @@ number k has index b·RP + k, where RP is r padded to a power of two.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.layout import address, element, sizes
@@ -246,3 +249,24 @@ def rows_of(
         last = tl.load(aligned(g + at, AXIS, T, WHOLE), mask=last_of, other=0.0).to(tl.float32)
         middle = tl.load(aligned(m + at_m, AXIS, T, WHOLE), mask=middle_of, other=0.0)
         return first + last + middle, of_f
+
+
+def rows_of_piece(padded: int, blocks: int) -> int:
+    """Return the rows and columns of a piece of Γ that one program forms.
+
+    Up to 64 rows all at once. Of more, whose pieces are also products of rows with others, 32: larger ones would be
+    formed by sm_90's asynchronous products, which compiled code run on a CPU left as NaN.
+    """
+    rows = padded * blocks
+    return max(16, rows) if rows <= 64 else 32
+
+
+def pieces_table(padded: int, blocks: int, device: torch.device) -> Tensor:
+    """Return the pieces that cover the lower triangle of Γ, (pieces, 2) int32: of rows, and of columns."""
+    return torch.tensor(pieces_of(padded, blocks), dtype=torch.int32, device=device)
+
+
+def pieces_of(padded: int, blocks: int) -> list[tuple[int, int]]:
+    """Return the pieces that cover the lower triangle of Γ: of rows, and of columns."""
+    rows = rows_of_piece(padded, blocks)
+    return [(i, j) for i in range(-(-padded * blocks // rows)) for j in range(i + 1)]

@@ -11,7 +11,7 @@ from psilora.triton_kernels import _compat, slots
 if _compat.unavailable_reason() is not None:
     pytest.skip(str(_compat.unavailable_reason()), allow_module_level=True)
 
-from psilora.triton_kernels import joint_gram
+from psilora.triton_kernels import joint_gram, joint_layout
 from psilora.triton_kernels._compat import tl
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,8 +41,8 @@ def grams(A: Tensor, B: Tensor, span: int, whole: bool) -> list[Tensor]:
         for start in range(0, size, span)
     ]
     tiles = torch.tensor(ends, dtype=INT32, device=DEVICE)
-    pieces = joint_gram.pieces_table(padded, 1, torch.device(DEVICE))
-    height = joint_gram.rows_of_piece(padded, 1)
+    pieces = joint_layout.pieces_table(padded, 1, torch.device(DEVICE))
+    height = joint_layout.rows_of_piece(padded, 1)
     groups = -(-padded // height)
     out = torch.full((len(ends), len(pieces), 2, height, height), float("nan"), device=DEVICE)
     exponents = torch.full((len(ends), groups, height), 99, dtype=INT32, device=DEVICE)

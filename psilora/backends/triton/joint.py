@@ -29,6 +29,7 @@ from psilora.triton_kernels import (
     joint_finish,
     joint_gram,
     joint_layout,
+    joint_moments,
     joint_tangent,
     slots,
 )
@@ -108,8 +109,8 @@ class JointRun:
         def floats(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float32, device=device)
 
-        self.alone = joint_gram.pieces_table(padded, 1, device)
-        self.pieces = joint_gram.pieces_table(padded, 4, device)
+        self.alone = joint_layout.pieces_table(padded, 1, device)
+        self.pieces = joint_layout.pieces_table(padded, 4, device)
         self.partials, self.exponents, self.flags_found = self._partials(len(tiles), 4, self.pieces)
         self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
         self.sums = floats(len(tiles), int(joint_layout.SUMS.value))
@@ -144,7 +145,7 @@ class JointRun:
 
     def _partials(self, tiles: int, blocks: int, pieces: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Partial Grams of every tile, the exponents of its rows, and flags."""
-        rows = joint_gram.rows_of_piece(self.padded, blocks)
+        rows = joint_layout.rows_of_piece(self.padded, blocks)
         groups = -(-self.padded * blocks // rows)
         shape = (tiles, pieces.shape[0], 2, rows, rows)
         # The partial Grams of the factors alone are read before those of all rows are written.
@@ -187,7 +188,7 @@ class JointRun:
                 settings, self.dims, self.parts, self.alone, self.partials_alone, self.exponents_alone, self.small,
                 self.roots, self.traces, self.frozen, double=self.double,
             )  # fmt: skip
-            joint_gram.moments(
+            joint_moments.moments(
                 addresses, settings, self.dims, self.tiles, self.roots, clip, self.sums,
                 padded=self.padded, whole=self.whole, types=self.types,
             )  # fmt: skip
