@@ -18,17 +18,19 @@ from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     FACTOR,
     SUMS,
+    TYPES,
     WEIGHT_SUM,
     pieces_of,
     rows_of,
     rows_of_piece,
     seen,
+    variant,
     weights,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import exponent_of, power, two_sum
-from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
+from psilora.triton_kernels.variants import JOINT_TARGETS, Variant
 
 #: Columns of a tile are a multiple of this: what a program does once should be little beside them.
 SPAN = tl.constexpr(256)
@@ -350,39 +352,6 @@ def gram(
         ALONE=alone, FOLLOWS=follows, WHOLE=whole, F_A=types[0], F_B=types[1], G_A=types[2], G_B=types[3],
         enable_fp_fusion=False, **_shape(rows, capability_of(addresses.device)),
     )  # fmt: skip
-
-
-_TYPES = {
-    "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",
-    "pieces_ptr": "*i32", "sums_ptr": "*fp32", "frozen_ptr": "*i32", "out_ptr": "*fp32", "exponents_ptr": "*i32",
-    "flags_ptr": "*i32", "roots_ptr": "*fp32", "clip_ptr": "*fp32", "layers": "i32",
-}  # fmt: skip
-
-
-def variant(
-    name: str, kernel: Any, padded: int, constexprs: dict[str, Any], shape: dict[str, Any],
-    targets: tuple[int, ...] = JOINT_TARGETS, **limits: Any,
-) -> Variant:  # fmt: skip
-    """Return a variant of one of these kernels, `shape` its blocks and how it is compiled."""
-    signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
-    own = {key: value for key, value in shape.items() if key in kernel.arg_names}
-    return Variant(
-        name=f"{name}_r{padded}",
-        kernel=kernel,
-        signature=signature,
-        constexprs={"RP": padded, **constexprs, **own},
-        aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
-        **{key: value for key, value in shape.items() if key not in own},
-        **limits,
-        targets=targets if padded == 16 else (SLOW_TARGET,),
-    )
-
-
-#: Types of the rows that are compiled, by what they add to a variant's name.
-TYPES = {
-    "": {"F_A": tl.bfloat16, "F_B": tl.float32, "G_A": tl.float32, "G_B": tl.bfloat16, "WHOLE": False},
-    "_fp32": {**dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True},
-}
 
 
 def _variants() -> list[Variant]:

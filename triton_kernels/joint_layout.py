@@ -8,12 +8,15 @@ number k has index b·RP + k, where RP is r padded to a power of two.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.layout import address, element, sizes
+from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes
+from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
 
 # Columns of the address table (int64, one row per layer); column c of A's side is c, of B's side c + 1.
 FACTOR = tl.constexpr(slots.J_FACTOR)
@@ -270,3 +273,36 @@ def pieces_of(padded: int, blocks: int) -> list[tuple[int, int]]:
     """Return the pieces that cover the lower triangle of Γ: of rows, and of columns."""
     rows = rows_of_piece(padded, blocks)
     return [(i, j) for i in range(-(-padded * blocks // rows)) for j in range(i + 1)]
+
+
+_TYPES = {
+    "addresses_ptr": "*i64", "settings_ptr": "*fp32", "dims_ptr": "*i32", "tiles_ptr": "*i32", "parts_ptr": "*i32",
+    "pieces_ptr": "*i32", "sums_ptr": "*fp32", "frozen_ptr": "*i32", "out_ptr": "*fp32", "exponents_ptr": "*i32",
+    "flags_ptr": "*i32", "roots_ptr": "*fp32", "clip_ptr": "*fp32", "layers": "i32",
+}  # fmt: skip
+
+
+def variant(
+    name: str, kernel: Any, padded: int, constexprs: dict[str, Any], shape: dict[str, Any],
+    targets: tuple[int, ...] = JOINT_TARGETS, **limits: Any,
+) -> Variant:  # fmt: skip
+    """Return a variant of one of these kernels, `shape` its blocks and how it is compiled."""
+    signature = {n: _TYPES[n] for n in kernel.arg_names if n in _TYPES}
+    own = {key: value for key, value in shape.items() if key in kernel.arg_names}
+    return Variant(
+        name=f"{name}_r{padded}",
+        kernel=kernel,
+        signature=signature,
+        constexprs={"RP": padded, **constexprs, **own},
+        aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
+        **{key: value for key, value in shape.items() if key not in own},
+        **limits,
+        targets=targets if padded == 16 else (SLOW_TARGET,),
+    )
+
+
+#: Types of the rows that are compiled, by what they add to a variant's name.
+TYPES = {
+    "": {"F_A": tl.bfloat16, "F_B": tl.float32, "G_A": tl.float32, "G_B": tl.bfloat16, "WHOLE": False},
+    "_fp32": {**dict.fromkeys(("F_A", "F_B", "G_A", "G_B"), tl.float32), "WHOLE": True},
+}

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from psilora.triton_kernels._compat import tl, triton
-from psilora.triton_kernels.joint_gram import EVEN, TYPES, WARPS, variant
+from psilora.triton_kernels.joint_gram import EVEN, WARPS
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     FRESH_ROOT,
@@ -19,6 +19,8 @@ from psilora.triton_kernels.joint_layout import (
     SCALING,
     SETTINGS,
     SUMS,
+    TYPES,
+    variant,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.split import add_product, split3

@@ -39,21 +39,10 @@ S_STRIDE_N, S_STRIDE_D, P_STRIDE_N, ITEM_DIMS = map(tl.constexpr, range(4))
 
 @triton.jit
 def _stz_kernel(
-    pointers_ptr,
-    dims_ptr,
-    layer_pointers_ptr,
-    layer_dims_ptr,
-    spans_ptr,
-    tiles_ptr,
-    S_DTYPE: tl.constexpr,
-    S_UNIT: tl.constexpr,
-    P_UNIT: tl.constexpr,
-    S_FIRST: tl.constexpr,
-    K_INNER: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
+    pointers_ptr, dims_ptr, layer_pointers_ptr, layer_dims_ptr, spans_ptr, tiles_ptr,
+    S_DTYPE: tl.constexpr, S_UNIT: tl.constexpr, P_UNIT: tl.constexpr, S_FIRST: tl.constexpr, K_INNER: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
     """H = Σ SᵀP over the spans [item, begin, end) of tokens of a tile, one (BLOCK_D, BLOCK_R) tile per program.
 
     S_UNIT, P_UNIT: entries per 16 bytes where rows are aligned to that, else 0. S_FIRST: form SᵀP, S feeding the wide
