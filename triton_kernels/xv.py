@@ -362,7 +362,7 @@ def _variants() -> list[Variant]:
         (torch.bfloat16, True, ALONG_D, 32, True, 168),
         (torch.bfloat16, True, ALONG_D, 64, True, 200),
         (torch.bfloat16, False, ANY, 32, False, 168),
-        (torch.float16, True, ALONG_D, 32, False, 144),
+        (torch.float16, True, ALONG_D, 32, False, 152),
         (torch.float16, True, ALONG_D, 64, False, 224),
         (torch.float32, True, ALONG_D, 64, False, 168),
         (torch.float32, False, ANY, 32, False, 224),
