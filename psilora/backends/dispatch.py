@@ -199,7 +199,7 @@ def _at_rate(problems: Problems, scales: Scales) -> tuple[Problems, Scales]:
 
 
 def _without_kernels(backend: str, device: torch.device) -> str | None:
-    """Why the kernels take nothing on a device, or None where they do; on CUDA "auto" warns about it once."""
+    """Why the kernels take nothing on a device, or None where they do."""
     if backend == "reference":
         return "backend='reference'"
     if backend == "triton":

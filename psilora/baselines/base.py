@@ -210,6 +210,15 @@ def check_betas(betas: tuple[float, float]) -> None:
         check_range(f"betas[{i}]", beta, 0, 1)
 
 
+def adam_settings(
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **more: Any
+) -> dict[str, Any]:
+    """Return the settings of a rule with Adam's moments; raise where β or wd is out of range."""
+    check_betas(betas)
+    check_range("weight_decay", weight_decay, 0, math.inf)
+    return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **more}
+
+
 def adam_direction(
     gradient: Tensor, state: State, name: str, betas: tuple[float, float], eps: float, t: int
 ) -> tuple[Tensor, State]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, check_betas, check_range
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, adam_settings
 from psilora.baselines.pseudo import pseudo_inverse, rounding
 
 
@@ -42,9 +42,7 @@ class LoRAPro(PairOptimizer):
         weight_decay: float = 0.0,
         **adamw: Any,
     ) -> None:
-        check_betas(betas)
-        check_range("weight_decay", weight_decay, 0, float("inf"))
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        settings = adam_settings(lr, betas, eps, weight_decay)
         super().__init__(model, settings, full_gradient=False, **adamw)
 
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, check_betas, check_range
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, adam_settings, check_range
 from psilora.linalg.spd import spd_solve
 
 
@@ -79,10 +79,8 @@ class PreconditionedAdamW(PairOptimizer):
         damping: float = 1e-3,
         **adamw: Any,
     ) -> None:
-        check_betas(betas)
-        check_range("weight_decay", weight_decay, 0, float("inf"))
+        settings = adam_settings(lr, betas, eps, weight_decay, damping=damping)
         check_range("damping", damping, 0, float("inf"))
-        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "damping": damping}
         super().__init__(model, settings, full_gradient=False, **adamw)
 
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:
