@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -120,6 +122,64 @@ def test_a_native_build_that_fails_leaves_a_pure_wheel(tmp_path: Path) -> None:
         timeout=300,
     )
     assert failed.returncode != 0
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  *--version*) echo 'Cuda compilation tools, release {release}, V{release}.61' ;;
+  *) echo 'this nvcc is broken' >&2; exit 1 ;;
+esac
+"""
+BROKEN = "Error compiling objects|nvcc' failed"  # with ninja and without
+#: A torch without CUDA does not look for CUDA_HOME.
+CUDA_TORCH = """
+import os, torch, torch.utils.cpp_extension
+torch.version.cuda = "12.8"
+torch.utils.cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the extension is not built on Windows")
+@pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.parametrize(
+    ("release", "reason"),
+    [("11.2", "mismatches the version that was used to compile"), ("12.8", BROKEN)],
+    ids=["another CUDA", "it compiles nothing"],
+)
+def test_a_cuda_half_that_does_not_build_leaves_the_cpu_half(release: str, reason: str, tmp_path: Path) -> None:
+    """A torch that says it is of CUDA 12.8, and an nvcc of another release, or one that compiles nothing."""
+    folder = checkout(tmp_path / "checkout")
+    shutil.rmtree(folder / "csrc")
+    for name, text in {
+        "csrc/cpu/half.cpp": 'extern "C" __attribute__((visibility("default"))) int psilora_half() { return 17; }\n',
+        "csrc/cuda/half.cu": "__global__ void half() {}\n",
+        "path/sitecustomize.py": CUDA_TORCH,
+        "cuda/bin/nvcc": NVCC.format(release=release),
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "cuda/bin/nvcc").chmod(0o755)
+    path = os.pathsep.join([str(folder / "path"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    fake = {"PYTHONPATH": path, "CUDA_HOME": str(folder / "cuda"), "CXX": "c++", "CC": "c++"}
+    wheel, said = build(folder, "bdist_wheel", PSILORA_BUILD_EXT="auto", **fake)
+    assert "building the native extension (CPU and CUDA" in said
+    assert "CUDA half NOT built" in said and re.search(reason, said) and "native extension NOT built" not in said
+    assert not wheel.name.endswith("-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".so"))
+        archive.extract(name, tmp_path)
+        (record,) = (n for n in archive.namelist() if n.endswith("/WHEEL"))
+        assert b"Root-Is-Purelib: false" in archive.read(record)
+    assert ctypes.CDLL(str(tmp_path / name)).psilora_half() == 17
+    failed = subprocess.run(
+        [sys.executable, "setup.py", "-q", "bdist_wheel"],
+        cwd=folder,
+        env={**os.environ, "PSILORA_BUILD_EXT": "1", **fake},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert failed.returncode != 0 and re.search(reason, failed.stderr)
 
 
 def test_the_workflows_call_what_there_is() -> None:
