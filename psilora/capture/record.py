@@ -15,7 +15,7 @@ from psilora.adapters.convolution import Patches, position_rows
 from psilora.adapters.pair import LoRAPair
 from psilora.capture.casts import Origin, Originals
 from psilora.capture.discards import Passes, Versions, is_zero, present
-from psilora.capture.storage import KINDS, Holding, Input, Matrix, Rows
+from psilora.capture.storage import KINDS, Holding, Input, Matrix, Rows, column_squares
 from psilora.linalg.precision import compute_dtype, full_precision
 
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
@@ -219,7 +219,7 @@ class Record:
 
     def _add_sums(self, x: Input, s: Tensor) -> None:
         if self.sums == "squares":
-            x2, s2 = x.squares(s.dtype), s.square().sum(0)
+            x2, s2 = x.squares(s.dtype), column_squares(s, s.dtype)
         else:
             with full_precision(s.device.type):
                 x2, s2 = x.left(x.rows(s.dtype)), s.mT @ s

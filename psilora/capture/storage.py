@@ -7,6 +7,7 @@ products of "cross" are r·(d_in + 2·d_out) at most, and serve one kind of step
 
 from __future__ import annotations
 
+import functools
 from typing import Protocol
 
 import torch
@@ -17,6 +18,9 @@ from psilora.linalg.precision import compute_dtype, full_precision
 
 #: What each `gradient=` setting keeps; "auto" decides by layer.
 HOLDS = {"exact": "rows", "dense": "dense", "backward": "cross", "tangent": "nothing"}
+
+#: Numbers whose squares `column_squares` holds at a time: on a CPU what its cache keeps, elsewhere (False) 256 MiB.
+SQUARED_AT_ONCE = {True: 2**18, False: 2**26}
 
 
 class Input(Protocol):
@@ -44,6 +48,12 @@ class Input(Protocol):
         ...
 
 
+def column_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return Σ_n x_n² (d,) of x (N, d) in `dtype`, without holding a square or a wider copy of all of x."""
+    rows = max(1, SQUARED_AT_ONCE[x.device.type == "cpu"] // x.shape[1])
+    return functools.reduce(Tensor.add_, (part.to(dtype).square().sum(0) for part in x.split(rows)))
+
+
 class Matrix:
     """X of a linear layer, (N, d_in); `psilora.adapters.convolution.Patches` is that of a convolution."""
 
@@ -65,7 +75,7 @@ class Matrix:
 
     def squares(self, dtype: torch.dtype) -> Tensor:
         """See `Input`."""
-        return self.x.to(dtype).square().sum(0)
+        return column_squares(self.x, dtype)
 
 
 class Holding(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from psilora.capture.record import Record
-from psilora.capture.storage import Dense
+from psilora.capture.storage import Dense, column_squares
 from psilora.lowrank.gradient_operator import TangentGradient, activation_squares
 from psilora.steps.gradient.batch import GradientBatch
 from psilora.steps.problem import Problem
@@ -29,8 +29,8 @@ def layer_squares(problem: Problem, dtype: torch.dtype) -> tuple[Tensor, Tensor]
         return activation_squares(record.chunks, dtype)
     if record.sum_x2 is not None and record.sum_s2 is not None:
         return record.sum_x2, record.sum_s2
-    x2 = _total([x.to(dtype).square().sum(0) for x, _ in record.chunks])
-    s2 = _total([s.to(dtype).square().sum(0) for _, s in record.chunks])
+    x2 = _total([column_squares(x, dtype) for x, _ in record.chunks])
+    s2 = _total([column_squares(s, dtype) for _, s in record.chunks])
     return x2, s2
 
 
