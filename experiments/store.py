@@ -16,10 +16,10 @@ Record = tuple[Key, Result]
 
 #: What a run file says of its making, which many runs share, and where a merged list keeps it once.
 SHARED = {"command": "commands", "versions": "versions"}
-#: What tells runs apart: of a training task, of its times, of a curve and of a projection of the linear task, of a
-#: line of Table 1.
+#: What tells runs apart: of a training task, of its times, of a curve and of a projection of the linear task, of
+#: factors over many steps, of a line of Table 1.
 SCORES = ("validation", "test", "general_before", "general_after")
-LABELS = ("key", "pace", "linear", "one_step", "table1")
+LABELS = ("key", "pace", "linear", "one_step", "drift", "table1")
 
 
 def write(folder: Path, key: Key, result: Result, command: str) -> None:

@@ -369,6 +369,37 @@ def test_linear_runs_are_stored_resumed_and_reported(tmp_path: Path, monkeypatch
     assert "full, gaussian: median excess" in text and "| LoRSum K=1 |" in text and "| gaussian | ritz |" in text
 
 
+# ---- factors over many steps -----------------------------------------------------------------------------------------
+
+
+def test_factors_stay_together_in_every_schedule_and_dtype(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drift = module("drift")
+    monkeypatch.setattr(drift.run, "__defaults__", (120,))
+    kept = [c for c in drift.cases() if (c.first, c.dtype) in (("A", "float16"), ("B", "bfloat16"))]
+    monkeypatch.setattr(drift, "cases", lambda: iter(kept))
+    run("drift", "--quiet", "--out", tmp_path)
+    files = stored(tmp_path)
+    assert len(files) == len(kept) == 4
+    results = [content["result"] for content in module("store").contents(tmp_path)]
+    for result in results:
+        assert result["steps"] == 120 and result["skipped_steps"] == result["infinite_losses"] == 0
+        assert result["ratios"].keys() == drift.SCHEDULES.keys()
+        assert all(1 <= ratio < 32 for ratio in result["ratios"].values()), result["ratios"]
+    run("drift", "--quiet", "--out", tmp_path)
+    assert stored(tmp_path) == files
+
+
+def test_factors_run_away_where_nothing_balances_them() -> None:
+    """What the experiment is there to see: with `balance=False` it sees it."""
+    drift = module("drift")
+    drift.KINDS["unbalanced"] = (0.2, {"balance": False})
+    try:
+        result = drift.run(drift.Case("unbalanced", "A", "float32"), 300)
+    finally:
+        del drift.KINDS["unbalanced"]
+    assert result["ratios"]["constant"] > 100
+
+
 def test_an_unknown_command_lists_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run("nonsense")

@@ -101,17 +101,56 @@ def test_table1_trains_every_method_resumes_and_reports(tmp_path: Path, monkeypa
     merged = tmp_path / "results" / "table1.json"
     assert module("store").merge(out, merged) == len(files)
     runs = [run for run in module("store").contents(merged.parent) if run["table1"]["method"] == "oplora-2"]
-    accuracies = [list(run["accuracy"].values()) for run in runs]
+    accuracies = [[100 * share for share in run["accuracy"].values()] for run in runs]
     assert [run["table1"]["seed"] for run in runs] == [0, 1] and {len(a) for a in accuracies} == {2}
-    row = next(line for line in table1.table(module("store").contents(out)) if line.startswith("| oplora-2 |"))
-    final, mean = 50 * sum(a[-1] for a in accuracies), 25 * sum(map(sum, accuracies))
-    assert row == f"| oplora-2 | 0.02 | 1 | 2 | {final:.2f} | {mean:.2f} | 0 | 0 |"
+    row = next(line for line in table1.table(module("store").contents(out)) if line.startswith("| OPLoRA ×2 |"))
+    mean, final = (np.array([f(a) for a in accuracies]) for f in (np.mean, lambda a: a[-1]))
+    shown = [f"{v.mean():.2f} ± {v.std(ddof=1):.2f}" for v in (mean, final)]
+    assert row == f"| OPLoRA ×2 | 0.02 | 1 | 2 | {shown[0]} | {shown[1]} | 98.55 ± 0.10 | 0 | 0 |"
     assert row in module("report").write(merged.parent).read_text()
+
+
+def test_table1_chooses_by_validation_and_goes_on_beyond_an_edge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table1 = module("table1")
+    asked = []
+
+    def train(dataset: str, method: str, lr: float, seed: int, epochs: int, folder: Path) -> dict[str, Any]:
+        asked.append((lr, seed))
+        marks = range(table1.POINTS * epochs)
+        better = {"sgd": lr, "adamw": -abs(lr - 0.002)}[method]  # one grows with the rate, one is best at its centre
+        curve = {mark: 0.5 + better for mark in marks}
+        return {"validation": curve, "accuracy": {mark: 1 - share for mark, share in curve.items()}, "stats": {}}
+
+    monkeypatch.setattr(table1, "train", train)
+    command = ["table1", "--data", str(tmp_path), "--out", str(tmp_path), "--seeds", "0-2", "--quiet"]
+    module("__main__").main([*command, "--optimizers", "sgd"])
+    assert asked == [(0.01, 0), (0.02, 0), (0.05, 0), (0.1, 0), (0.2, 0), (0.2, 1), (0.2, 2)]
+    asked.clear()
+    module("__main__").main([*command, "--optimizers", "adamw"])
+    assert asked == [(0.001, 0), (0.002, 0), (0.005, 0), (0.002, 1), (0.002, 2)]
+    rows = table1.table(module("store").contents(tmp_path))
+    assert "| LoRA, SGD | 0.2\\* | 5 | 3 | 30.00 ± 0.00 |" in rows[-2]  # test accuracy, at an edge of the grid
+    assert "| LoRA, AdamW | 0.002 | 3 | 3 | 50.00 ± 0.00 |" in rows[-1]
+
+
+def test_table1_has_the_papers_twelve_rows_and_full_training_moves_the_weights(tmp_path: Path) -> None:
+    table1, vision = module("table1"), module("tasks.vision")
+    assert sum(bool(method.paper) for method in table1.METHODS.values()) == 12
+    model = vision.adapted(vision.LeNet5(), 8)
+    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    before = [layer.base.weight.clone() for layer in layers]
+    (optimizer,) = table1.METHODS["full"].build(model, 0.02, 0.0)
+    model(torch.randn(4, 1, 28, 28)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(layer.base.weight, was) for layer, was in zip(layers, before, strict=True))
+    assert all(layer.lora_A.weight.grad is None and not layer.lora_B.weight.any() for layer in layers)
 
 
 def test_table1_adapts_the_linear_layers_and_trains_the_convolutions() -> None:
     table1, vision = module("table1"), module("tasks.vision")
-    model = vision.adapted(vision.LeNet5(), table1.RANK)
+    model = vision.adapted(vision.LeNet5(), table1.DATASETS["mnist"].rank)
     trained = {name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
     adapters = {f"classifier.{i}.lora_{side}" for i in (0, 2, 4) for side in "AB"}
     assert trained == {"features.0", "features.3", *adapters}
@@ -121,8 +160,10 @@ def test_table1_adapts_the_linear_layers_and_trains_the_convolutions() -> None:
 def test_a_run_of_table1_that_is_not_finite_is_named(tmp_path: Path) -> None:
     mnist_files(tmp_path)
     table1 = module("table1")
-    found = table1.train("sgd", 1e30, 0, 2, tmp_path)
-    line = table1.table([{"table1": {"method": "sgd", "lr": 1e30, "seed": 0, "epochs": 2}, **found}])[-1]
+    found = table1.train("mnist", "sgd", 1e30, 0, 2, tmp_path)
+    line = table1.table(
+        [{"table1": {"dataset": "mnist", "method": "sgd", "lr": 1e30, "seed": 0, "epochs": 2}, **found}]
+    )[-1]
     assert "| not finite |" in line
 
 
