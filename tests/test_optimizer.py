@@ -420,9 +420,11 @@ def test_presets_are_the_settings_they_name() -> None:
     batches = [data() for _ in range(3)]
     start = peft_mlp().state_dict()
     paper = {"metric": "kfac", "metric_bias_correction": False, "prox": 1e-3, "metric_power": 0.5, "damping": 1e-5}
+    scaled = {"metric": "kfac-low-rank", "metric_bias_correction": False, "metric_power": 1.0}
     for preset, settings_ in (
         (PSILoRA.paper, paper),
         (OPLoRA, {"prox": 1e-3}),
+        (OPLoRA.scaled, {**scaled, "prox": 1e-3, "dampening": 0.0}),
         (
             lambda model, lr: PSILoRA.paper(model, lr, num_iters=2, momentum=0.0),
             {**paper, "num_iters": 2, "momentum": 0},
@@ -440,6 +442,15 @@ def test_presets_are_the_settings_they_name() -> None:
         assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
     options = [Options.from_group(p(peft_mlp(), 0.1).param_groups[0]) for p in (PSILoRA.paper, OPLoRA)]
     assert [o.tau for o in options] == [0.9, 0.0]
+
+
+def test_rank_one_momentum_and_a_diagonal_metric_keep_two_numbers_a_row_and_column() -> None:
+    model = peft_mlp()
+    optimizer = PSILoRA.paper(model, 0.1, momentum_rank=1)
+    train(model, optimizer, [data()])
+    for pair in optimizer.pairs():
+        kept = [value for p in (pair.lora_A, pair.lora_B) for value in optimizer.state[p].values()]
+        assert sum(value.numel() for value in kept if value.dim()) == 2 * (pair.d_in + pair.d_out)
 
 
 def test_lr_may_be_a_tensor() -> None:

@@ -28,3 +28,10 @@ OPLORA: Mapping[str, Any] = {
     "metric": None,
     "controller": None,
 }
+#: Its scaled form (appendix B): the norm of a low-rank K-FAC metric that starts at I, itself and not its root.
+SCALED_OPLORA: Mapping[str, Any] = {
+    **OPLORA,
+    "metric": "kfac-low-rank",
+    "metric_power": 1.0,
+    "metric_bias_correction": False,
+}
