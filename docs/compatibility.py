@@ -31,7 +31,8 @@ DISTRIBUTIONS = {
     "sentence-transformers": "sentence-transformers",
 }
 
-SUPPORT = ("<!-- support:begin -->", "<!-- support:end -->")
+#: Markers around the tables that docs/matrix.py writes.
+KEPT = {name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->") for name in ("support", "triton")}
 
 HEAD = """# Compatibility
 
@@ -41,6 +42,17 @@ The tests that meet other libraries, run with each set of versions by `python do
 CUDA build on a machine without a GPU. Where something is older than this table it may work, and has not been run.
 
 {support}
+
+## Triton
+
+Which Triton the Linux wheels of a torch with CUDA bring, and which steps have kernels with it; another Triton may be
+installed, and then its own row counts. Plain PyTorch takes steps without kernels, and a warning says why: "none" is a
+Triton that is too old. Spectral steps that differ from the default in structure (`joint=False`, `momentum=0`,
+`metric=None`, `num_iters` other than 1) multiply in float64, which Triton compiles from 3.5 on. "Compile gates" is what
+came out of compiling the kernels of padded rank 16, without a GPU, for the capability named; those that spill
+or take more registers than they should run, but slower. `python -m psilora.doctor` says what is here.
+
+{triton}
 
 ## Scenarios
 
@@ -126,9 +138,9 @@ def table(outcomes: dict[str, str]) -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
-    support = before.partition(SUPPORT[0])[2].partition(SUPPORT[1])[0]  # of docs/matrix.py
+    kept = {name: f"{begin}{before.partition(begin)[2].partition(end)[0]}{end}" for name, (begin, end) in KEPT.items()}
     run = f"Python {platform.python_version()}, torch {torch.__version__}, {device}"
-    lines = [HEAD.format(run=run, support=f"{SUPPORT[0]}{support}{SUPPORT[1]}")]
+    lines = [HEAD.format(run=run, **kept)]
     for row in rows():
         number, framework, gradient, tested, test = row.stable.strip("| ").split(" | ")
         result = outcomes.get(f"{row.file}::{row.function}", "not run")

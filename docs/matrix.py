@@ -3,10 +3,13 @@
 python docs/matrix.py                       # every set, in environments of their own; some minutes each
 python docs/matrix.py oldest newest         # some of them
 python docs/matrix.py --here NAME           # in this environment, as it is
-python docs/matrix.py --table               # only write the table, from docs/matrix.json
+python docs/matrix.py --table               # only write the tables, from docs/matrix.json and docs/gates.json
 
 An environment takes torch, and whatever a set does not name, from the one that runs this. What came out is kept in
 docs/matrix.json; the table goes into README.md and docs/compatibility.md.
+
+A second table says which Triton comes with which torch and what has kernels with it (psilora.triton_kernels.releases),
+and what the compile gates found there (docs/gates.json, which `make gates TRITON=… ARGS="--record …"` writes).
 """
 
 from __future__ import annotations
@@ -19,12 +22,16 @@ import platform
 import subprocess
 import sys
 import sysconfig
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from psilora.triton_kernels import releases
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "matrix.json"
-BEGIN, END = "<!-- support:begin -->", "<!-- support:end -->"
+GATES = ROOT / "docs" / "gates.json"
+BEGIN, END = "<!-- {name}:begin -->", "<!-- {name}:end -->"
 #: The last torchao and datasets whose names the older PEFT and transformers know.
 _OF_4 = ("torchao==0.13.0", "datasets<4")
 #: Requirements of each set, the oldest first.
@@ -125,18 +132,47 @@ def _key(version: str) -> list[int]:
     return [int(part) for part in version.partition("+")[0].split(".") if part.isdecimal()]
 
 
-def embed(records: dict[str, Any], path: Path, reasons: bool = True) -> None:
-    """Put the table between the markers of a document.
+def tritons() -> list[str]:
+    """Return torch, the Triton it brings and the steps that have kernels with it, the newest first."""
+    lines = ["| torch | its Triton | steps with kernels on CUDA |", "|---|---|---|"]
+    return [*lines, *(f"| {' | '.join(row)} |" for row in reversed(releases.spans()))]
+
+
+def gates(records: dict[str, Any]) -> list[str]:
+    """Return the same, the newest first, each with what the compile gates found with the last recorded Triton of it."""
+    lines = ["| torch | its Triton | steps with kernels on CUDA | compile gates |", "|---|---|---|---|"]
+    known = {triton: version for version in sorted(records) for triton in [releases.text(releases.release(version))]}
+    for torch, triton, steps in reversed(releases.table()):
+        lines.append(f"| {torch} | {triton} | {steps} | {_gate(records, known.get(triton))} |")
+    return lines
+
+
+def _gate(records: dict[str, Any], version: str | None) -> str:
+    """What the gates found with a Triton: of how many kernels, and what they object to."""
+    if version is None:
+        return "not run"
+    record = records[version]
+    first = [problem.partition(": ")[0] for problem in record["problems"].values()]
+    named = {"does not compile": "not compiled", "spills": "spill"}
+    counts = Counter(named.get(problem, "above a limit") for problem in first)
+    found = ", ".join(f"{count} {what}" for what, count in sorted(counts.items(), reverse=True)) or "all hold"
+    return (
+        f"{version}, {' '.join(f'sm_{target}' for target in record['targets'])}: {record['compiled']} kernels, {found}"
+    )
+
+
+def embed(lines: list[str], path: Path, name: str = "support") -> None:
+    """Put a table between the markers of that name in a document.
 
     Raises:
         ValueError: The markers are not there, once each.
     """
     text = path.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"{path} must hold {BEGIN} and {END} once each")
-    head, _, rest = text.partition(BEGIN)
-    lines = "\n".join(table(records, reasons))
-    path.write_text(f"{head}{BEGIN}\n{lines}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    begin, end = BEGIN.format(name=name), END.format(name=name)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{path} must hold {begin} and {end} once each")
+    head, _, rest = text.partition(begin)
+    path.write_text(f"{head}{begin}\n{chr(10).join(lines)}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -144,14 +180,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", choices=[*SETS, []], help="of versions (all)")
     parser.add_argument("--here", metavar="NAME", help="run in this environment, and keep it under this name")
-    parser.add_argument("--table", action="store_true", help="only write the table")
+    parser.add_argument("--table", action="store_true", help="only write the tables")
     options = parser.parse_args(arguments)
     if options.here:
         return here(options.here)
     wrong = 0 if options.table else sum([elsewhere(name) for name in options.sets or SETS])
     records = json.loads(RECORDS.read_text())
-    embed(records, ROOT / "README.md", reasons=False)
-    embed(records, ROOT / "docs" / "compatibility.md")
+    embed(table(records, reasons=False), ROOT / "README.md")
+    embed(tritons(), ROOT / "README.md", "triton")
+    embed(table(records), ROOT / "docs" / "compatibility.md")
+    embed(gates(json.loads(GATES.read_text())), ROOT / "docs" / "compatibility.md", "triton")
     return int(wrong > 0)
 
 

@@ -28,6 +28,15 @@ def test_it_runs_as_a_module_and_reports_versions_and_backends() -> None:
     assert "FAILED" not in run.stdout
 
 
+def test_it_says_what_runs_with_which_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    command = importlib.import_module("psilora.doctor.command")
+    for version, steps in ((None, "none"), ("3.2.0", "none"), ("3.4.0", "gradient steps and the"), ("3.8.0", "all")):
+        monkeypatch.setattr(command, "_installed", lambda name, version=version: version if name == "triton" else "1")
+        *rows, here = doctor.tritons()
+        assert rows[0] == "torch 2.6, Triton 3.2: none"
+        assert here.startswith(f"here: torch {torch.__version__}, Triton {version or 'not installed'}: {steps}")
+
+
 def test_nothing_is_trained_where_that_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     self_test = importlib.import_module("psilora.doctor.self_test")
     monkeypatch.setattr(self_test, "_train", lambda *_: pytest.fail("it trains"))

@@ -9,11 +9,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-__all__ = ["DOUBLE_PRODUCTS", "INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
+from psilora.triton_kernels import releases
 
-#: What the compile gates hold on. 3.3 and 3.4 refuse products in float64, and kernels that form them do not compile
-#: there; `backend="auto"` finds that out for itself.
-OLDEST = (3, 3)
+__all__ = ["DOUBLE_PRODUCTS", "INTERPRET", "available", "interpreted", "tl", "triton", "unavailable_reason"]
 
 _REASON: str | None = None
 
@@ -24,12 +22,12 @@ try:
 except ImportError as error:
     _REASON = f"{'numpy' if error.name == 'numpy' else 'Triton'} cannot be imported: {error}"
 else:
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST:
-        _REASON = f"Triton {triton.__version__} is too old: {'.'.join(map(str, OLDEST))} or newer is needed"
+    _REASON = releases.too_old(triton.__version__)
+    if _REASON is not None:
         del triton, tl
     else:
-        #: Whether products in float64 compile.
-        DOUBLE_PRODUCTS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 5)
+        #: Whether products in float64 compile; `backend="auto"` finds out for itself which kernels do not.
+        DOUBLE_PRODUCTS = releases.release(triton.__version__) >= releases.DOUBLE_PRODUCTS
         #: Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1, read when a kernel is defined).
         _KNOBS = getattr(triton, "knobs", None)  # from 3.4 on
         INTERPRET = tl.constexpr(

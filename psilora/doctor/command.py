@@ -16,6 +16,7 @@ from psilora.backends.dispatch import backend_unavailable
 from psilora.doctor.self_test import BACKENDS, CASES, comparisons, runs
 from psilora.doctor.survey import adapted_skeleton, automatic, layers, memory, rows_of_images
 from psilora.linalg import native
+from psilora.triton_kernels import releases
 
 _PACKAGES = ("psilora", "torch", "triton", "numpy", "peft", "transformers", "accelerate")
 
@@ -56,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _print_section("Versions", versions())
         _print_section("Devices", devices())
         _print_section("Backends", backends())
+        _print_section("Triton that torch brings, and the steps that have kernels with it on CUDA", tritons())
         if options.model:
             _say(f"Reading the configuration of {options.model} …")
             model = adapted_skeleton(options.model, options.rank, _targets(options.target_modules))
@@ -106,12 +108,7 @@ def _say(line: str) -> None:
 def versions() -> list[str]:
     """Return one line per package, with "not installed" where it is absent."""
     lines = [f"python {platform.python_version()}"]
-    for name in _PACKAGES:
-        try:
-            lines.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            lines.append(f"{name} not installed")
-    return lines
+    return [*lines, *(f"{name} {_installed(name) or 'not installed'}" for name in _PACKAGES)]
 
 
 def devices() -> list[str]:
@@ -133,3 +130,18 @@ def backends() -> list[str]:
     lines += [f"backend='auto' takes {automatic_backend(torch.device(device))}" for device in devices]
     lines.append(f"native spd_solve: {native.unavailable_reason() or 'active'}")
     return lines
+
+
+def tritons() -> list[str]:
+    """Return what runs with which torch and the Triton it brings, and with what is here."""
+    lines = [f"torch {of_torch}, Triton {triton}: {steps}" for of_torch, triton, steps in releases.spans()]
+    installed = _installed("triton")
+    steps = "none" if installed is None else releases.runs(releases.release(installed))
+    return [*lines, f"here: torch {torch.__version__}, Triton {installed or 'not installed'}: {steps}"]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -11,10 +11,12 @@ from scripts import ROOT, load
 
 MATRIX = load("matrix")
 RECORDS = json.loads(MATRIX.RECORDS.read_text())
+GATES = json.loads(MATRIX.GATES.read_text())
 
 
-def between(path: Path) -> list[str]:
-    return path.read_text().partition(f"{MATRIX.BEGIN}\n")[2].partition(f"\n{MATRIX.END}")[0].splitlines()
+def between(path: Path, name: str = "support") -> list[str]:
+    begin, end = (mark.format(name=name) for mark in (MATRIX.BEGIN, MATRIX.END))
+    return path.read_text().partition(f"{begin}\n")[2].partition(f"\n{end}")[0].splitlines()
 
 
 def test_the_committed_tables_are_those_of_the_committed_runs() -> None:
@@ -22,6 +24,19 @@ def test_the_committed_tables_are_those_of_the_committed_runs() -> None:
     assert all(not record["failed"] and record["passed"] > 50 for record in RECORDS.values())
     assert between(ROOT / "README.md") == MATRIX.table(RECORDS, reasons=False)
     assert between(ROOT / "docs" / "compatibility.md") == MATRIX.table(RECORDS)
+    assert between(ROOT / "README.md", "triton") == MATRIX.tritons()
+    assert between(ROOT / "docs" / "compatibility.md", "triton") == MATRIX.gates(GATES)
+
+
+def test_what_the_gates_found_is_told_for_every_torch() -> None:
+    problems = {"a": "does not compile: CompilationError: at 1:2", "b": "spills: 8 bytes of stack, 0 of local memory"}
+    problems |= {"c": f"{problems['b']}; 200 registers; its budget is 168", "d": "200 registers; its budget is 168"}
+    records = {"3.4.0": {"targets": [90], "compiled": 9, "problems": problems}}
+    records["3.8.1"] = {"targets": [80, 90], "compiled": 4, "problems": {}}
+    found = {line.split(" | ")[0].strip("| "): line.rstrip("| ").split(" | ")[-1] for line in MATRIX.gates(records)}
+    assert found["2.8"] == "3.4.0, sm_90: 9 kernels, 2 spill, 1 not compiled, 1 above a limit"
+    assert found["2.14"] == "3.8.1, sm_80 sm_90: 4 kernels, all hold" and found["2.6"] == "not run"
+    assert MATRIX.tritons()[-1] == "| 2.6 | 3.2 | none |"
 
 
 def test_the_extras_ask_for_what_was_run() -> None:
@@ -49,9 +64,10 @@ def test_outcomes_are_counted_and_told(tmp_path: Path) -> None:
     assert lines[2] == "| 2.9.1 | 4.51.0 | 0.17.1 | 1.2.0 | 3.12.1 | 1 passed | needs a CUDA device |"
     assert "1 passed, **1 failed**" in lines[3]
     page = tmp_path / "page.md"
-    page.write_text(f"a\n{MATRIX.BEGIN}\nold\n{MATRIX.END}\nb\n")
-    MATRIX.embed({"a": record}, page)
+    begin, end = (mark.format(name="support") for mark in (MATRIX.BEGIN, MATRIX.END))
+    page.write_text(f"a\n{begin}\nold\n{end}\nb\n")
+    MATRIX.embed(MATRIX.table({"a": record}), page)
     assert between(page) == MATRIX.table({"a": record}) and page.read_text().endswith("\nb\n")
     page.write_text("nothing")
     with pytest.raises(ValueError, match="once each"):
-        MATRIX.embed({"a": record}, page)
+        MATRIX.embed([], page)

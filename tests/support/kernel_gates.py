@@ -325,6 +325,8 @@ def main() -> None:
     parser.add_argument(
         "--targets", nargs="*", type=int, help="compute capabilities, 90 for 9.0; default: a variant's own"
     )
+    parser.add_argument("--sampled", action="store_true", help="only what an ordinary run of the tests compiles")
+    parser.add_argument("--record", type=Path, help="a JSON file to keep the outcome in, under the version of Triton")
     parser.add_argument("--serve", action="store_true", help="compile what stdin asks for")
     options = parser.parse_args()
     found = variants(options.modules or kernel_modules())
@@ -334,8 +336,31 @@ def main() -> None:
     selected = [variant for name, variant in found.items() if re.search(options.pattern, name)]
     chosen = [(v, t) for v in selected for t in v.targets if options.targets is None or t in options.targets]
     print(HEAD)
+    reports: list[dict[str, Any]] = []
     for variant, target in chosen:
-        print(row(compile_variant(variant, target)), flush=True)
+        if variant.sampled(target) or not options.sampled:
+            reports.append(compile_variant(variant, target))
+            print(row(reports[-1]), flush=True)
+    if options.record is not None:
+        keep(options.record, reports)
+
+
+def keep(path: Path, reports: list[dict[str, Any]]) -> None:
+    """Keep how many variants were compiled for which targets, and what the gates object to, under this Triton."""
+    import triton
+
+    records = json.loads(path.read_text()) if path.exists() else {}
+    objections = {
+        f"{report['name']}, sm_{report['target']}": "; ".join(report["problems"]).partition("\n")[0][:200]
+        for report in reports
+        if report["problems"]
+    }
+    records[triton.__version__] = {
+        "targets": sorted({report["target"] for report in reports}),
+        "compiled": len(reports),
+        "problems": objections,
+    }
+    path.write_text(json.dumps(dict(sorted(records.items())), indent=1) + "\n")
 
 
 if __name__ == "__main__":
