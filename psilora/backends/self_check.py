@@ -20,7 +20,7 @@ from psilora import runtime
 from psilora.adapters.pair import LoRAPair
 from psilora.backends.triton import backend as triton_backend
 from psilora.backends.triton.launch import PADDED_RANKS
-from psilora.options import Options
+from psilora.options import Options, SpectralOptions
 from psilora.steps import STEPS
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.update import Update
@@ -44,6 +44,7 @@ class Kind:
         dtypes: Of A, B, dA, dB, and of X and S where they are captured.
         exact: Whether the gradient comes from X and S.
         aligned: Whether rows of all X and S can be read 16 bytes at a time.
+        narrow: Whether the kernels for narrow layers take a spectral step; see `joint.narrow`.
     """
 
     device: torch.device
@@ -52,10 +53,12 @@ class Kind:
     dtypes: tuple[torch.dtype, ...]
     exact: bool
     aligned: bool
+    narrow: bool
 
     def __str__(self) -> str:
         dtype = str(self.dtypes[0]).removeprefix("torch.")
-        return f"{self.structure[0]} steps of {dtype} adapters up to rank {self.padded}"
+        layers = ", narrow layers" if self.narrow else ""
+        return f"{self.structure[0]} steps of {dtype} adapters up to rank {self.padded}{layers}"
 
 
 _verdicts: dict[Kind, bool] = {}
@@ -81,7 +84,16 @@ def kind_of(problem: Problem) -> Kind:
         tuple(t.dtype for t in (pair.lora_A, pair.lora_B, problem.dA, problem.dB, *(chunks[0] if chunks else ()))),
         problem.exact,
         all(_aligned(t) for chunk in chunks for t in chunk),
+        _narrow(problem),
     )
+
+
+def _narrow(problem: Problem) -> bool:
+    if not isinstance(problem.options, SpectralOptions):
+        return False
+    from psilora.backends.triton import joint
+
+    return joint.narrow(problem)
 
 
 def _aligned(matrix: Tensor) -> bool:
@@ -171,7 +183,7 @@ def worst_error(kind: Kind, options: Options, ranks: tuple[int, int]) -> tuple[s
     scales = Scales(clip=torch.tensor(CLIP, device="cpu"))
     exact = [STEPS[options.step].updates([[oracle]], scales, None)[0] for _, oracle in layers]
     old = [_written(problem) for problem in problems]
-    backends: triton_backend.Backends = {}
+    backends: triton_backend.Backends = {kind.device: triton_backend.Backend(narrow=kind.narrow)}
     here = Scales(clip=torch.tensor(CLIP, device=kind.device))
     _commit(triton_backend.compute(problems, here, backends), False)
     found: list[tuple[str, float]] = []

@@ -75,6 +75,18 @@ def test_right_kernels_are_trusted(settings: dict[str, Any], dtype: torch.dtype)
     assert list(self_check._verdicts.values()) == [True]
 
 
+def test_narrow_layers_are_of_a_kind_of_their_own() -> None:
+    """Their kernels are others, and what is checked in their place are layers that are known to be well conditioned."""
+    kinds = []
+    for shape in ((40, 48, 4), (7, 48, 4)):
+        problem = make_problem(shape, **SPECTRAL)
+        problem.exact, problem.record = False, None
+        kinds.append(self_check.kind_of(problem))
+        assert self_check.check(kinds[-1], problem.options, self_check._ranks(problem))
+    assert [kind.narrow for kind in kinds] == [False, True]
+    assert "narrow" in str(kinds[1])
+
+
 def a_step_times_three(monkeypatch: pytest.MonkeyPatch) -> None:
     """A's increments, in the workspace where the commit finds them."""
     after(monkeypatch, lambda execution: [step.mul_(3) for step in execution._run.increments(execution._index)[0]])

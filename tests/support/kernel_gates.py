@@ -169,6 +169,9 @@ def banned(ttir: str, ttgir: str, ptx: str, target: int) -> list[str]:
         problems.append("a device print or assert")
     if re.search(r"warp_group_dot (?!.*_wait).* : tensor<", ttgir):
         problems.append("wgmma with its first operand in registers: miscompiled by ptxas before 13.3")
+    early = read_in_flight(ptx)
+    if early:
+        problems.append(f"registers of an asynchronous product are used before its wait: {early}")
     if re.search(r"make_tensor_descriptor|cp\.async\.bulk\.tensor", ttir + ptx):
         problems.append("a TMA descriptor: its allocator can leave dangling pointers in captured graphs")
     for precision in sorted(set(re.findall(r"inputPrecision = (tf32x3|bf16x\d)\b", ttir))):
@@ -181,6 +184,23 @@ def banned(ttir: str, ttgir: str, ptx: str, target: int) -> list[str]:
     if target >= 100 and flow.chained_dots():
         problems.append("two dots chained into one accumulator inside a loop: miscompiled on sm_103")
     return problems
+
+
+def read_in_flight(ptx: str) -> str | None:
+    """The first instruction that uses registers into which a wgmma of sm_90 is still adding, if there is one.
+
+    PTX leaves undefined what it reads. ptxas then has every product of the kernel wait for the one before.
+    """
+    flying: set[str] = set()
+    for line in ptx.splitlines():
+        code = line.partition("//")[0].strip()
+        if code.startswith("wgmma.mma_async"):
+            flying.update(re.findall(r"%\w+", code[code.index("{") : code.index("}")]))
+        elif code.startswith("wgmma.wait_group"):
+            flying.clear()
+        elif flying and flying & set(re.findall(r"%\w+", code)):
+            return " ".join(code.split())
+    return None
 
 
 _VALUE = re.compile(r"%[\w$.-]+(?:#\d+)?")

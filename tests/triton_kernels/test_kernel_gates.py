@@ -69,6 +69,16 @@ def test_a_frame_that_nothing_uses_is_no_spill() -> None:
     assert kernel_gates.unused_stack("") == 0
 
 
+def test_registers_of_an_asynchronous_product_are_left_alone_until_its_wait() -> None:
+    product = "\twgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r1,%r2,%r3,%r4}, %rd1, %rd2, %p1, 1, 1, 0, 0;\n"
+    wait = "\t// wait for regs: %r1,%r2,%r3,%r4\n\twgmma.wait_group.sync.aligned 0;\n"
+    commit = "\twgmma.commit_group.sync.aligned;\n\tmov.b32 \t%r11, %r5;\n"
+    copy = "\tmov.b32 \t%r12, %r3;\n"
+    assert kernel_gates.banned("", "", product * 2 + commit + copy + wait, 90)
+    assert not kernel_gates.banned("", "", product * 2 + commit + wait + copy, 90)
+    assert not kernel_gates.banned("", "", copy + product, 90)
+
+
 SIBLINGS = """
 tt.func public @_kernel(%x: !tt.ptr<f32>) attributes {noinline = false} {
   %zero = arith.constant dense<0.000000e+00> : tensor<16x16xf32>

@@ -219,9 +219,14 @@ def compute(problems: Sequence[Problem], scales: Scales, backends: Backends | No
 
 
 class Backend:
-    """The workspaces and prepared executions of one optimizer's problems on one device."""
+    """The workspaces and prepared executions of one optimizer's problems on one device.
 
-    def __init__(self) -> None:
+    Args:
+        narrow: Whether the kernels for narrow layers take all spectral steps, as their check asks; see `joint.narrow`.
+    """
+
+    def __init__(self, narrow: bool = False) -> None:
+        self._narrow = narrow
         self._runs: collections.OrderedDict[object, Run] = collections.OrderedDict()
         self._keys: dict[object, int] = {}  # of what runs are prepared for: numbers, which are found more quickly
         self._numbers = itertools.count()
@@ -260,7 +265,7 @@ class Backend:
         if groups is None:
             parts: dict[object, list[Problem]] = {}
             for problem in problems:
-                parts.setdefault(_spectral_key(problem), []).append(problem)
+                parts.setdefault(self._spectral_key(problem), []).append(problem)
             groups = problems.prepared["runs"] = {
                 (key, tuple((p.pair.d_out, p.pair.d_in) for p in members)): Problems(members)
                 for key, members in parts.items()
@@ -269,7 +274,7 @@ class Backend:
         for whole, members in groups.items():
             run = self._spectral.get(whole)
             if run is None:
-                run = self._spectral[whole] = _spectral_run(members)
+                run = self._spectral[whole] = self._spectral_run(members)
                 while len(self._spectral) > max(KEPT_SPECTRAL, len(groups)):
                     self._spectral.popitem(last=False)
             self._spectral.move_to_end(whole)
@@ -277,6 +282,23 @@ class Backend:
             run.start(members, scales)
             executions.append(Execution(run, 0, members))
         return executions
+
+    def _spectral_key(self, problem: Problem) -> tuple[object, ...]:
+        """What spectral steps that share their launches have in common."""
+        from psilora.backends.triton import joint
+
+        pair = problem.pair
+        types = (pair.lora_A.dtype, pair.lora_B.dtype, problem.dA.dtype, problem.dB.dtype)
+        return (pair.rank, *types, problem.options.structure, self._narrow or joint.narrow(problem))
+
+    def _spectral_run(self, problems: Sequence[Problem]) -> Spectral:
+        """Return a run of the kernels for spectral steps of these settings, all narrow or none."""
+        from psilora.backends.triton import joint
+        from psilora.backends.triton.spectral import SpectralRun
+
+        narrow = self._narrow or joint.narrow(problems[0])
+        of_default = not narrow and joint.takes(SpectralOptions.of(problems[0].options))
+        return joint.JointRun(problems) if of_default else SpectralRun(problems)
 
     def _note_capture(self, run: Run | Spectral) -> None:
         if capturing(run.device):
@@ -343,19 +365,3 @@ _KERNELS = {SpectralOptions.step: Backend._spectral_kind, GradientOptions.step: 
 
 def _takes_step(step: str, problem: Problem) -> bool:
     return problem.options.step == step
-
-
-def _spectral_key(problem: Problem) -> tuple[object, ...]:
-    """What spectral steps that share their launches have in common."""
-    pair = problem.pair
-    types = (pair.lora_A.dtype, pair.lora_B.dtype, problem.dA.dtype, problem.dB.dtype)
-    return (pair.rank, *types, problem.options.structure)
-
-
-def _spectral_run(problems: Sequence[Problem]) -> Spectral:
-    """Return a run of the kernels for spectral steps of these settings."""
-    from psilora.backends.triton import joint
-    from psilora.backends.triton.spectral import SpectralRun
-
-    of_default = joint.takes(SpectralOptions.of(problems[0].options))
-    return joint.JointRun(problems) if of_default else SpectralRun(problems)

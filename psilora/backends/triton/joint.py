@@ -45,6 +45,16 @@ def takes(options: SpectralOptions) -> bool:
     return options.joint and options.momentum > 0 and options.metric == "lora" and options.num_iters == 1
 
 
+def narrow(problem: Problem) -> bool:
+    """Whether a step of the default's structure is on a side of fewer than 2r columns.
+
+    The r rows that a step orthonormalises beside those of the factor are dependent there. What rows of 24 bits leave
+    of them is noise of about 2⁻¹², where Grams of fp32 rows in float64 leave 2⁻²⁶: other kernels take the layer.
+    """
+    pair = problem.pair
+    return min(pair.d_in, pair.d_out) < 2 * pair.rank and takes(SpectralOptions.of(problem.options))
+
+
 def _numbers(o: SpectralOptions) -> tuple[tuple[int, float], ...]:
     """Return what options are in the table, but for the rate, as pairs of a column and its number."""
     least = min(1.0, o.delta**o.gamma)
