@@ -12,7 +12,7 @@ import copy
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,19 @@ def run(case: Case, steps: int = STEPS) -> dict[str, Any]:
         "repaired_pivots": stats["repaired_pivots"],
         "steps": steps,
     }
+
+
+def table(contents: Iterable[Mapping[str, Any]]) -> list[str]:
+    """A row per run: the largest ratio of each schedule, and what went wrong."""
+    lines = [f"| step | first | dtype | {' | '.join(SCHEDULES)} | skipped | repaired | infinite losses |"]
+    lines.append("|" + "---|" * (len(SCHEDULES) + 6))
+    for content in contents:
+        if "drift" in content:
+            result = content["result"]
+            ratios = [f"{result['ratios'][name]:.1f}" for name in SCHEDULES]
+            counts = [str(result[name]) for name in ("skipped_steps", "repaired_pivots", "infinite_losses")]
+            lines.append("| " + " | ".join([*content["drift"].values(), *ratios, *counts]) + " |")
+    return lines if len(lines) > 2 else []
 
 
 def main(out: Path, quiet: bool) -> None:

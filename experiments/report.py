@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from experiments import plots, store, table1
+from experiments import drift, plots, store, table1
 from experiments.analysis import Setting, Summary, difference, median_of, settings, shared_rate, summaries
 from experiments.linear import medians
 from experiments.methods import METHODS
@@ -28,6 +28,8 @@ def write(folder: Path) -> Path:
         plots.linear(panels, folder / "plots" / "linear.png")
         text += ["## linear", "", *linear_tables(panels), "", *one_step_table(folder), ""]
         text += ["![linear task](plots/linear.png)", ""]
+    if lines := drift.table(store.contents(folder)):
+        text += [f"## Largest ratio of the factors' norms in {drift.STEPS:,} steps", "", *lines, ""]
     lines = table1.table(store.contents(folder))
     if lines:
         text += ["## OPLoRA's Table 1: test accuracy in per cent, means and deviations over seeds", "", *lines, ""]

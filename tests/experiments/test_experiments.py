@@ -387,6 +387,10 @@ def test_factors_stay_together_in_every_schedule_and_dtype(tmp_path: Path, monke
         assert all(1 <= ratio < 32 for ratio in result["ratios"].values()), result["ratios"]
     run("drift", "--quiet", "--out", tmp_path)
     assert stored(tmp_path) == files
+    run("report", tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    largest = " | ".join(f"{ratio:.1f}" for ratio in results[0]["ratios"].values())
+    assert "| gradient | A | float16 | " + largest + " | 0 | 0 | 0 |" in text
 
 
 def test_factors_run_away_where_nothing_balances_them() -> None:
