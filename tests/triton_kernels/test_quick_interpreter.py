@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import pytest
@@ -94,3 +95,45 @@ def test_dtypes_are_those_of_the_table() -> None:
         assert interpreter._get_np_dtype(dtype) == interpreter._get_np_dtype(tl.block_type(dtype, [16])) == expected
     pointer = tl.pointer_type(tl.float32)
     assert interpreter._get_np_dtype(pointer) == interpreter._get_np_dtype(tl.block_type(pointer, [16])) == "uint64"
+
+
+def test_types_of_blocks_are_those_of_the_language() -> None:
+    for _ in range(2):
+        block = tl.block_type(tl.float32, [tl.constexpr(16), 2])
+        assert (list(block.shape), block.numel) == ([16, 2], 32) and block.name.endswith("fp32>")
+        assert block == tl.block_type(tl.dtype("fp32"), [16, 2]) and block.element_ty == tl.float32
+        assert block not in (tl.block_type(tl.float64, [16, 2]), tl.block_type(tl.float32, [2, 16]), tl.float32)
+        with pytest.raises(ValueError, match="power of 2"):
+            tl.block_type(tl.float32, [3])
+        with pytest.raises(TypeError, match="0d block_type is forbidden"):
+            tl.block_type(tl.float32, [])
+    pointers = [tl.block_type(tl.pointer_type(tl.float32, const=const), [16]) for const in (False, True)]
+    assert pointers[0] != pointers[1] and pointers[1].element_ty.const
+
+
+@pytest.mark.parametrize("dtype", [tl.float32, tl.pointer_type(tl.float32)], ids=str)
+def test_tensors_have_their_shapes(dtype: tl.dtype) -> None:
+    for shape in ([16], [4, 8], [16]):
+        made = tl.tensor(None, tl.block_type(dtype, shape))
+        assert list(made.shape) == [tl.constexpr(s) for s in shape] and made.numel.value == math.prod(shape)
+        assert made.dtype == dtype and made.type.is_block()
+    alone = tl.tensor(None, dtype)
+    assert list(alone.shape) == [] and alone.numel.value == 1 and not alone.type.is_block()
+
+
+@triton.jit
+def _broadcast_kernel(out_ptr, WRONG: tl.constexpr):
+    row, column = tl.arange(0, 4)[:, None], tl.arange(0, 8)[None, :]
+    wide = row * 10 + column
+    if WRONG:
+        wide += tl.arange(0, 4)[None, :]
+    tl.store(out_ptr + row * 8 + column, wide + (wide + 1) + 1)
+
+
+def test_shapes_that_differ_are_broadcast() -> None:
+    out = torch.zeros(4, 8, dtype=torch.int32)
+    _broadcast_kernel[(1,)](out, False)
+    wide = 10 * torch.arange(4)[:, None] + torch.arange(8)
+    assert out.tolist() == (2 * wide + 2).tolist()
+    with pytest.raises(interpreter.InterpreterError, match="incompatible dimensions"):
+        _broadcast_kernel[(1,)](out, True)
