@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -214,10 +215,29 @@ def _enter(rank: int, world: int, folder: str, work: Callable[[int, int], Any]) 
         os._exit(0)  # gloo's clean-up may wait for a thread that waits for the GIL, which the clean-up holds
 
 
+@contextlib.contextmanager
+def _imports_found_here() -> Iterator[None]:
+    """Processes started meanwhile find the modules that this one does; the server of forks asks for no other path."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [before])])
+    try:
+        yield
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
+
+
 def run_world(work: Callable[[int, int], Any], world: int, folder: Path) -> list[Any]:
-    """Run `work(rank, world)` in `world` processes that form a group; return what each returned, or None."""
-    with one_thread():
-        mp.start_processes(_enter, args=(world, str(folder), work), nprocs=world, start_method="spawn")
+    """Run `work(rank, world)` in `world` processes that form a group; return what each returned, or None.
+
+    The processes are forks of one that has imported everything and lives as long as this one, where there can be forks.
+    """
+    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+    with one_thread(), _imports_found_here():
+        if method == "forkserver":
+            multiprocessing.get_context(method).set_forkserver_preload(["world_cases"])
+        mp.start_processes(_enter, args=(world, str(folder), work), nprocs=world, start_method=method)
     files = [folder / f"{rank}.pt" for rank in range(world)]
     return [torch.load(file, weights_only=True) if file.exists() else None for file in files]
 
