@@ -149,16 +149,15 @@ def test_datasets_splits_are_kept(docstrings: ModuleType, monkeypatch: pytest.Mo
     assert data.train_labels == [0, 1] * 4 and data.validation_texts == [row["text"] for row in rows[8:]]
 
 
-@pytest.mark.slow
-def test_a_csv_of_the_user(tmp_path: Path) -> None:
+def test_a_csv_of_the_user(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_csv(tmp_path / "reviews.csv", reviews())
     columns = ["--dataset", source, "--text-column", "remark", "--label-column", "stars"]
     choices = ["--optimizer", "psilora-gradient", "--lr", "0.1", "--batch-size", "8", "--rank", "4"]
-    layers = ["--target-modules", "key", "dense"]
-    done = command("--short", *columns, *choices, *layers, "--output", str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr
-    assert "reviews.csv: 2 classes, 30 training and 10 validation texts" in done.stdout
-    assert "given on the command line" in done.stdout
+    layers = ["--target-modules", "key", "dense", "--device", "cpu"]
+    demo.main(["--short", "--quiet", *columns, *choices, *layers, "--output", str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert "reviews.csv: 2 classes, 30 training and 10 validation texts" in printed
+    assert "given on the command line" in printed
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     (run,) = metrics["runs"]
     assert (run["method"], run["lr"], metrics["settings"]["rank"]) == ("psilora-gradient", 0.1, 4)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import sysconfig
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,22 @@ def test_trl_sft_learns(tmp_path: Path) -> None:
     assert losses[-1] < losses[0] - 0.1
 
 
+@pytest.fixture
+def small_library(tmp_path: Path, checkout_on_path: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A part of the standard library, with packages of both splits, for a program that parses all of it."""
+    smollm = importlib.import_module("experiments.tasks.smollm")
+    whole, part = Path(sysconfig.get_path("stdlib")), tmp_path / "library"
+    part.mkdir()
+    for name in ("argparse.py", "calendar.py", "csv.py", "email", "json", "logging", "shlex.py", "textwrap.py"):
+        copy = shutil.copy if (whole / name).is_file() else shutil.copytree
+        copy(whole / name, part / name)
+    monkeypatch.setattr(smollm.sysconfig, "get_path", lambda name: str(part))
+    smollm.packages.cache_clear()
+    yield
+    smollm.packages.cache_clear()
+
+
+@pytest.mark.usefixtures("small_library")
 def test_a_language_model_is_fine_tuned_both_ways_and_its_adapters_are_saved(tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="TRL is an extra: psilora[loops]")
     runs = example("finetune_llm")(["--tiny", "--quiet", "--steps", "8", "--output", str(tmp_path)])
