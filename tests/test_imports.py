@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,7 +39,7 @@ def modules(root: Path) -> dict[str, str]:
     return found
 
 
-def imported(name: str, source: str, known: set[str], package: bool) -> Iterator[str]:
+def imported(name: str, source: str, known: frozenset[str], package: bool) -> Iterator[str]:
     """The modules of the package that a source imports: at the top, in functions and for type checking alike."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -59,7 +60,13 @@ def imported(name: str, source: str, known: set[str], package: bool) -> Iterator
                 yield _nearest(str(first), known)
 
 
-def _nearest(name: str, known: set[str]) -> str:
+@functools.cache
+def found_imports(name: str, source: str, known: frozenset[str], package: bool) -> frozenset[str]:
+    """What `imported` yields, of a source that does not change looked for once."""
+    return frozenset(imported(name, source, known, package))
+
+
+def _nearest(name: str, known: frozenset[str]) -> str:
     """The module that a dotted name is in."""
     while name not in known and "." in name:
         name = name.rpartition(".")[0]
@@ -68,11 +75,11 @@ def _nearest(name: str, known: set[str]) -> str:
 
 def faults(sources: dict[str, str]) -> list[str]:
     """What goes against the order, in words."""
-    known, found = set(sources), []
+    known, found = frozenset(sources), []
     packages = {name.rpartition(".")[0] for name in known}
-    graph: dict[str, set[str]] = {}
+    graph: dict[str, frozenset[str]] = {}
     for name, source in sources.items():
-        graph[name] = {other for other in imported(name, source, known, name in packages) if other != name}
+        graph[name] = found_imports(name, source, known, name in packages) - {name}
         if name == "psilora":
             continue
         here = name.split(".")[1]

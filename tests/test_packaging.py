@@ -130,6 +130,7 @@ case "$*" in
   *) echo 'this nvcc is broken' >&2; exit 1 ;;
 esac
 """
+MISMATCH = "mismatches the version that was used to compile"
 BROKEN = "Error compiling objects|nvcc' failed"  # with ninja and without
 #: A torch without CUDA does not look for CUDA_HOME.
 CUDA_TORCH = """
@@ -143,7 +144,7 @@ torch.utils.cpp_extension.CUDA_HOME = os.environ["CUDA_HOME"]
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize(
     ("release", "reason"),
-    [("11.2", "mismatches the version that was used to compile"), ("12.8", BROKEN)],
+    [("11.2", MISMATCH), ("12.8", BROKEN)],
     ids=["another CUDA", "it compiles nothing"],
 )
 def test_a_cuda_half_that_does_not_build_leaves_the_cpu_half(release: str, reason: str, tmp_path: Path) -> None:
@@ -171,6 +172,8 @@ def test_a_cuda_half_that_does_not_build_leaves_the_cpu_half(release: str, reaso
         (record,) = (n for n in archive.namelist() if n.endswith("/WHEEL"))
         assert b"Root-Is-Purelib: false" in archive.read(record)
     assert ctypes.CDLL(str(tmp_path / name)).psilora_half() == 17
+    if reason == BROKEN:
+        return  # told to build it, either is an error in the same way
     failed = subprocess.run(
         [sys.executable, "setup.py", "-q", "bdist_wheel"],
         cwd=folder,
