@@ -149,6 +149,7 @@ def test_datasets_splits_are_kept(docstrings: ModuleType, monkeypatch: pytest.Mo
     assert data.train_labels == [0, 1] * 4 and data.validation_texts == [row["text"] for row in rows[8:]]
 
 
+@pytest.mark.slow
 def test_a_csv_of_the_user(demo: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_csv(tmp_path / "reviews.csv", reviews())
     columns = ["--dataset", source, "--text-column", "remark", "--label-column", "stars"]
