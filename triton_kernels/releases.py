@@ -48,8 +48,8 @@ def runs(triton: Release) -> str:
     """Return in words which steps have kernels on CUDA with a Triton; the reference takes the others, with a warning.
 
     Spectral steps that differ from the default in structure (`joint=False`, `momentum=0`, `metric=None`, `num_iters`
-    other than 1) multiply in float64, and so do kernels of the default on 8.0, 9.0 and 10.0, which without it use pairs
-    of fp32.
+    other than 1), and any on layers narrower than twice their rank, multiply in float64. So do the default's kernels on
+    8.0, 9.0 and 10.0, which without it use pairs of fp32.
     """
     if triton < OLDEST:
         return "none"
