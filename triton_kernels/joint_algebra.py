@@ -79,7 +79,7 @@ WARPS = {8: 8, 16: 8, 32: 8, 64: 8, 128: 8}
 
 #: Bytes that are spilled nevertheless.
 SPILLED = {("joint_finish", 128): 96}
-REGISTERS = {8: 168, 16: 168, 32: 168, 64: 255, 128: 255}
+REGISTERS = {8: 168, 16: 168, 32: 255, 64: 255, 128: 255}
 
 
 @triton.jit

@@ -316,7 +316,9 @@ def _variants() -> list[Variant]:
                 blocks = {"SIDE": side, "BN": BN, "KS": KS, "CHECK": True, "EMIT": True}
                 types = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.float32}
                 title = f"solve_{'ab'[side]}_{name}"
-                found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255))
+                spilled = 8 if title == "solve_b_tangent" and padded == 16 else 0  # by Triton 3.9
+                own = {**blocks, **types, **case}
+                found.append(variant(title, _solve_kernel, padded, warps, own, 255, spilled=spilled))
                 if name == "exact" and padded <= FP32_UP_TO:
                     title, fp32 = f"{title}_fp32", {**blocks, **types, **case, "PARAM_TYPE": tl.float32}
                     targets = (SLOW_TARGET,)
