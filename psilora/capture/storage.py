@@ -51,7 +51,8 @@ class Input(Protocol):
 def column_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ_n x_n² (d,) of x (N, d) in `dtype`, without holding a square or a wider copy of all of x."""
     rows = max(1, SQUARED_AT_ONCE[x.device.type == "cpu"] // x.shape[1])
-    return functools.reduce(Tensor.add_, (part.to(dtype).square().sum(0) for part in x.split(rows)))
+    total: Tensor = functools.reduce(Tensor.add_, (part.to(dtype).square().sum(0) for part in x.split(rows)))
+    return total
 
 
 class Matrix:
