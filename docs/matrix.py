@@ -172,7 +172,8 @@ def embed(lines: list[str], path: Path, name: str = "support") -> None:
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{path} must hold {begin} and {end} once each")
     head, _, rest = text.partition(begin)
-    path.write_text(f"{head}{begin}\n{chr(10).join(lines)}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+    body = "\n".join([begin, *lines, end])
+    path.write_text(f"{head}{body}{rest.partition(end)[2]}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.store import rounded
+from experiments.store import save
 from psilora import LoRALinear, PSILoRA
 
 WIDTH, RANK, ROWS = 6, 2, 16
@@ -139,5 +138,4 @@ def main(out: Path, quiet: bool) -> None:
     for case in tqdm(list(cases()), desc="drift", unit="run", disable=quiet):
         path = out / case.path()
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rounded({"drift": asdict(case), "result": run(case)})), encoding="utf-8")
+            save(path, {"drift": asdict(case), "result": run(case)})

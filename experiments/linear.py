@@ -6,7 +6,6 @@ of products with W. All in float64; "excess" is (f − f*)/f*, f* being the squa
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.store import rounded
+from experiments.store import save
 from psilora import LoRALinear, PSILoRA, lorsum, ritz
 from psilora.baselines import PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
 from psilora.baselines.svd import truncated
@@ -190,8 +189,7 @@ def main(out: Path, seeds: Sequence[int], quiet: bool) -> None:
             )
     for path, compute in tqdm(work, desc="linear", unit="run", disable=quiet):
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rounded(compute())), encoding="utf-8")
+            save(path, compute())
 
 
 def medians(curves: Sequence[dict[str, float]]) -> dict[int, float]:

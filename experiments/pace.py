@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from experiments.methods import METHODS
-from experiments.store import rounded
+from experiments.store import rounded, save
 from experiments.tasks import Session, Task
 from experiments.training import Where, train_step, versions
 
@@ -63,6 +63,5 @@ def kept(
     step_ms = rounded(measure(task, condition, rank, lrs, folder, where))
     label = {"task": task.name, "condition": condition, "rank": rank}
     content = {"pace": label, "step_ms": step_ms, "command": command, "versions": versions()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content), encoding="utf-8")
+    save(path, content)
     return step_ms

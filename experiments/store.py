@@ -23,12 +23,16 @@ LABELS = ("key", "pace", "linear", "one_step", "drift", "table1")
 
 
 def write(folder: Path, key: Key, result: Result, command: str) -> None:
-    """Write the run's file; a reader never sees half of it."""
-    content = {"key": asdict(key), "result": rounded(asdict(result)), "command": command, "versions": versions()}
-    path = folder / key.path
+    """Write the run's file."""
+    content = {"key": asdict(key), "result": asdict(result), "command": command, "versions": versions()}
+    save(folder / key.path, content)
+
+
+def save(path: Path, content: dict[str, Any]) -> None:
+    """Write one JSON file, floats to 6 digits; a reader never sees half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(content), encoding="utf-8")
+    partial.write_text(json.dumps(rounded(content)), encoding="utf-8")
     partial.replace(path)
 
 

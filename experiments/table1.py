@@ -14,19 +14,19 @@ import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
 from experiments.methods import BETAS, Build, factor_rule, only_adapters, pair_rule
-from experiments.store import rounded
+from experiments.store import save
 from experiments.tasks.images import BATCH, Images, ImageSession
 from experiments.tasks.vision import LeNet5, PatchMLP, adapted, cifar100, mnist, with_validation
 from experiments.training import train_step, versions
-from psilora import OPLoRA, PSILoRA
+from psilora import LoRALinear, OPLoRA, PSILoRA
 from psilora.baselines import PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
 
 EPOCHS, POINTS = 2, 10
@@ -34,6 +34,7 @@ OTHERS_LR, MOMENTUM, PROX = 0.01, 0.9, 1e-3
 #: Rates that every method gets around its centre, and how many more beyond an edge where the best lies on one.
 TRIED, MORE = 3, 2
 DIGITS = (1, 2, 5)
+K = TypeVar("K", int, float)
 HEAD = "| method | lr | rates | seeds | mean over time | final | paper | repaired solves | skipped steps |"
 
 
@@ -55,18 +56,21 @@ class Method:
         title: The paper's name of it, or ours.
         build: (model, lr, lr of other parameters, unused) to optimizers of what it trains.
         centre: The middle one of its rates, of the ladder 1, 2, 5 times a power of ten.
-        paper: {dataset: the paper's accuracy in per cent, mean and deviation over 3 seeds}.
     """
 
     title: str
     build: Build
-    centre: float
-    paper: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    centre: float = 0.02
+
+
+def adapters(model: nn.Module) -> dict[str, LoRALinear]:
+    """{path: adapted layer}."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def full(model: nn.Module, lr: float, _: float) -> list[torch.optim.Optimizer]:
     """SGD of the linear layers themselves; the adapters, which are zero, stay so."""
-    layers = [m for m in model.modules() if hasattr(m, "lora_A")]
+    layers = adapters(model).values()
     for layer in layers:
         layer.lora_A.weight.requires_grad_(False)
         layer.lora_B.weight.requires_grad_(False)
@@ -75,65 +79,39 @@ def full(model: nn.Module, lr: float, _: float) -> list[torch.optim.Optimizer]:
     return [torch.optim.SGD(weights, lr=lr, momentum=MOMENTUM)]
 
 
-def paper(mnist: tuple[float, float], cifar100: tuple[float, float]) -> Mapping[str, tuple[float, float]]:
-    """The paper's figures of a row, by dataset."""
-    return {"mnist": mnist, "cifar100": cifar100}
-
-
-OPLORA, PROJECTED = {"prox": PROX}, {"momentum": MOMENTUM, "prox": PROX}
+SGD, ADAMW = {"momentum": MOMENTUM}, {"betas": BETAS}
+PROJECTED = {**SGD, "prox": PROX}
 METHODS: Mapping[str, Method] = {
-    "sgd": Method(
-        "LoRA, SGD", factor_rule(torch.optim.SGD, momentum=MOMENTUM), 0.02, paper((98.27, 0.069), (24.66, 0.254))
-    ),
-    "adamw": Method(
-        "LoRA, AdamW",
-        factor_rule(torch.optim.AdamW, betas=BETAS, weight_decay=0.0),
-        2e-3,
-        paper((98.18, 0.088), (27.16, 0.116)),
-    ),
-    "preconditioned-sgd": Method(
-        "Preconditioned LoRA, SGD",
-        pair_rule(PreconditionedSGD, momentum=MOMENTUM, damping=PROX),
-        0.02,
-        paper((98.55, 0.144), (27.53, 0.360)),
-    ),
+    "sgd": Method("LoRA, SGD", factor_rule(torch.optim.SGD, **SGD)),
+    "adamw": Method("LoRA, AdamW", factor_rule(torch.optim.AdamW, weight_decay=0.0, **ADAMW), 2e-3),
+    "preconditioned-sgd": Method("Preconditioned LoRA, SGD", pair_rule(PreconditionedSGD, damping=PROX, **SGD)),
     "preconditioned-adamw": Method(
-        "Preconditioned LoRA, AdamW",
-        pair_rule(PreconditionedAdamW, betas=BETAS, damping=PROX),
-        2e-3,
-        paper((98.32, 0.056), (28.15, 0.477)),
+        "Preconditioned LoRA, AdamW", pair_rule(PreconditionedAdamW, damping=PROX, **ADAMW), 2e-3
     ),
-    "projected-1": Method(
-        "Projected OPLoRA ×1",
-        pair_rule(ProjectedMomentum, num_iters=1, **PROJECTED),
-        0.02,
-        paper((98.53, 0.098), (28.26, 0.104)),
-    ),
-    "projected-2": Method(
-        "Projected OPLoRA ×2",
-        pair_rule(ProjectedMomentum, num_iters=2, **PROJECTED),
-        0.02,
-        paper((98.51, 0.062), (28.29, 0.061)),
-    ),
-    "projected-8": Method(
-        "Projected OPLoRA ×8",
-        pair_rule(ProjectedMomentum, num_iters=8, **PROJECTED),
-        0.02,
-        paper((98.54, 0.118), (28.23, 0.201)),
-    ),
-    "oplora-1": Method(
-        "OPLoRA ×1", pair_rule(OPLoRA, num_iters=1, **OPLORA), 0.02, paper((98.58, 0.106), (26.24, 0.173))
-    ),
-    "oplora-2": Method(
-        "OPLoRA ×2", pair_rule(OPLoRA, num_iters=2, **OPLORA), 0.02, paper((98.55, 0.100), (26.47, 0.178))
-    ),
-    "oplora-8": Method(
-        "OPLoRA ×8", pair_rule(OPLoRA, num_iters=8, **OPLORA), 0.02, paper((98.56, 0.134), (26.94, 0.190))
-    ),
-    "svdlora": Method("SVDLoRA", pair_rule(SVDLoRA, momentum=MOMENTUM), 0.02, paper((98.52, 0.074), (27.48, 0.365))),
-    "full": Method("Full, SGD", full, 0.02, paper((98.77, 0.111), (32.24, 0.398))),
-    "oplora-1-first-b": Method("OPLoRA ×1, B first", pair_rule(OPLoRA, num_iters=1, first="B", **OPLORA), 0.02),
-    "default": Method("PSILoRA, default", pair_rule(PSILoRA), 0.02),
+    **{
+        f"projected-{k}": Method(f"Projected OPLoRA ×{k}", pair_rule(ProjectedMomentum, num_iters=k, **PROJECTED))
+        for k in (1, 2, 8)
+    },
+    **{f"oplora-{k}": Method(f"OPLoRA ×{k}", pair_rule(OPLoRA, num_iters=k, prox=PROX)) for k in (1, 2, 8)},
+    "svdlora": Method("SVDLoRA", pair_rule(SVDLoRA, **SGD)),
+    "full": Method("Full, SGD", full),
+    "oplora-1-first-b": Method("OPLoRA ×1, B first", pair_rule(OPLoRA, num_iters=1, first="B", prox=PROX)),
+    "default": Method("PSILoRA, default", pair_rule(PSILoRA)),
+}
+#: The paper's accuracies in per cent, mean and deviation over 3 seeds.
+PAPER: Mapping[str, Mapping[str, tuple[float, float]]] = {
+    "sgd": {"mnist": (98.27, 0.069), "cifar100": (24.66, 0.254)},
+    "adamw": {"mnist": (98.18, 0.088), "cifar100": (27.16, 0.116)},
+    "preconditioned-sgd": {"mnist": (98.55, 0.144), "cifar100": (27.53, 0.360)},
+    "preconditioned-adamw": {"mnist": (98.32, 0.056), "cifar100": (28.15, 0.477)},
+    "projected-1": {"mnist": (98.53, 0.098), "cifar100": (28.26, 0.104)},
+    "projected-2": {"mnist": (98.51, 0.062), "cifar100": (28.29, 0.061)},
+    "projected-8": {"mnist": (98.54, 0.118), "cifar100": (28.23, 0.201)},
+    "oplora-1": {"mnist": (98.58, 0.106), "cifar100": (26.24, 0.173)},
+    "oplora-2": {"mnist": (98.55, 0.100), "cifar100": (26.47, 0.178)},
+    "oplora-8": {"mnist": (98.56, 0.134), "cifar100": (26.94, 0.190)},
+    "svdlora": {"mnist": (98.52, 0.074), "cifar100": (27.48, 0.365)},
+    "full": {"mnist": (98.77, 0.111), "cifar100": (32.24, 0.398)},
 }
 
 DATASETS: Mapping[str, Dataset] = {
@@ -177,8 +155,7 @@ def train(dataset: str, method: str, lr: float, seed: int, epochs: int, folder: 
 
 def norms(model: nn.Module) -> dict[str, tuple[float, float]]:
     """{layer: (‖A‖_F, ‖B‖_F)}: their split tells how far the factors have drifted apart."""
-    pairs = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
-    return {name: (m.lora_A.weight.norm().item(), m.lora_B.weight.norm().item()) for name, m in pairs.items()}
+    return {name: (m.lora_A.weight.norm().item(), m.lora_B.weight.norm().item()) for name, m in adapters(model).items()}
 
 
 def ladder(centre: float, above: int) -> float:
@@ -208,8 +185,7 @@ class Plan:
             label = {"dataset": self.dataset, "method": method, "lr": lr, "seed": seed, "epochs": self.epochs}
             content = {"table1": label, **train(self.dataset, method, lr, seed, self.epochs, self.folder)}
             content |= {"command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]), "versions": versions()}
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(rounded(content)), encoding="utf-8")
+            save(path, content)
         return validated(json.loads(path.read_text(encoding="utf-8")))
 
     def runs(self, method: str) -> Iterator[None]:
@@ -220,15 +196,15 @@ class Plan:
                     self.run(method, lr, seed)
                     yield
             return
-        found: dict[int, float] = {}
+        found: dict[int, dict[int, float]] = {}
         reach = TRIED // 2
         todo = list(range(-reach, reach + 1))
         while todo:
             for above in todo:
                 lr = ladder(METHODS[method].centre, above)
-                found[above] = statistics.fmean(self.run(method, lr, seed) for seed in self.tune_seeds)
+                found[above] = {seed: self.run(method, lr, seed) for seed in self.tune_seeds}
                 yield
-            best = max(found, key=lambda above: found[above])
+            best = chosen(found)
             beyond = {min(found): best - 1, max(found): best + 1}.get(best)
             todo = [beyond] if beyond is not None and len(found) < TRIED + MORE else []
         for seed in self.seeds:
@@ -240,6 +216,12 @@ def validated(run: Mapping[str, Any]) -> float:
     """The mean over time of a run's validation accuracy; 0 where it stopped being finite."""
     curve = list(run["validation"].values())
     return statistics.fmean(curve) if len(curve) == POINTS * run["table1"]["epochs"] else 0.0
+
+
+def chosen(found: Mapping[K, Mapping[int, float]]) -> K:
+    """The rate with the best mean over the seeds that all rates have run, of {rate: {seed: validation accuracy}}."""
+    shared = set.intersection(*map(set, found.values()))
+    return max(found, key=lambda rate: statistics.fmean(found[rate][seed] for seed in shared or found[rate]))
 
 
 def main(plan: Plan, methods: Sequence[str], quiet: bool) -> None:
@@ -271,20 +253,13 @@ def table(contents: Iterable[Mapping[str, Any]]) -> list[str]:
 
 def _line(dataset: str, name: str, rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> str:
     """A method's row; where the best of several rates lies on an edge, the rate is marked."""
-    tuning = min(run["table1"]["seed"] for group in rates.values() for run in group)
-    tuned = {
-        lr: statistics.fmean(validated(run) for run in group if run["table1"]["seed"] == tuning)
-        for lr, group in rates.items()
-        if any(run["table1"]["seed"] == tuning for run in group)
-    }
-    lr = max(tuned, key=lambda rate: tuned[rate])
+    lr = chosen({lr: {run["table1"]["seed"]: validated(run) for run in group} for lr, group in rates.items()})
     group, mark = rates[lr], "\\*" * (len(rates) > 1 and lr in (min(rates), max(rates)))
     complete = all(validated(run) > 0 for run in group)
     curves = [[100 * share for share in run["accuracy"].values()] for run in group]
     mean = _spread([statistics.fmean(curve) for curve in curves]) if complete else "not finite"
     final = _spread([curve[-1] for curve in curves]) if complete else ""
-    published = METHODS[name].paper.get(dataset)
-    known = f"{published[0]:.2f} ± {published[1]:.2f}" if published else ""
+    known = "{:.2f} ± {:.2f}".format(*PAPER[name][dataset]) if name in PAPER else ""
     counts = [_count(group, counter) for counter in ("repaired_pivots", "skipped_steps")]
     cells = [METHODS[name].title, f"{lr:g}{mark}", str(len(rates)), str(len(group)), mean, final, known, *counts]
     return "| " + " | ".join(cells) + " |"

@@ -49,7 +49,8 @@ WIDE_TARGETS = (90, 100)
 NARROW = tuple(target for target in JOINT_TARGETS if target not in WIDE_TARGETS)
 #: Bytes that ptxas spills there: six sums and their operands are more than 255 registers hold.
 SPILLED = 304  # of mixed dtypes on 12.0 by Triton 3.9; 256 elsewhere
-SPILLED_AT_8 = 104  # on 9.0, where the wide targets have room at the padded rank 16
+#: The same on the wide targets, by padded rank and blocks of rows; there is room at the padded rank 16.
+SPILLED_WIDE = {(8, 4): 104, (32, 1): 72}
 
 
 def _shape(rows: int, target: int) -> dict[str, Any]:
@@ -365,7 +366,7 @@ def _variants() -> list[Variant]:
                     "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
                     "ALONE": blocks == 1, "FOLLOWS": blocks == 4, **types,
                 }  # fmt: skip
-                spilled = 1024 if rows < padded * blocks else SPILLED_AT_8 if padded * blocks == 32 else 0
+                spilled = 1024 if rows < padded * blocks else SPILLED_WIDE.get((padded, blocks), 0)
                 wide = {"max_registers": 255, "fusion": False, "spilled": spilled}
                 found.append(
                     variant(f"{name}{kind}", _gram_kernel, padded, own, _shape(rows, 90), WIDE_TARGETS, **wide)

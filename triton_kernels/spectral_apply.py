@@ -126,6 +126,10 @@ def spread(addresses: Tensor, dims: Tensor, tiles: Tensor, coefficients: Tensor,
     )  # fmt: skip
 
 
+#: Bytes that are spilled, by padded rank: by Triton 3.9, 64 on 10.0 and up to 24 elsewhere.
+SPILLED = {16: 64}
+
+
 def _variants() -> list[Variant]:
     found = []
     signature: dict[str, Any] = {
@@ -144,7 +148,7 @@ def _variants() -> list[Variant]:
                     num_stages=1,
                     max_registers=REGISTERS,
                     maxnreg=REGISTERS,
-                    spilled=64 if padded == 16 else 0,  # by Triton 3.9: 64 on 10.0, up to 24 elsewhere
+                    spilled=SPILLED.get(padded, 0),
                     targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
                 )
             )

@@ -19,8 +19,8 @@ from psilora.linalg.precision import compute_dtype, full_precision
 #: What each `gradient=` setting keeps; "auto" decides by layer.
 HOLDS = {"exact": "rows", "dense": "dense", "backward": "cross", "tangent": "nothing"}
 
-#: Numbers whose squares `column_squares` holds at a time: on a CPU what its cache keeps, elsewhere (False) 256 MiB.
-SQUARED_AT_ONCE = {True: 2**18, False: 2**26}
+#: Numbers whose squares `column_squares` holds at a time: on a CPU what its cache keeps, elsewhere 256 MiB.
+SQUARED_ON_CPU, SQUARED_ELSEWHERE = 2**18, 2**26
 
 
 class Input(Protocol):
@@ -50,7 +50,8 @@ class Input(Protocol):
 
 def column_squares(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return Σ_n x_n² (d,) of x (N, d) in `dtype`, without holding a square or a wider copy of all of x."""
-    rows = max(1, SQUARED_AT_ONCE[x.device.type == "cpu"] // x.shape[1])
+    numbers = SQUARED_ON_CPU if x.device.type == "cpu" else SQUARED_ELSEWHERE
+    rows = max(1, numbers // x.shape[1])
     total: Tensor = functools.reduce(Tensor.add_, (part.to(dtype).square().sum(0) for part in x.split(rows)))
     return total
 

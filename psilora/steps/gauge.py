@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from psilora.linalg.precision import compute_dtype
 from psilora.steps.problem import Problem
 
 #: ‖√s·B‖²/‖√s·A‖², or its inverse, above which a pair is balanced: norms 16 times apart.
@@ -36,8 +35,8 @@ def shifts(problems: Sequence[Problem], moved: Tensor, squares: Tensor | None = 
         return None
     if squares is None:
         factors = [[p.pair.lora_A.detach() for p in problems], [p.pair.lora_B.detach() for p in problems]]
-        dtype = compute_dtype(factors[0][0].dtype)  # not float64: on a CPU its norms take three times as long
-        norms = [torch.stack(torch._foreach_norm(side, 2, dtype=dtype)) for side in factors]
+        # not in float64, whose norms take three times as long on a CPU
+        norms = [torch.stack(torch._foreach_norm(side, 2, dtype=problems[0].dtype)) for side in factors]
         squares = torch.stack(norms).double().square()
     ratio = squares[1] / squares[0]
     due = moved & (ratio > 0) & torch.isfinite(ratio) & ((ratio > IMBALANCE) | (ratio < 1 / IMBALANCE))

@@ -285,20 +285,23 @@ class Backend:
 
     def _spectral_key(self, problem: Problem) -> tuple[object, ...]:
         """What spectral steps that share their launches have in common."""
-        from psilora.backends.triton import joint
-
         pair = problem.pair
         types = (pair.lora_A.dtype, pair.lora_B.dtype, problem.dA.dtype, problem.dB.dtype)
-        return (pair.rank, *types, problem.options.structure, self._narrow or joint.narrow(problem))
+        return (pair.rank, *types, problem.options.structure, self._joint(problem))
 
     def _spectral_run(self, problems: Sequence[Problem]) -> Spectral:
-        """Return a run of the kernels for spectral steps of these settings, all narrow or none."""
-        from psilora.backends.triton import joint
+        """Return a run of the kernels for spectral steps of one key."""
+        from psilora.backends.triton.joint import JointRun
         from psilora.backends.triton.spectral import SpectralRun
 
-        narrow = self._narrow or joint.narrow(problems[0])
-        of_default = not narrow and joint.takes(SpectralOptions.of(problems[0].options))
-        return joint.JointRun(problems) if of_default else SpectralRun(problems)
+        return JointRun(problems) if self._joint(problems[0]) else SpectralRun(problems)
+
+    def _joint(self, problem: Problem) -> bool:
+        """Whether the default's kernels take a spectral step."""
+        from psilora.backends.triton import joint
+
+        narrow = self._narrow or joint.narrow(problem)
+        return not narrow and joint.takes(SpectralOptions.of(problem.options))
 
     def _note_capture(self, run: Run | Spectral) -> None:
         if capturing(run.device):

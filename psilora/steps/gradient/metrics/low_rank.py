@@ -18,6 +18,7 @@ from collections.abc import Generator
 import torch
 from torch import Tensor
 
+from psilora.capture.storage import column_squares
 from psilora.linalg.eigen import EigenMetric, eigh
 from psilora.steps.gradient.batch import GradientBatch
 from psilora.steps.gradient.metrics.base import Numbers, Updated
@@ -45,7 +46,7 @@ def second_moments(Q: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
     for x in rows:
         x = x.to(Q.dtype)
         product += x.mT @ (x @ Q)
-        trace += x.square().sum()
+        trace += column_squares(x, Q.dtype).sum()
     return product, trace
 
 
