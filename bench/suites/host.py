@@ -203,8 +203,9 @@ class Bench:
 
     def __init__(self, model: Model, case: Case, device: str) -> None:
         torch.manual_seed(0)
-        widths = {size: 16 + 8 * i for i, size in enumerate(sorted({d for layer in model.layers for d in layer[:2]}))}
         rank = min(model.rank, 16)
+        sizes = sorted({d for layer in model.layers for d in layer[:2]})
+        widths = {size: 2 * rank + 8 * i for i, size in enumerate(sizes)}  # below 2r other kernels take a layer
         layers = [(widths[o], widths[i]) for o, i, _ in model.layers]
         self.adapters = nn.ModuleList(Adapter(o, i, rank, device) for o, i in layers).to(case.dtype)
         self.optimizer = PSILoRA(self.adapters, LR, backend="triton", **case.settings)

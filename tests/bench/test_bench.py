@@ -76,6 +76,13 @@ def test_host(tmp_path: Path) -> None:
     assert len(varying["workspace_by_step"]) == len(module("suites.host").VARYING)
 
 
+def test_the_layers_that_stand_for_a_models_are_none_that_other_kernels_take() -> None:
+    host, model = module("suites.host"), module("shapes").MODELS["llama-3-8b"]
+    work = host.Bench(model, host.Case("spectral"), "cpu")
+    pairs = [adapter.pair for adapter in work.adapters]
+    assert len(pairs) == len(model.layers) and all(min(A.shape[1], B.shape[0]) >= 2 * A.shape[0] for A, B in pairs)
+
+
 def test_launches_are_counted_and_views_are_not() -> None:
     host = module("suites.host")
     x = torch.ones(4, 4)
