@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import subprocess
 import sys
 import time
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _report(options)
     if options.command == "compare":
         return _compare(options)
-    return _run(options, _command(given))
+    return _run(options, given)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,29 +88,33 @@ def _command(given: Sequence[str]) -> str:
     return " ".join(["python -m bench", *(Path(a).name if Path(a).is_absolute() else a for a in given)])
 
 
-def _run(options: argparse.Namespace, command: str) -> int:
+def _run(options: argparse.Namespace, given: Sequence[str]) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device; --device cpu runs the same suites", file=sys.stderr)
         return 1
+    if options.command in SELECTIONS:
+        return _select(SELECTIONS[options.command], [*given[1:], "--device", options.device])
     models = None if options.models is None else tuple(options.models)
     settings = Settings(options.device, models, options.tokens, options.repeats, options.seconds, options.small)
-    failed = False
-    for name in SELECTIONS.get(options.command, (options.command,)):
-        began = time.perf_counter()
-        try:
-            rows = importlib.import_module(f"bench.suites.{name}").run(settings)
-        except Exception:  # the other suites of a selection are worth having
-            traceback.print_exc()
-            failed = True
-            continue
-        seconds = round(time.perf_counter() - began, 1)
-        more = {"commit": options.commit} if options.commit else {}
-        path = results.save(options.out, name, rows, command=command, seconds=seconds, **more)
-        for row in rows:
-            print(_line(row))
-        print(f"== {name}: {len(rows)} rows in {seconds} s: {path}", flush=True)
-        failed |= any("red" in row for row in rows)
-    return int(failed)
+    name, began = options.command, time.perf_counter()
+    rows = importlib.import_module(f"bench.suites.{name}").run(settings)
+    seconds = round(time.perf_counter() - began, 1)
+    more = {"commit": options.commit} if options.commit else {}
+    path = results.save(options.out, name, rows, command=_command(given), seconds=seconds, **more)
+    for row in rows:
+        print(_line(row))
+    print(f"== {name}: {len(rows)} rows in {seconds} s: {path}", flush=True)
+    return int(any("red" in row for row in rows))
+
+
+def _select(names: Sequence[str], rest: Sequence[str]) -> int:
+    """Run each suite in a process of its own: what one imports, allocates or leaves warm is nothing to the next.
+
+    A suite that fails, or has a red row, does not keep the others from being run.
+    """
+    python = [sys.executable, *(["-P"] if getattr(sys.flags, "safe_path", False) else []), "-m", "bench"]
+    codes = [subprocess.run([*python, name, *rest], check=False).returncode for name in names]
+    return int(any(codes))
 
 
 def _line(row: Row) -> str:

@@ -222,3 +222,19 @@ def test_the_gpu_script_runs_no_module_from_the_checkout() -> None:
     assert "export PSILORA_BUILD_EXT=0  # no step on CUDA uses the extension" in lines
     assert len(modules) == 6 and all('"${python[@]}"' in line for line in modules)
     assert 'python=("$PYTHON" -P)  # see site.sh' in lines
+
+
+@pytest.mark.slow
+def test_a_selection_runs_each_suite_in_a_process_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host suite asks for Triton's interpreter, which is too late once another suite has imported Triton."""
+    main = module("__main__")
+    assert main.SELECTIONS["cpu"][-1] == "host" and set(main.SELECTIONS["cpu"]) <= set(main.SUITES)
+    monkeypatch.setitem(main.SELECTIONS, "cpu", ("solve", "host"))
+    monkeypatch.chdir(ROOT)
+    assert run("cpu", "--small", "--repeats", "1", "--seconds", "0.1", "--out", str(tmp_path)) == 0
+    record = json.loads((tmp_path / "host.json").read_text())
+    assert record["command"].startswith("python -m bench host --small") and rows_of(tmp_path, "solve")
+    monkeypatch.setitem(main.SELECTIONS, "cpu", ("nothing", "solve"))
+    (tmp_path / "solve.json").unlink()
+    assert run("cpu", "--small", "--repeats", "1", "--out", str(tmp_path)) == 1
+    assert rows_of(tmp_path, "solve")
