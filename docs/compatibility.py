@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from matrix import markers
+
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "compatibility.md"
 
@@ -31,8 +33,8 @@ DISTRIBUTIONS = {
     "sentence-transformers": "sentence-transformers",
 }
 
-#: Markers around the tables that docs/matrix.py writes.
-KEPT = {name: (f"<!-- {name}:begin -->", f"<!-- {name}:end -->") for name in ("support", "triton")}
+#: The tables that docs/matrix.py writes.
+KEPT = ("support", "triton")
 
 HEAD = """# Compatibility
 
@@ -139,7 +141,10 @@ def table(outcomes: dict[str, str]) -> str:
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU only"
     before = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
-    kept = {name: f"{begin}{before.partition(begin)[2].partition(end)[0]}{end}" for name, (begin, end) in KEPT.items()}
+    kept = {}
+    for name in KEPT:
+        begin, end = markers(name)
+        kept[name] = f"{begin}{before.partition(begin)[2].partition(end)[0]}{end}"
     run = f"Python {platform.python_version()}, torch {torch.__version__}, {device}"
     lines = [HEAD.format(run=run, **kept)]
     for row in rows():

@@ -31,7 +31,6 @@ from psilora.triton_kernels import releases
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "matrix.json"
 GATES = ROOT / "docs" / "gates.json"
-BEGIN, END = "<!-- {name}:begin -->", "<!-- {name}:end -->"
 #: The last torchao and datasets whose names the older PEFT and transformers know.
 _OF_4 = ("torchao==0.13.0", "datasets<4")
 #: Requirements of each set, the oldest first.
@@ -161,6 +160,11 @@ def _gate(records: dict[str, Any], version: str | None) -> str:
     )
 
 
+def markers(name: str) -> tuple[str, str]:
+    """Return what stands before and after the table of that name in a document."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
 def embed(lines: list[str], path: Path, name: str = "support") -> None:
     """Put a table between the markers of that name in a document.
 
@@ -168,7 +172,7 @@ def embed(lines: list[str], path: Path, name: str = "support") -> None:
         ValueError: The markers are not there, once each.
     """
     text = path.read_text(encoding="utf-8")
-    begin, end = BEGIN.format(name=name), END.format(name=name)
+    begin, end = markers(name)
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"{path} must hold {begin} and {end} once each")
     head, _, rest = text.partition(begin)

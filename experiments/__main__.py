@@ -12,7 +12,6 @@ python -m experiments quality experiments/results docs/results.md
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -82,7 +81,7 @@ def make_parser(command: str) -> argparse.ArgumentParser:
     return parser
 
 
-def keys(task: Task, args: argparse.Namespace, folder: Path, command: str, where: Where) -> Iterator[Key]:
+def keys(task: Task, args: argparse.Namespace, folder: Path, where: Where) -> Iterator[Key]:
     """Every run of the protocol, in an order that makes a stopped job useful."""
     if args.lrs:
         for seed in args.seeds:
@@ -102,7 +101,7 @@ def keys(task: Task, args: argparse.Namespace, folder: Path, command: str, where
     if args.wall_time:
 
         def times(condition: str, lrs: Mapping[str, float]) -> Mapping[str, float]:
-            return pace.kept(args.out, task, condition, args.rank, lrs, folder, command, where)
+            return pace.kept(args.out, task, condition, args.rank, lrs, folder, where)
 
         yield from grid.equal_time(task, plan, done, times)
 
@@ -117,9 +116,8 @@ def run_task(task: Task, args: argparse.Namespace) -> None:
     if where.bf16:  # a task of its own in every table
         task = replace(task, name=f"{task.name}-bf16")
     folder = args.data or args.out / "bases"
-    command = shlex.join(["python", "-m", "experiments", *sys.argv[1:]])
     deadline = time.monotonic() + 60 * args.minutes
-    with tqdm(keys(task, args, folder, command, where), desc=task.name, unit="run", disable=args.quiet) as progress:
+    with tqdm(keys(task, args, folder, where), desc=task.name, unit="run", disable=args.quiet) as progress:
         for key in progress:
             if (args.out / key.path).exists():
                 continue
@@ -127,7 +125,7 @@ def run_task(task: Task, args: argparse.Namespace) -> None:
                 print(f"{task.name}: stopped after {args.minutes:g} minutes; the same command goes on", file=sys.stderr)
                 return
             result = run(task, key, folder, where)
-            store.write(args.out, key, result, command)
+            store.write(args.out, key, result)
             loss = "not finite" if result.validation is None else f"{result.validation.loss:.4f}"
             progress.set_postfix_str(f"{key.condition} {key.method} lr {key.lr:g} seed {key.seed}: {loss}")
 

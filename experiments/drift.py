@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.store import save
+from experiments.store import making, save
 from psilora import LoRALinear, PSILoRA
 
 WIDTH, RANK, ROWS = 6, 2, 16
@@ -138,4 +138,4 @@ def main(out: Path, quiet: bool) -> None:
     for case in tqdm(list(cases()), desc="drift", unit="run", disable=quiet):
         path = out / case.path()
         if not path.exists():
-            save(path, {"drift": asdict(case), "result": run(case)})
+            save(path, {"drift": asdict(case), "result": run(case), **making()})

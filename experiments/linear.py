@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.store import save
+from experiments.store import making, save
 from psilora import LoRALinear, PSILoRA, lorsum, ritz
 from psilora.baselines import PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
 from psilora.baselines.svd import truncated
@@ -189,7 +189,7 @@ def main(out: Path, seeds: Sequence[int], quiet: bool) -> None:
             )
     for path, compute in tqdm(work, desc="linear", unit="run", disable=quiet):
         if not path.exists():
-            save(path, compute())
+            save(path, compute() | making())
 
 
 def medians(curves: Sequence[dict[str, float]]) -> dict[int, float]:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from experiments.methods import METHODS
-from experiments.store import rounded, save
+from experiments.store import making, rounded, save
 from experiments.tasks import Session, Task
-from experiments.training import Where, train_step, versions
+from experiments.training import Where, train_step
 
 ROUNDS, WARM_UP = 40, 5
 
@@ -51,7 +51,6 @@ def kept(
     rank: int,
     lrs: Mapping[str, float],
     folder: Path,
-    command: str,
     where: Where,
 ) -> dict[str, float]:
     """As `measure`, from the file of an earlier call if it has all the methods."""
@@ -62,6 +61,5 @@ def kept(
             return step_ms
     step_ms = rounded(measure(task, condition, rank, lrs, folder, where))
     label = {"task": task.name, "condition": condition, "rank": rank}
-    content = {"pace": label, "step_ms": step_ms, "command": command, "versions": versions()}
-    save(path, content)
+    save(path, {"pace": label, "step_ms": step_ms, **making()})
     return step_ms

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -22,10 +24,14 @@ SCORES = ("validation", "test", "general_before", "general_after")
 LABELS = ("key", "pace", "linear", "one_step", "drift", "table1")
 
 
-def write(folder: Path, key: Key, result: Result, command: str) -> None:
+def making() -> dict[str, Any]:
+    """What a run file says of its making."""
+    return {"command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]), "versions": versions()}
+
+
+def write(folder: Path, key: Key, result: Result) -> None:
     """Write the run's file."""
-    content = {"key": asdict(key), "result": asdict(result), "command": command, "versions": versions()}
-    save(folder / key.path, content)
+    save(folder / key.path, {"key": asdict(key), "result": asdict(result), **making()})
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +20,10 @@ import torch
 from torch import nn
 
 from experiments.methods import BETAS, Build, factor_rule, only_adapters, pair_rule
-from experiments.store import save
+from experiments.store import making, save
 from experiments.tasks.images import BATCH, Images, ImageSession
 from experiments.tasks.vision import LeNet5, PatchMLP, adapted, cifar100, mnist, with_validation
-from experiments.training import train_step, versions
+from experiments.training import train_step
 from psilora import LoRALinear, OPLoRA, PSILoRA
 from psilora.baselines import PreconditionedAdamW, PreconditionedSGD, ProjectedMomentum, SVDLoRA
 
@@ -184,8 +182,7 @@ class Plan:
         if not path.exists():
             label = {"dataset": self.dataset, "method": method, "lr": lr, "seed": seed, "epochs": self.epochs}
             content = {"table1": label, **train(self.dataset, method, lr, seed, self.epochs, self.folder)}
-            content |= {"command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]), "versions": versions()}
-            save(path, content)
+            save(path, content | making())
         return validated(json.loads(path.read_text(encoding="utf-8")))
 
     def runs(self, method: str) -> Iterator[None]:

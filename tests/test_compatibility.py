@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import pytest
+from scripts import load
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "compatibility.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("compatibility", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["compatibility"] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["compatibility"]
+SCRIPT = load("compatibility")
 
 
 def listed(text: str) -> list[str]:
@@ -35,27 +20,27 @@ def listed(text: str) -> list[str]:
     return found
 
 
-def test_the_committed_table_is_in_step_with_the_tests(script: ModuleType) -> None:
-    expected = [row.stable for row in script.rows()]
+def test_the_committed_table_is_in_step_with_the_tests() -> None:
+    expected = [row.stable for row in SCRIPT.rows()]
     assert len(expected) == len(set(expected)) > 20
-    assert listed(script.TABLE.read_text()) == expected, "run python docs/compatibility.py"
-    assert listed(script.table({})) == expected
-    written = script.TABLE.read_text()
-    head, _, rest = script.HEAD.partition("Last run")[0].partition("{support}")
+    assert listed(SCRIPT.TABLE.read_text()) == expected, "run python docs/compatibility.py"
+    assert listed(SCRIPT.table({})) == expected
+    written = SCRIPT.TABLE.read_text()
+    head, _, rest = SCRIPT.HEAD.partition("Last run")[0].partition("{support}")
     between, _, tail = rest.partition("{triton}")
     assert written.startswith(head) and between in written and tail in written
-    for begin, end in script.KEPT.values():  # the tables of docs/matrix.py
+    for begin, end in map(SCRIPT.markers, SCRIPT.KEPT):
         kept = written.partition(begin)[2].partition(end)[0]
-        assert kept.count("\n|") > 3 and kept in script.table({})
-    assert "failed" not in script.TABLE.read_text()
+        assert kept.count("\n|") > 3 and kept in SCRIPT.table({})
+    assert "failed" not in SCRIPT.TABLE.read_text()
 
 
-def test_every_scenario_has_a_test(script: ModuleType) -> None:
-    assert {row.number for row in script.rows()} >= set(range(1, 13))
+def test_every_scenario_has_a_test() -> None:
+    assert {row.number for row in SCRIPT.rows()} >= set(range(1, 13))
 
 
-def test_the_worst_outcome_of_a_function_counts(script: ModuleType) -> None:
-    outcomes = script.Outcomes()
+def test_the_worst_outcome_of_a_function_counts() -> None:
+    outcomes = SCRIPT.Outcomes()
     for nodeid, outcome, when, why in (
         ("t.py::f[1]", "passed", "call", None),
         ("t.py::f[2]", "failed", "call", None),

@@ -15,7 +15,7 @@ GATES = json.loads(MATRIX.GATES.read_text())
 
 
 def between(path: Path, name: str = "support") -> list[str]:
-    begin, end = (mark.format(name=name) for mark in (MATRIX.BEGIN, MATRIX.END))
+    begin, end = MATRIX.markers(name)
     return path.read_text().partition(f"{begin}\n")[2].partition(f"\n{end}")[0].splitlines()
 
 
@@ -64,7 +64,7 @@ def test_outcomes_are_counted_and_told(tmp_path: Path) -> None:
     assert lines[2] == "| 2.9.1 | 4.51.0 | 0.17.1 | 1.2.0 | 3.12.1 | 1 passed | needs a CUDA device |"
     assert "1 passed, **1 failed**" in lines[3]
     page = tmp_path / "page.md"
-    begin, end = (mark.format(name="support") for mark in (MATRIX.BEGIN, MATRIX.END))
+    begin, end = MATRIX.markers("support")
     page.write_text(f"a\n{begin}\nold\n{end}\nb\n")
     MATRIX.embed(MATRIX.table({"a": record}), page)
     assert between(page) == MATRIX.table({"a": record}) and page.read_text().endswith("\nb\n")

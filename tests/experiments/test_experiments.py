@@ -210,7 +210,7 @@ def test_paces_are_measured_in_turn_once_and_kept_beside_the_runs(
     monkeypatch.setattr(pace, "train_step", step)
     task = tasks.Task("t", ("c",), lambda *_: Session())
     for _ in range(2):
-        found = pace.kept(tmp_path, task, "c", 2, {"adamw": 0.1, "sgd": 0.1}, tmp_path, "command", place)
+        found = pace.kept(tmp_path, task, "c", 2, {"adamw": 0.1, "sgd": 0.1}, tmp_path, place)
         assert found == {"adamw": 1e3, "sgd": 3e3}
     assert order == ["adamw", "sgd"] * (pace.ROUNDS + pace.WARM_UP)
     assert store.load(tmp_path) == [] and store.merge(tmp_path, tmp_path / "merged.json") == 1
@@ -240,7 +240,7 @@ def test_tables_that_compare_leave_out_what_was_run_without_adamw(tmp_path: Path
     runs = [("beside", "adamw", 0.1), ("beside", "spectral", 0.05), ("alone", "spectral", 0.1)]
     for condition, method, lr in runs:
         key = training.Key("t", condition, 4, method, lr, 0)
-        store.write(tmp_path, key, training.Result(validation=scores, test=scores, curve=[(1, 1.0, 0.5)]), "command")
+        store.write(tmp_path, key, training.Result(validation=scores, test=scores, curve=[(1, 1.0, 0.5)]))
     table = "\n".join(module("report").quality_table(tmp_path))
     assert "| t beside, r = 4 | 1.000 (lr 0.1, 1 tried) |" in table and "alone" not in table
     run("report", tmp_path)
@@ -362,6 +362,7 @@ def test_linear_runs_are_stored_resumed_and_reported(tmp_path: Path, monkeypatch
     run("linear", "--seeds", "0-1", "--quiet", "--out", tmp_path)
     files = stored(tmp_path)
     assert len(files) == 2 * (len(kept) + 3)
+    assert all({"command", "versions"} <= content.keys() for content in module("store").contents(tmp_path))
     run("linear", "--seeds", "0-1", "--quiet", "--out", tmp_path)
     assert stored(tmp_path) == files
     run("report", tmp_path)
@@ -380,7 +381,9 @@ def test_factors_stay_together_in_every_schedule_and_dtype(tmp_path: Path, monke
     run("drift", "--quiet", "--out", tmp_path)
     files = stored(tmp_path)
     assert len(files) == len(kept) == 4
-    results = [content["result"] for content in module("store").contents(tmp_path)]
+    contents = list(module("store").contents(tmp_path))
+    assert all({"command", "versions"} <= content.keys() for content in contents)
+    results = [content["result"] for content in contents]
     for result in results:
         assert result["steps"] == 120 and result["skipped_steps"] == result["infinite_losses"] == 0
         assert result["ratios"].keys() == drift.SCHEDULES.keys()
