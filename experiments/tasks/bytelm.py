@@ -3,6 +3,8 @@
 Target texts: `pydoc_data.topics`, the language reference that Python carries ("topics"), and the licence files of the
 installed distributions ("licences"); paragraphs that occurred before are left out. Pretraining takes minutes and is
 kept in the folder of bases.
+
+A condition is text-size, such as "topics-small", or text-size×steps where it is not the size's own number of steps.
 """
 
 from __future__ import annotations
@@ -187,13 +189,20 @@ def pretrained(name: str, folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def parts_of(condition: str) -> tuple[str, str, int]:
+    """(text, name of the size, steps) of a condition: text-size, with its own number of steps text-size×steps."""
+    text, rest = condition.split("-")
+    name, _, steps = rest.partition("x")
+    return text, name, int(steps) if steps else SIZES[name].steps
+
+
 class ByteSession:
     """A pretrained byte model with adapters on all its linear layers, and a target text."""
 
     head_lr = 0.0
 
     def __init__(self, condition: str, rank: int, seed: int, folder: Path) -> None:
-        text, name = condition.split("-")
+        text, name, steps = parts_of(condition)
         self.size = SIZES[name]
         data = target_bytes(text)
         self.data = split(data, self.size.context)
@@ -201,7 +210,7 @@ class ByteSession:
         model.load_state_dict(pretrained(name, folder))
         torch.manual_seed(seed)
         self.model = adapt(model, rank)
-        self.seed, self.steps = seed, self.size.steps
+        self.seed, self.steps = seed, steps
         self.digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:16]
 
     def batches(self) -> Iterator[Tensor]:
@@ -220,6 +229,8 @@ class ByteSession:
 
 
 CONDITIONS = tuple(f"{text}-{size}" for size in ("small", "medium") for text in ("licences", "topics"))
+#: How the good rate moves with the length of the run.
+LENGTHS = tuple(f"topics-smallx{steps}" for steps in (30, 60, 120, 500, 1000))
 CENTRES = {
     "adamw": 2e-2,
     "adamw-999": 2e-2,
@@ -232,4 +243,13 @@ CENTRES = {
     "psilora-tangent": 1.0,
     "svdlora-adamw": 4e-3,
 }
-TASKS = {"bytelm": Task("bytelm", (*CONDITIONS, "topics-tiny"), ByteSession, centres=CENTRES, evaluations=5)}
+TASKS = {
+    "bytelm": Task(
+        "bytelm",
+        (*CONDITIONS, *LENGTHS, "topics-tiny"),
+        ByteSession,
+        centres=CENTRES,
+        evaluations=5,
+        default_conditions=CONDITIONS,
+    )
+}

@@ -411,3 +411,11 @@ def test_an_unknown_command_lists_what_there_is(capsys: pytest.CaptureFixture[st
     with pytest.raises(SystemExit):
         run("nonsense")
     assert "commands: linear" in capsys.readouterr().out
+
+
+def test_a_condition_of_bytelm_may_name_its_steps() -> None:
+    bytelm = importlib.import_module("experiments.tasks.bytelm")
+    assert bytelm.parts_of("topics-small") == ("topics", "small", bytelm.SIZES["small"].steps)
+    assert [bytelm.parts_of(name)[2] for name in bytelm.LENGTHS] == [30, 60, 120, 500, 1000]
+    assert set(bytelm.LENGTHS) <= set(bytelm.TASKS["bytelm"].conditions)
+    assert not set(bytelm.LENGTHS) & set(bytelm.TASKS["bytelm"].default_conditions)
