@@ -12,7 +12,20 @@ from experiments.methods import METHODS
 
 BEGIN, END = "<!-- quality:begin -->", "<!-- quality:end -->"
 REFERENCE = "adamw"
-RIVALS = ("adamw", "adamw-999", "nadam", "loraplus", "riemannian", "lora-rite", "lora-muon")
+RIVALS = (
+    "adamw",
+    "adamw-999",
+    "nadam",
+    "loraplus",
+    "riemannian",
+    "lora-rite",
+    "lora-muon",
+    "riemannion",
+    "altlora",
+    "altlora-plus",
+    "loft",
+    "lora-pro",
+)
 FULL_GRID = 5  # rates per method
 OWN = ("psilora-tangent", "psilora-dense", "spectral", "spectral-slope")
 Panels = dict[tuple[str, str], dict[str, dict[int, float]]]

@@ -29,9 +29,10 @@ TOLERANCES = {
         interpreter=3,
         gpu=16,
         reason="The three 16-bit parts carry 24 bits, so each term is off by at most half a unit, as in fp32; the sum "
-        "of the three parts adds two roundings: three halves in all, where PyTorch's few terms may all but cancel their "
-        "own (7 rows of 48 terms on one processor: 1.0 halves against 2.3). Where fp32 arithmetic rounds, tensor cores truncate as they sum: a "
-        "bias that grows with the number of terms, about 5 times the random error of rounding at 4096 of them.",
+        "of the three parts adds two roundings: three halves in all, where PyTorch's own may all but cancel over few "
+        "terms (7 rows of 48 on one processor: 1.0 halves against 2.3). Where fp32 arithmetic rounds, tensor cores "
+        "truncate as they sum: a bias that grows with the number of terms, about 5 times the random error of rounding "
+        "at 4096 of them.",
     ),
     "squares": Tolerance(
         interpreter=8,
