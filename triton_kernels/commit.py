@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.factor import COEFFICIENTS, SPLIT, SPLIT_INVERSE
 from psilora.triton_kernels.gram import emit_rows, stored_grams
@@ -211,7 +212,7 @@ def _variants() -> list[Variant]:
     for padded, (BN, KS, _, warps) in BLOCKS.items():
         constexprs = {
             "BN": BN, "KS": KS, "KINDS": 5, "A_TYPE": tl.bfloat16, "B_TYPE": tl.float32, "HAS_MOMENTUM": True,
-            "IMBALANCE": 65536.0, "HAS_METRIC": True, "OWN": 1, "SHIFTED": True, "ON_FACTORS": False,
+            "IMBALANCE": slots.IMBALANCE, "HAS_METRIC": True, "OWN": 1, "SHIFTED": True, "ON_FACTORS": False,
             "RESPLIT": True, "EMIT_A": True, "EMIT_B": True, "MASK_A": 0b1101, "MASK_B": 0b1101,
         }  # fmt: skip
         found.append(variant("commit", _commit_kernel, padded, warps, constexprs, STREAM_REGISTERS))

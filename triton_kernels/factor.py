@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.gram import summed
 from psilora.triton_kernels.layout import (
@@ -276,7 +277,7 @@ def _variants() -> list[Variant]:
         for side in (0, 1):
             constexprs = {
                 "SIDE": side, "AT_ONCE": at_once, "KINDS": 9, "MOVED": True, "OWN_MOVED": True, "HAS_DECAY": True,
-                "HAS_MOMENTUM": True, "TANGENT": True, "OWN_TANGENT": True, "SPREAD": 2048.0 if side else 0.0,
+                "HAS_MOMENTUM": True, "TANGENT": True, "OWN_TANGENT": True, "SPREAD": slots.SPREAD if side else 0.0,
             }  # fmt: skip
             name = f"factor_{'ab'[side]}"
             found.append(variant(name, _factor_kernel, padded, factor_warps(padded), constexprs, 255))

@@ -22,6 +22,11 @@ KNOWN = 1
 PRODUCT = 2
 TANGENT = 3
 
+#: When a gradient step's low-rank momentum is mended, see `psilora.lowrank.momentum`: ‖B_m‖²/‖A_m‖² above which it is
+#: balanced, and the condition of A_mA_mᵀ in fp32 above which it is split anew.
+IMBALANCE = 2.0**16
+SPREAD = 2.0**11
+
 # Columns of a spectral step's numbers (fp64, one row per layer): those that the kernels read, then the host's own.
 BETA = 0
 DAMPING = 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: ‖B_m‖²/‖A_m‖² above which the momentum is balanced.
-IMBALANCE = 2.0**16
+from psilora.triton_kernels.slots import IMBALANCE, SPREAD
+
 #: The greatest K at which it is balanced.
 BALANCED_ITERS = 1
 
@@ -54,7 +54,7 @@ def balance(B: Tensor, A: Tensor, size_B: Tensor, size_A: Tensor) -> tuple[Tenso
 
 
 #: A condition of A_m·A_mᵀ, times eps, above which `conditioned` acts: 2e3 in fp32, 1e12 in fp64.
-DOUBTFUL = 2.0**-12
+DOUBTFUL = SPREAD * torch.finfo(torch.float32).eps
 
 
 def drifted(gram: Tensor) -> tuple[Tensor, Tensor]:

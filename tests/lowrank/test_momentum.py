@@ -10,7 +10,8 @@ from models import bare, one_layer
 
 from psilora.backends.triton.backend import unavailable_reason
 from psilora.lowrank import momentum as momentum_module
-from psilora.lowrank.momentum import DOUBTFUL, IMBALANCE, balance, conditioned, drifted
+from psilora.lowrank.momentum import DOUBTFUL, balance, conditioned, drifted
+from psilora.triton_kernels.slots import IMBALANCE
 
 F64 = torch.float64
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(bool(unavailable_reason()), reason=str(unavailable_reason())))

@@ -15,7 +15,7 @@ from torch import Tensor
 from psilora.backends.triton.gradient.plan import NONE, SIDES, TANGENT, BucketPlan
 from psilora.backends.triton.launch import device_rates, note_written
 from psilora.lowrank.gradient_operator import TangentGradient
-from psilora.lowrank.momentum import BALANCED_ITERS, DOUBTFUL, IMBALANCE
+from psilora.lowrank.momentum import BALANCED_ITERS
 from psilora.options import GradientOptions, Options
 from psilora.steps import gauge
 from psilora.steps.gradient.metrics import statistics
@@ -26,11 +26,9 @@ from psilora.triton_kernels import gram as gram_kernels
 from psilora.triton_kernels import layout
 from psilora.triton_kernels import solve as solve_kernels
 from psilora.triton_kernels import verdict as verdict_kernels
+from psilora.triton_kernels.slots import IMBALANCE, SPREAD
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, partial_buffers
-
-#: The condition of the momentum's A_mA_mᵀ above which it is split anew.
-SPREAD = DOUBTFUL / torch.finfo(torch.float32).eps
 
 
 class Workspace:
