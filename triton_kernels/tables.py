@@ -374,6 +374,7 @@ class Launch:
         kernel: A function decorated with `triton.jit`.
         tiles: int32 (programs, columns); nothing is launched if it is empty.
         constexprs: Compile-time arguments by name.
+        maxnreg: A bound on registers per thread, where it has one.
     """
 
     kernel: Any
@@ -381,12 +382,15 @@ class Launch:
     constexprs: Mapping[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
     def run(self, *args: Tensor) -> None:
         """Call the kernel with `args` followed by the tile map."""
         if self.tiles.shape[0] == 0:
             return
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.maxnreg is not None:
+            options["maxnreg"] = self.maxnreg
         grid = (self.tiles.shape[0],)
         if self.tiles.device.type == "cuda":
             with torch.cuda.device(self.tiles.device):

@@ -161,7 +161,9 @@ def xv_config(dtype: torch.dtype, fast: bool, block_r: int, capability: int, few
         return XVConfig(block_m=64, block_d=32, num_warps=4, num_stages=2)
     if few:
         return XVConfig(block_m=64, block_d=64 if block_r < 64 else 32, num_warps=4, num_stages=3)
-    if block_r > 32 and capability < 90:
+    # Tensor cores that multiply from registers. On 12.0 wider tiles take more registers than let two programs share a
+    # multiprocessor.
+    if (block_r > 32 and not 90 <= capability < 120) or (block_r == 32 and capability >= 120):
         return XVConfig(block_m=128, block_d=32, num_warps=8, num_stages=4)
     return XVConfig(block_m=128, block_d=64, num_warps=4 if block_r < 32 else 8, num_stages=3)
 
@@ -369,8 +371,8 @@ def _variants() -> list[Variant]:
     ]
     variants = []
     for dtype, fast, order, block_r, few, registers in cases:
-        # Tiles may differ below and above compute capability 9.0.
-        for generation, targets in (("ampere", (80, 89)), ("hopper", (90, 100))):
+        # Tiles may differ below and above compute capability 9.0, and on 12.0.
+        for generation, targets in (("ampere", (80, 89)), ("hopper", (90, 100)), ("sm120", (120,))):
             config = xv_config(dtype, fast, block_r, targets[0], few)
             kind = str(dtype).removeprefix("torch.") + ("" if fast else "_slow") + ("_few" if few else "")
             variants.append(

@@ -131,10 +131,10 @@ def test_a_hundred_tiny_layers() -> None:
     assert_products(stz(s, p, layers, out=out), s, p, layers)
 
 
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_a_thousand_tokens_in_many_calls(capability: int) -> None:
-    s, p, layers = calls([((40, 16), [100] * 10), ((24, 16), [1000])], torch.bfloat16)
-    out = [poisoned(40, 16), poisoned(24, 16)]
+@pytest.mark.parametrize(("capability", "k"), [*((capability, 16) for capability in CAPABILITIES), (120, 32)])
+def test_a_thousand_tokens_in_many_calls(capability: int, k: int) -> None:
+    s, p, layers = calls([((40, k), [100] * 10), ((24, k), [1000])], torch.bfloat16)
+    out = [poisoned(40, k), poisoned(24, k)]
     plan = STZPlan(s, p, layers, out, capability=capability, programs=10)
     assert plan.num_splits in ([5, 4], [5, 5])  # tokens are cut into whole blocks
     run(plan)

@@ -119,8 +119,8 @@ def test_a_hundred_tiny_layers() -> None:
         assert_product(p, a, b)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("k", [16, 64])
+@pytest.mark.parametrize("capability", [80, 90, 120])
+@pytest.mark.parametrize("k", [16, 32, 64])
 @pytest.mark.parametrize("programs", [1, 1000])
 def test_every_tile_size(capability: int, k: int, programs: int) -> None:
     x, f, out = random(150, 80, dtype=torch.bfloat16), random(k, 80), poisoned(150, k)
