@@ -15,14 +15,19 @@ if not _compat.available():
 import gate_offenders
 import kernel_gates
 
-from psilora.triton_kernels.variants import JOINT_TARGETS, TARGETS
+from psilora.triton_kernels.variants import EVERYWHERE, JOINT_TARGETS, TARGETS
 
 VARIANTS = kernel_gates.variants(kernel_gates.kernel_modules())
 JOBS = [(name, target) for name, variant in VARIANTS.items() for target in variant.targets]
-MARKED = [
-    pytest.param(name, target, marks=() if VARIANTS[name].sampled(target) else pytest.mark.sweep)
-    for name, target in JOBS
-]
+
+
+def marked(name: str, target: int) -> Any:
+    """The parameters of `test_gate`: what only the sweep compiles, and what takes long where nothing is cached."""
+    marks = [] if VARIANTS[name].sampled(target) else [pytest.mark.sweep]
+    slow = [pytest.mark.slow] if VARIANTS[name].constexprs.get("RP") == max(EVERYWHERE) else []
+    return pytest.param(name, target, marks=[*marks, *slow])
+
+
 MUST_REGISTER = ("xv", "stz", "squares", "reduce", "verdict", "norms", "span", "moments", "spread", "joint")
 
 
@@ -33,7 +38,7 @@ def compiler() -> Iterator[kernel_gates.Compiler]:
     started.close()
 
 
-@pytest.mark.parametrize(("name", "target"), MARKED)
+@pytest.mark.parametrize(("name", "target"), [marked(name, target) for name, target in JOBS])
 def test_gate(name: str, target: int, compiler: kernel_gates.Compiler) -> None:
     report = compiler.report(name, target)
     assert report["problems"] == [], kernel_gates.row(report)
