@@ -1,5 +1,6 @@
 """psilora: the PSI-LoRA / OPLoRA optimizer for LoRA fine-tuning."""
 
+from psilora import checkpoint, functional
 from psilora.adapters.linear import LoRALinear
 from psilora.lowrank.lorsum import lorsum
 from psilora.lowrank.ritz import ritz
@@ -15,7 +16,9 @@ __all__ = [
     "OPLoRA",
     "PSILoRA",
     "__version__",
+    "checkpoint",
     "create_psilora_optimizer",
+    "functional",
     "lorsum",
     "lr_find",
     "ritz",

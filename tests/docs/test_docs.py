@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,22 @@ def test_code_blocks_run(
     assert len(found) >= least
     for block in found:
         exec(compile(block, f"{name}: {block[:60]}", "exec"), names)
+
+
+def test_one_import_brings_the_names_of_the_readme() -> None:
+    """What is no module to be imported by that name is there after `import psilora`."""
+    names = re.findall(r"`psilora\.([\w.]+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    code = """
+import importlib, operator, sys, psilora
+for name in sys.argv[1:]:
+    try:
+        operator.attrgetter(name)(psilora)
+    except AttributeError:
+        importlib.import_module(f"psilora.{name}")
+"""
+    assert {"LoRALinear", "checkpoint", "functional.step", "lr_find"} <= set(names)
+    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_other_pages_hold_no_code_that_is_not_run() -> None:
