@@ -82,9 +82,11 @@ gates: install
 	PYTHONPATH=$(abspath build/$(subst ==,-,$(TRITON))) $(PY) tests/support/kernel_gates.py $(ARGS)
 
 # What computes without kernels, in one process and without other libraries' training loops.
-NOT_FAST := backends bench distributed docs examples experiments scenarios triton_kernels test_gpu.py test_gpu_default.py test_doctor.py test_packaging.py
+NOT_FAST := backends bench distributed docs examples experiments scenarios triton_kernels \
+  test_compatibility.py test_doctor.py test_gpu.py test_gpu_default.py test_packaging.py
 test-fast: install
-	$(PYTEST) -m "not slow and not gpu" -k "not triton and not kernels" $(addprefix --ignore=tests/,$(NOT_FAST)) $(ARGS)
+	$(PYTEST) -m "not slow and not gpu" -k "not triton and not kernels and not cuda_kernel" \
+	  $(addprefix --ignore=tests/,$(NOT_FAST)) $(ARGS)
 
 # The tests that meet other libraries, with the oldest and the newest releases of them; minutes each. docs/matrix.py
 # says which, and writes the support table of README.md and docs/compatibility.md.
