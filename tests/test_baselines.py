@@ -11,7 +11,7 @@ import torch
 from models import data, factors, mse, peft_mlp, plain_mlp, train
 from torch import Tensor, nn
 
-from psilora import PSILoRA
+from psilora import PSILoRA, baselines
 from psilora.adapters import LoRAPair, find_pairs
 from psilora.baselines import (
     AltLoRA,
@@ -45,8 +45,13 @@ EVERY: list[tuple[type, dict[str, Any]]] = [
 ]
 NAMES = [f"{cls.__name__}-{'-'.join(map(str, settings.values()))}" for cls, settings in EVERY]
 
+
 State = dict[str, Any]
 Rule = Callable[[Tensor, Tensor, Tensor, State], tuple[Tensor, Tensor]]
+
+
+def test_every_baseline_is_among_them() -> None:
+    assert {cls.__name__ for cls, _ in EVERY} == set(baselines.__all__)
 
 
 def full_gradients(model: nn.Module, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
