@@ -204,8 +204,8 @@ def apply(
     )  # fmt: skip
 
 
-#: Bytes that are spilled, by padded rank: at 16 in fp32 below 9.0 by Triton 3.9, at 32 of mixed dtypes by 3.6.
-SPILLED = {16: 8, 32: 40}
+#: Bytes that are spilled, by padded rank: at 8 on 9.0 and at 16 below it by Triton 3.9, at 32 of mixed dtypes by 3.6.
+SPILLED = {8: 8, 16: 8, 32: 40}
 
 
 def _variants() -> list[Variant]:

@@ -152,7 +152,7 @@ def moments(
 
 
 #: Bytes that are spilled, by padded rank: three parts of a root's rows and of `.grad`, and sums, in two warps.
-SPILLED = {64: 48, 128: 64}
+SPILLED = {64: 56, 128: 64}
 
 VARIANTS = [
     variant(
