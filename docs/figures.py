@@ -66,11 +66,11 @@ def rates() -> None:
     from experiments import store
     from experiments.analysis import summaries
 
-    records = [record for record in store.load(RESULTS) if record[0].task == "bytelm"]
+    records = [record for record in store.load(RESULTS) if record[0].condition == "topics-small"]
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
     for axes, method, title in zip(panels, ("adamw", "spectral"), ("AdamW", "PSILoRA, default step"), strict=True):
         for colour, rank in zip(("C0", "C1", "C2"), (4, 8, 32), strict=True):
-            found = {s.method: s for s in summaries(records, ("bytelm", "licences-small", rank))}[method]
+            found = {s.method: s for s in summaries(records, ("bytelm", "topics-small", rank))}[method]
             losses = {lr: loss for lr, loss in found.losses.items() if loss < 4}
             axes.plot(list(losses), list(losses.values()), "o-", color=colour, label=f"r = {rank}", ms=4)
             axes.plot(found.lr, losses[found.lr], "o", color=colour, ms=10, mfc="none")

@@ -82,8 +82,18 @@ def settings(records: Sequence[Record]) -> list[Setting]:
 
 
 def summaries(records: Sequence[Record], setting: Setting) -> list[Summary]:
-    """Every method of a setting, best test loss first."""
+    """Every method of a setting, best test loss first.
+
+    Raises:
+        ValueError: The runs are not all of the same data.
+    """
     chosen = [(key, result) for key, result in records if (key.task, key.condition, key.rank) == setting]
+    texts: dict[str, set[str]] = {}
+    for key, result in chosen:
+        texts.setdefault(result.digest, set()).add(key.method)
+    if len(texts) > 1:
+        held = "; ".join(f"{digest}: {', '.join(sorted(methods))}" for digest, methods in sorted(texts.items()))
+        raise ValueError(f"the runs of {setting} are of different data, by its hash: {held}")
     found = [summary(chosen, setting, method) for method in sorted({key.method for key, _ in chosen})]
     return sorted(found, key=lambda s: math.inf if s.test is None else s.test.mean)
 

@@ -95,7 +95,7 @@ class PSILoRA(Reporting):
             "shampoo", whole matrices with "kfac-dense" or "shampoo-dense", for layers up to 4096 wide: an fp64
             eigendecomposition of both sides per step, for which CUDA is waited for. "kfac-low-rank", experimental,
             keeps D = F·Fᵀ + μI with F (d, metric_rank) instead, for gradient="exact". "auto" takes None.
-        metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 1e-2) of the metric.
+        metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 0.1) of the metric.
         metric_rank: k of the low-rank metric; None means r.
         metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published (I, where dense).
             Gradient only.

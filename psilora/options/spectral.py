@@ -17,7 +17,7 @@ class SpectralOptions(Options, step="spectral"):
     automatic_metric: ClassVar[str | None] = "lora"
     default_prox: ClassVar[float] = 1e-6
     default_power: ClassVar[float] = 1.0
-    default_damping: ClassVar[float] = 1e-2
+    default_damping: ClassVar[float] = 0.1
 
     nesterov: bool = True
     joint: bool = True

@@ -234,6 +234,17 @@ def test_summaries_against_values_worked_out_by_hand() -> None:
     assert rate == pytest.approx(0.4, rel=0.2) and max(excess.values()) == 0
 
 
+def test_runs_of_different_data_are_not_compared() -> None:
+    analysis, tasks, training = module("analysis"), module("tasks"), module("training")
+    records = []
+    for method, data in (("adamw", "a1"), ("nadam", "a1"), ("spectral", "b2")):
+        result = training.Result(validation=tasks.Scores(1.0), test=tasks.Scores(1.0), digest=data)
+        records.append((training.Key("t", "c", 4, method, 0.1, 0), result))
+    assert [s.method for s in analysis.summaries(records[:2], ("t", "c", 4))] == ["adamw", "nadam"]
+    with pytest.raises(ValueError, match="different data, by its hash: a1: adamw, nadam; b2: spectral"):
+        analysis.summaries(records, ("t", "c", 4))
+
+
 def test_tables_that_compare_leave_out_what_was_run_without_adamw(tmp_path: Path) -> None:
     store, tasks, training = module("store"), module("tasks"), module("training")
     scores = tasks.Scores(1.0, 0.5)

@@ -509,7 +509,7 @@ def test_settings_of_the_other_kind_are_refused(settings_: dict, message: str) -
 def test_defaults_follow_the_kind_of_step() -> None:
     gradient, spectral = (Options.of_settings({"lr": 0.1, "step": step}) for step in ("gradient", "spectral"))
     assert (gradient.gamma, gradient.delta, gradient.rho, gradient.tau) == (0.5, 1e-5, 1e-2, 0.0)
-    assert (spectral.gamma, spectral.delta, spectral.rho, spectral.tau) == (1.0, 1e-2, 1e-6, 0.9)
+    assert (spectral.gamma, spectral.delta, spectral.rho, spectral.tau) == (1.0, 0.1, 1e-6, 0.9)
     assert (gradient.captures, spectral.captures) == ("activations", None)
 
 
