@@ -5,6 +5,7 @@ python docs/figures.py            # rewrites docs/img/, under a minute
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,12 +44,12 @@ def quality() -> None:
             base = found[REFERENCE].test.mean
             rivals = [found[m].test.mean / base for m in RIVALS if m in found and m != REFERENCE]
             own = found["spectral"].test
-            rows.append((plots.name(setting), own.mean / base, (own.half or 0) / base, min(rivals)))
+            rows.append((plots.name(setting), own.mean / base, (own.half or 0) / base, min(rivals, default=math.nan)))
     rows.sort(key=lambda row: (not row[0].startswith(("bytelm", "minilm")), row[1]))
     figure, axes = plt.subplots(figsize=(8, 0.27 * len(rows) + 1.1), layout="constrained")
     for i, (_, own, half, rival) in enumerate(rows):
         axes.plot([own - half, own + half], [i, i], color="C0", lw=5, alpha=0.25, solid_capstyle="butt")
-        axes.plot(rival, i, "D", color="0.5", ms=5, label="best other rival" if i == 0 else None)
+        axes.plot(rival, i, "D", color="0.5", ms=5, label="best other rival, where run" if i == 0 else None)
         axes.plot(own, i, "o", color="C0", ms=7, label="PSILoRA, default step (95 % interval)" if i == 0 else None)
     axes.axvline(1, color="C3", lw=1.5, label="AdamW")
     axes.set(xscale="log", yticks=range(len(rows)), xlabel="test loss over AdamW's, each at its best rate")
