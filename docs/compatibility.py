@@ -41,7 +41,8 @@ HEAD = """# Compatibility
 ## Versions
 
 The tests that meet other libraries, run with each set of versions by `python docs/matrix.py`; the newest torch with the
-CUDA build on a machine without a GPU. Where something is older than this table it may work, and has not been run.
+CUDA build on a machine without a GPU. What is not in this table may work, and has not been run: of torch 2.7 to
+2.12 only the Triton was, in the compile gates below.
 
 {support}
 
