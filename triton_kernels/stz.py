@@ -8,7 +8,7 @@ blocks to fill the device, tokens are split: each range leaves a partial, and pa
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -362,7 +362,7 @@ def _constexprs(
     }
 
 
-def _variants() -> list[Variant]:
+def _variants() -> Iterator[Variant]:
     names = ("pointers_ptr", "dims_ptr", "layer_pointers_ptr", "layer_dims_ptr", "spans_ptr", "tiles_ptr")
     signature = {name: "*i64" if "pointers" in name else "*i32" for name in names}
     # Registers: 4 warps and 168 registers let 3 programs share a multiprocessor, 8 warps and 128 let 2.
@@ -376,27 +376,23 @@ def _variants() -> list[Variant]:
         (torch.float32, True, True, 64, 168),
         (torch.float32, False, False, 32, 168),
     ]
-    variants = []
     for dtype, fast_s, fast_p, block_r, registers in cases:
         for name, targets in (("p_first", (80, 89)), ("s_first", (90, 100)), ("sm120", (120,))):
             config = stz_config(dtype, fast_s, block_r, targets[0])
             kind = str(dtype).removeprefix("torch.") + ("" if fast_s else "_slow") + ("" if fast_p else "_p")
-            variants.append(
-                Variant(
-                    name=f"stz_{kind}_r{block_r}_{name}",
-                    kernel=_stz_kernel,
-                    signature=signature,
-                    constexprs=_constexprs(dtype, fast_s, fast_p, fast_s, block_r, config),
-                    aligned=names,
-                    num_warps=config.num_warps,
-                    num_stages=config.num_stages,
-                    streaming=fast_s and fast_p,
-                    max_registers=registers,
-                    maxnreg=config.maxnreg,
-                    targets=targets,
-                )
+            yield Variant(
+                name=f"stz_{kind}_r{block_r}_{name}",
+                kernel=_stz_kernel,
+                signature=signature,
+                constexprs=_constexprs(dtype, fast_s, fast_p, fast_s, block_r, config),
+                aligned=names,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                streaming=fast_s and fast_p,
+                max_registers=registers,
+                maxnreg=config.maxnreg,
+                targets=targets,
             )
-    return variants
 
 
-VARIANTS = _variants()
+VARIANTS = list(_variants())
