@@ -67,7 +67,7 @@ def rates() -> None:
     from experiments import store
     from experiments.analysis import summaries
 
-    records = [record for record in store.load(RESULTS) if record[0].condition == "topics-small"]
+    records = store.load(RESULTS)
     figure, panels = plt.subplots(1, 2, figsize=(8, 3.2), layout="constrained", sharey=True)
     for axes, method, title in zip(panels, ("adamw", "spectral"), ("AdamW", "PSILoRA, default step"), strict=True):
         for colour, rank in zip(("C0", "C1", "C2"), (4, 8, 32), strict=True):

@@ -88,11 +88,11 @@ def summaries(records: Sequence[Record], setting: Setting) -> list[Summary]:
         ValueError: The runs are not all of the same data.
     """
     chosen = [(key, result) for key, result in records if (key.task, key.condition, key.rank) == setting]
-    texts: dict[str, set[str]] = {}
+    methods: dict[str, set[str]] = {}
     for key, result in chosen:
-        texts.setdefault(result.digest, set()).add(key.method)
-    if len(texts) > 1:
-        held = "; ".join(f"{digest}: {', '.join(sorted(methods))}" for digest, methods in sorted(texts.items()))
+        methods.setdefault(result.digest, set()).add(key.method)
+    if len(methods) > 1:
+        held = "; ".join(f"{digest}: {', '.join(sorted(names))}" for digest, names in sorted(methods.items()))
         raise ValueError(f"the runs of {setting} are of different data, by its hash: {held}")
     found = [summary(chosen, setting, method) for method in sorted({key.method for key, _ in chosen})]
     return sorted(found, key=lambda s: math.inf if s.test is None else s.test.mean)
