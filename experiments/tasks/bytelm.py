@@ -1,8 +1,8 @@
 """A byte-level language model, pretrained on the standard library's code and adapted to prose.
 
 Target texts: `pydoc_data.topics`, the language reference that Python carries ("topics"), and the licence files of the
-installed distributions ("licences"); paragraphs that occurred before are left out. Pretraining takes minutes and is
-kept in the folder of bases.
+PyTorch distribution and of all that it bundles ("licences"); paragraphs that occurred before are left out. Pretraining
+takes minutes and is kept in the folder of bases.
 
 A condition is text-size, such as "topics-small", or text-size×steps where it is not the size's own number of steps.
 """
@@ -122,14 +122,11 @@ def without_repeats(texts: Iterable[str]) -> bytes:
 
 
 def licence_texts() -> Iterator[str]:
-    """The licence files of the installed distributions, by name."""
+    """The licence files of PyTorch's distribution, by path: they depend on its version and on nothing else."""
     wanted = ("licen", "copying", "notice")
-    for distribution in sorted(importlib.metadata.distributions(), key=lambda d: d.name.lower()):
-        for file in distribution.files or ():
-            if file.name.lower().startswith(wanted) and file.suffix in ("", ".txt", ".md", ".rst"):
-                path = Path(str(file.locate()))
-                if path.is_file():
-                    yield path.read_text(encoding="utf-8", errors="replace")
+    for file in sorted(importlib.metadata.files("torch") or (), key=str):
+        if file.name.lower().startswith(wanted) and file.suffix in ("", ".txt", ".md", ".rst"):
+            yield Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
 
 
 @functools.cache
@@ -139,7 +136,9 @@ def target_bytes(text: str) -> Tensor:
         from pydoc_data.topics import topics
 
         return as_bytes(without_repeats(topics[name] for name in sorted(topics)), TEXT_BYTES)
-    return as_bytes(without_repeats(licence_texts()), TEXT_BYTES)
+    if not (licences := without_repeats(licence_texts())):
+        raise FileNotFoundError("the installed torch has no licence files: take the condition topics-*")
+    return as_bytes(licences, TEXT_BYTES)
 
 
 def split(data: Tensor, context: int) -> dict[str, Tensor]:

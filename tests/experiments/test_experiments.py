@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
 import math
 import shutil
@@ -305,6 +306,19 @@ def test_bytelm_parts_are_disjoint_stretches_without_repeated_paragraphs() -> No
     # Every held-out window is a consecutive run of bytes: none crosses from one stretch into another.
     for name in ("validation", "test"):
         assert bool(((parts[name][:, 1:] - parts[name][:, :-1]) % 251 == 1).all())
+
+
+def test_licence_texts_do_not_depend_on_what_else_is_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bytelm = module("tasks.bytelm")
+    before = list(bytelm.licence_texts())
+    other = tmp_path / "aaa-1.0.dist-info"
+    other.mkdir()
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: aaa\nVersion: 1.0\n")
+    (other / "RECORD").write_text("aaa-1.0.dist-info/LICENSE,,\n")
+    (other / "LICENSE").write_text("Do what you want with aaa.")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert importlib.metadata.version("aaa") == "1.0"
+    assert sum(map(len, before)) > 50_000 and list(bytelm.licence_texts()) == before
 
 
 @pytest.mark.slow
