@@ -24,7 +24,7 @@ from psilora.triton_kernels.joint_layout import SUMS, WEIGHT_SUM, parts_of
 from psilora.triton_kernels.layout import UNALIGNED
 from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import add, invert_factor_at, load, multiply, power, store
-from psilora.triton_kernels.variants import DOUBLE_TARGETS, JOINT_TARGETS, SLOW_TARGET, Variant
+from psilora.triton_kernels.variants import DOUBLE_TARGETS, SLOW_TARGET, Variant, joint_targets
 
 # Matrices of RP × RP among the small ones of a side, as offsets in that unit; those of 4r rows take four.
 LINV = tl.constexpr(0)
@@ -76,9 +76,6 @@ LARGEST_SHIFT = tl.constexpr(14)
 
 #: Warps by padded rank, and registers per thread: without a bound ptxas spills for the sake of occupancy.
 WARPS = {8: 8, 16: 8, 32: 8, 64: 8, 128: 8}
-
-#: Bytes that are spilled nevertheless, by kernel and padded rank, all but 80 of `finish` at 128 by Triton 3.9 alone.
-SPILLED = {("joint_finish", 32): 40, ("joint_finish", 64): 8, ("joint_finish", 128): 144, ("joint_tangent", 128): 24}
 REGISTERS = {8: 168, 16: 168, 32: 255, 64: 255, 128: 255}
 
 
@@ -195,8 +192,11 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _targets(double: bool) -> tuple[int, ...]:
-    return tuple(t for t in JOINT_TARGETS if (t in DOUBLE_TARGETS and DOUBLE_PRODUCTS) == double)
+def _targets(padded: int, double: bool) -> tuple[int, ...]:
+    targets = joint_targets(padded)
+    if padded != 16 and not double:
+        return (SLOW_TARGET,)  # which launches them where products in float64 do not compile
+    return tuple(t for t in targets if (t in DOUBLE_TARGETS and DOUBLE_PRODUCTS) == double)
 
 
 def variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any], double: bool) -> Variant:
@@ -213,8 +213,7 @@ def variant(name: str, kernel: Any, padded: int, constexprs: dict[str, Any], dou
         max_registers=REGISTERS[padded],
         maxnreg=REGISTERS[padded],
         fusion=False,
-        spilled=SPILLED.get((name, padded), 0),
-        targets=_targets(double) if padded == 16 else (SLOW_TARGET,),
+        targets=_targets(padded, double),
     )
 
 

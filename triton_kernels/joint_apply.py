@@ -32,7 +32,7 @@ from psilora.triton_kernels.joint_layout import (
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
 from psilora.triton_kernels.split import add_product, rounded, split3
 from psilora.triton_kernels.twofold import power
-from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
+from psilora.triton_kernels.variants import Variant, joint_targets
 
 #: Columns of a block and warps, by padded rank.
 BLOCKS = {8: (64, 4), 16: (64, 8), 32: (64, 8), 64: (32, 8), 128: (16, 8)}
@@ -204,10 +204,6 @@ def apply(
     )  # fmt: skip
 
 
-#: Bytes that are spilled, by padded rank: at 8 on 9.0 and at 16 below it by Triton 3.9, at 32 of mixed dtypes by 3.6.
-SPILLED = {8: 8, 16: 8, 32: 40}
-
-
 def _variants() -> list[Variant]:
     found = []
     types = {
@@ -228,8 +224,7 @@ def _variants() -> list[Variant]:
                     num_warps=warps,
                     num_stages=1,
                     max_registers=255,
-                    spilled=SPILLED.get(padded, 0),
-                    targets=JOINT_TARGETS if padded == 16 else (SLOW_TARGET,),
+                    targets=joint_targets(padded),
                 )
             )
     return found

@@ -47,10 +47,6 @@ _ROUND = tl.constexpr(12582912.0)
 #: Targets whose products read both operands from shared memory, and the others.
 WIDE_TARGETS = (90, 100)
 NARROW = tuple(target for target in JOINT_TARGETS if target not in WIDE_TARGETS)
-#: Bytes that ptxas spills there: six sums and their operands are more than 255 registers hold.
-SPILLED = 304  # of mixed dtypes on 12.0 by Triton 3.9; 256 elsewhere
-#: The same on the wide targets, by padded rank and blocks of rows; there is room at the padded rank 16.
-SPILLED_WIDE = {(8, 4): 112, (32, 1): 72}
 
 
 def _shape(rows: int, target: int) -> dict[str, Any]:
@@ -366,16 +362,9 @@ def _variants() -> list[Variant]:
                     "ROWS": rows, "GROUPS": -(-padded * blocks // rows), "PIECES": len(pieces_of(padded, blocks)),
                     "ALONE": blocks == 1, "FOLLOWS": blocks == 4, **types,
                 }  # fmt: skip
-                spilled = 1024 if rows < padded * blocks else SPILLED_WIDE.get((padded, blocks), 0)
-                wide = {"max_registers": 255, "fusion": False, "spilled": spilled}
-                found.append(
-                    variant(f"{name}{kind}", _gram_kernel, padded, own, _shape(rows, 90), WIDE_TARGETS, **wide)
-                )
-                if padded == 16:
-                    narrow = {**wide, "spilled": SPILLED if blocks == 4 else 0}
-                    found.append(
-                        variant(f"{name}{kind}_narrow", _gram_kernel, padded, own, _shape(rows, 80), NARROW, **narrow)
-                    )
+                for way, targets in (("", WIDE_TARGETS), ("_narrow", NARROW)):
+                    shape = {**_shape(rows, targets[0]), "max_registers": 255, "fusion": False}
+                    found.append(variant(f"{name}{kind}{way}", _gram_kernel, padded, own, shape, targets))
     return found
 
 

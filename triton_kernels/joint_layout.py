@@ -16,7 +16,7 @@ from torch import Tensor
 from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes
-from psilora.triton_kernels.variants import JOINT_TARGETS, SLOW_TARGET, Variant
+from psilora.triton_kernels.variants import JOINT_TARGETS, Variant, joint_targets
 
 # Columns of the address table (int64, one row per layer); column c of A's side is c, of B's side c + 1.
 FACTOR = tl.constexpr(slots.J_FACTOR)
@@ -297,7 +297,7 @@ def variant(
         aligned=tuple(n for n in signature if n.endswith("_ptr") and n not in (*UNALIGNED, "settings_ptr", "clip_ptr")),
         **{key: value for key, value in shape.items() if key not in own},
         **limits,
-        targets=targets if padded == 16 else (SLOW_TARGET,),
+        targets=tuple(target for target in joint_targets(padded) if target in targets),
     )
 
 

@@ -151,9 +151,6 @@ def moments(
     )  # fmt: skip
 
 
-#: Bytes that are spilled, by padded rank: three parts of a root's rows and of `.grad`, and sums, in two warps.
-SPILLED = {64: 56, 128: 64}
-
 VARIANTS = [
     variant(
         f"joint_moments{kind}",
@@ -162,7 +159,6 @@ VARIANTS = [
         {key: types[key] for key in ("G_A", "G_B", "WHOLE")},
         {"BN": EVEN, "num_warps": WARPS, "num_stages": 1},
         max_registers=255,
-        spilled=SPILLED.get(padded, 0),
     )
     for padded in (8, 16, 32, 64, 128)
     for kind, types in TYPES.items()

@@ -127,7 +127,6 @@ def variant(
     constexprs: Mapping[str, Any],
     registers: int,
     targets: tuple[int, ...] = TARGETS,
-    spilled: int = 0,
 ) -> Variant:
     """Return a variant of a kernel of a step, whose whole-tensor arguments are aligned as torch aligns them."""
     signature = {n: SIGNATURE[n] for n in kernel.arg_names if n in SIGNATURE}
@@ -143,5 +142,4 @@ def variant(
         max_registers=registers,
         targets=targets,
         maxnreg=registers,
-        spilled=spilled,
     )

@@ -298,10 +298,6 @@ def solve(
     )  # fmt: skip
 
 
-#: Bytes that are spilled, by Triton 3.9.
-SPILLED = {("solve_b_tangent", 16): 8}
-
-
 def _variants() -> list[Variant]:
     """Both sides at every rank: the plain first turn, and one with everything that a rank can have at once."""
     found = []
@@ -320,8 +316,7 @@ def _variants() -> list[Variant]:
                 blocks = {"SIDE": side, "BN": BN, "KS": KS, "CHECK": True, "EMIT": True}
                 types = {"PARAM_TYPE": tl.bfloat16, "GRAD_TYPE": tl.float32}
                 title = f"solve_{'ab'[side]}_{name}"
-                own, spilled = {**blocks, **types, **case}, SPILLED.get((title, padded), 0)
-                found.append(variant(title, _solve_kernel, padded, warps, own, 255, spilled=spilled))
+                found.append(variant(title, _solve_kernel, padded, warps, {**blocks, **types, **case}, 255))
                 if name == "exact" and padded <= FP32_UP_TO:
                     title, fp32 = f"{title}_fp32", {**blocks, **types, **case, "PARAM_TYPE": tl.float32}
                     targets = (SLOW_TARGET,)

@@ -126,10 +126,6 @@ def spread(addresses: Tensor, dims: Tensor, tiles: Tensor, coefficients: Tensor,
     )  # fmt: skip
 
 
-#: Bytes that are spilled, by padded rank: by Triton 3.9, 64 on 10.0 and up to 24 elsewhere.
-SPILLED = {16: 64}
-
-
 def _variants() -> list[Variant]:
     found = []
     signature: dict[str, Any] = {
@@ -148,7 +144,6 @@ def _variants() -> list[Variant]:
                     num_stages=1,
                     max_registers=REGISTERS,
                     maxnreg=REGISTERS,
-                    spilled=SPILLED.get(padded, 0),
                     targets=TARGETS if padded in EVERYWHERE else (SLOW_TARGET,),
                 )
             )

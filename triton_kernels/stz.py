@@ -29,7 +29,7 @@ from psilora.triton_kernels.tables import (
     launch_key,
     members,
 )
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import GENERATIONS, Variant
 
 # Columns of the tables of items, each with the number of them last; those of outputs, tiles and spans are `reduce`'s.
 # The rows of an item, of which a span may hold more, lie beside its addresses, since both change from step to step.
@@ -187,6 +187,8 @@ def stz_config(dtype: torch.dtype, fast: bool, block_r: int, capability: int) ->
     if block_r > 32 or not s_first:
         # Left alone, ptxas takes 158 registers for 12.0, with which one program fits a multiprocessor, not two.
         bound = 128 if block_r == 32 and capability >= 120 else None
+        if dtype == torch.float16 and block_r < 32 and capability in (86, 89):
+            bound = 168  # alone it takes 128 and spills 8 bytes, but shared memory lets no more than two programs in
         return STZConfig(block_n=32, block_d=128, num_warps=num_warps, num_stages=4, s_first=s_first, maxnreg=bound)
     return STZConfig(block_n=64, block_d=128, num_warps=num_warps, num_stages=3, s_first=s_first)
 
@@ -365,19 +367,19 @@ def _constexprs(
 def _variants() -> Iterator[Variant]:
     names = ("pointers_ptr", "dims_ptr", "layer_pointers_ptr", "layer_dims_ptr", "spans_ptr", "tiles_ptr")
     signature = {name: "*i64" if "pointers" in name else "*i32" for name in names}
-    # Registers: 4 warps and 168 registers let 3 programs share a multiprocessor, 8 warps and 128 let 2.
     cases = [
         (torch.bfloat16, True, True, 16, 168),
         (torch.bfloat16, True, True, 32, 128),
         (torch.bfloat16, True, False, 16, 168),
-        (torch.bfloat16, True, True, 64, 224),
+        (torch.bfloat16, True, True, 64, 255),
         (torch.bfloat16, False, False, 32, 168),
+        (torch.float16, True, True, 16, 168),
         (torch.float16, True, True, 32, 168),
         (torch.float32, True, True, 64, 168),
         (torch.float32, False, False, 32, 168),
     ]
     for dtype, fast_s, fast_p, block_r, registers in cases:
-        for name, targets in (("p_first", (80, 89)), ("s_first", (90, 100)), ("sm120", (120,))):
+        for name, targets in GENERATIONS.items():
             config = stz_config(dtype, fast_s, block_r, targets[0])
             kind = str(dtype).removeprefix("torch.") + ("" if fast_s else "_slow") + ("" if fast_p else "_p")
             yield Variant(

@@ -10,15 +10,25 @@ from typing import Any
 TARGETS = (80, 89, 90, 100)
 #: The one for which also variants are compiled that would take too long for all.
 SLOW_TARGET = 90
-#: Those that the default step's kernels must compile for, consumer cards included, at the padded rank 16.
+#: Those that products of captures and the default step's kernels must compile for, consumer cards included; the latter
+#: at the padded rank 16.
 JOINT_TARGETS = (80, 86, 89, 90, 100, 120)
+#: The same ones in groups that share a choice of tiles.
+GENERATIONS = {"ampere": (80,), "consumer": (86, 89), "hopper": (90, 100), "sm120": (120,)}
 #: Those of them whose float64 is at least half as fast as fp32; on the others it is a 64th.
 DOUBLE_TARGETS = (80, 90, 100)
+#: Those of them that do at the other padded ranks: one whose products read registers, one for shared memory.
+_JOINT_RANKS_TARGETS = (80, 90)
 #: Padded ranks whose spectral kernels are compiled for every target: the ends. Those between differ in loop counts and
 #: are compiled for SLOW_TARGET alone, since all together would take minutes.
 EVERYWHERE = (16, 128)
 #: Largest padded rank whose kernels are compiled for fp32 parameters as well as 16-bit ones, for SLOW_TARGET alone.
 FP32_UP_TO = 64
+
+
+def joint_targets(padded: int) -> tuple[int, ...]:
+    """Return the compute capabilities that the default step's kernels of a padded rank are compiled for."""
+    return JOINT_TARGETS if padded == EVERYWHERE[0] else _JOINT_RANKS_TARGETS
 
 
 @dataclass(frozen=True)
@@ -32,11 +42,11 @@ class Variant:
         constexprs: Value of every `tl.constexpr` parameter.
         aligned: Run-time parameters that the JIT would find divisible by 16: pointers of whole tensors.
         streaming: Whether its loop must be fed by asynchronous copies.
-        max_registers: Budget of registers per thread.
+        max_registers: Budget of registers per thread. With 4 warps 168 let 3 programs share a multiprocessor and 255
+            let 2; with 8 warps 128 let 2.
         targets: Compute capabilities to compile for.
         maxnreg: The launch's bound on registers per thread, where it has one.
         fusion: Whether products and sums may be contracted.
-        spilled: Bytes of stack that may be spilled.
     """
 
     name: str
@@ -51,7 +61,6 @@ class Variant:
     targets: tuple[int, ...] = TARGETS
     maxnreg: int | None = None
     fusion: bool = True
-    spilled: int = 0
 
     def sampled(self, target: int) -> bool:
         """Whether an ordinary run of the tests compiles it for `target`: else only the sweep of all variants does.

@@ -28,7 +28,7 @@ from psilora.triton_kernels.tables import (
     int32_table,
     launch_key,
 )
-from psilora.triton_kernels.variants import Variant
+from psilora.triton_kernels.variants import GENERATIONS, Variant
 
 # Columns of the tables, each with the number of them last: addresses, sizes and strides of an item, and the tile map.
 # The number of rows lies beside the addresses, since both change from step to step.
@@ -150,15 +150,22 @@ class XVConfig:
     block_d: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
 
 
-def xv_config(dtype: torch.dtype, fast: bool, block_r: int, capability: int, few: bool = False) -> XVConfig:
+def xv_config(
+    dtype: torch.dtype, fast: bool, order: object, block_r: int, capability: int, few: bool = False
+) -> XVConfig:
     """Return the tiles for rows of `dtype` on a device of this compute capability (90 for 9.0).
 
-    `few`: there are too few tiles of the usual size to fill the device.
+    `order`: how F is read. `few`: there are too few tiles of the usual size to fill the device.
     """
     if dtype == torch.float32 or not fast:
-        return XVConfig(block_m=64, block_d=32, num_warps=4, num_stages=2)
+        # Left alone, ptxas takes 233 registers with Triton 3.9: two programs on a multiprocessor, not three.
+        bound = dtype == torch.bfloat16 and order == ANY and block_r == 32 and capability in (86, 89, 120)
+        return XVConfig(block_m=64, block_d=32, num_warps=4, num_stages=2, maxnreg=168 if bound else None)
+    if few and block_r == 32 and capability >= 120:
+        return XVConfig(block_m=64, block_d=32, num_warps=4, num_stages=4)
     if few:
         return XVConfig(block_m=64, block_d=64 if block_r < 64 else 32, num_warps=4, num_stages=3)
     # Tensor cores that multiply from registers. On 12.0 wider tiles take more registers than let two programs share a
@@ -324,20 +331,19 @@ def _launches(
         groups.setdefault(key, []).append(i)
     launches = []
     for (dtype, fast, order, block_r), members in groups.items():
-        config = xv_config(dtype, fast, block_r, capability)
+        config = xv_config(dtype, fast, order, block_r, capability)
         usual = sum(blocks(rows[i], config.block_m) * blocks(f[i].shape[0], block_r) for i in members)
         if usual < programs:
-            config = xv_config(dtype, fast, block_r, capability, few=True)
+            config = xv_config(dtype, fast, order, block_r, capability, few=True)
         tiles = [
             (i, m, r)
             for i in members
             for m in range(blocks(rows[i], config.block_m))
             for r in range(blocks(f[i].shape[0], block_r))
         ]
+        tile_map = int32_table(tiles, TILE.value, device)
         constexprs = _constexprs(dtype, fast, order, block_r, config)
-        launches.append(
-            Launch(_xv_kernel, int32_table(tiles, TILE.value, device), constexprs, config.num_warps, config.num_stages)
-        )
+        launches.append(Launch(_xv_kernel, tile_map, constexprs, config.num_warps, config.num_stages, config.maxnreg))
     return launches
 
 
@@ -354,26 +360,24 @@ def _constexprs(dtype: torch.dtype, fast: bool, order: object, block_r: int, con
 
 def _variants() -> list[Variant]:
     signature = {"pointers_ptr": "*i64", "dims_ptr": "*i32", "tiles_ptr": "*i32"}
-    # Registers: 4 warps and 168 registers let 3 programs share a multiprocessor, 8 warps and 128 let 2.
     cases = [
         (torch.bfloat16, True, ALONG_D, 16, False, 168),
         (torch.bfloat16, True, ALONG_D, 32, False, 128),
         (torch.bfloat16, True, ALONG_K, 32, False, 128),
-        (torch.bfloat16, True, ALONG_D, 64, False, 224),
-        (torch.bfloat16, True, ALONG_K, 64, False, 224),
+        (torch.bfloat16, True, ALONG_D, 64, False, 255),
+        (torch.bfloat16, True, ALONG_K, 64, False, 255),
         (torch.bfloat16, True, ALONG_D, 32, True, 168),
         (torch.bfloat16, True, ALONG_D, 64, True, 200),
         (torch.bfloat16, False, ANY, 32, False, 168),
         (torch.float16, True, ALONG_D, 32, False, 152),
-        (torch.float16, True, ALONG_D, 64, False, 224),
+        (torch.float16, True, ALONG_D, 64, False, 255),
         (torch.float32, True, ALONG_D, 64, False, 168),
         (torch.float32, False, ANY, 32, False, 224),
     ]
     variants = []
     for dtype, fast, order, block_r, few, registers in cases:
-        # Tiles may differ below and above compute capability 9.0, and on 12.0.
-        for generation, targets in (("ampere", (80, 89)), ("hopper", (90, 100)), ("sm120", (120,))):
-            config = xv_config(dtype, fast, block_r, targets[0], few)
+        for generation, targets in GENERATIONS.items():
+            config = xv_config(dtype, fast, order, block_r, targets[0], few)
             kind = str(dtype).removeprefix("torch.") + ("" if fast else "_slow") + ("_few" if few else "")
             variants.append(
                 Variant(
@@ -387,6 +391,7 @@ def _variants() -> list[Variant]:
                     streaming=fast,
                     max_registers=registers,
                     targets=targets,
+                    maxnreg=config.maxnreg,
                 )
             )
     return variants

@@ -22,6 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gate_allowances
+
 #: Shared memory of one block, in bytes.
 SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
@@ -113,7 +115,8 @@ def compile_variant(variant: Any, target: int) -> dict[str, Any]:
     report["shared"] = compiled.metadata.shared
     report["copies"] = len(re.findall(r"cp\.async\.cg\.|cp\.async\.bulk\.", text["ptx"]))
     report["narrow_copies"] = len(re.findall(r"cp\.async\.ca\.", text["ptx"]))
-    report["problems"] = over_limits(report, variant) + banned(text["ttir"], text["ttgir"], text["ptx"], target)
+    report["problems"] = over_limits(report, variant, triton.__version__)
+    report["problems"] += banned(text["ttir"], text["ttgir"], text["ptx"], target)
     return report
 
 
@@ -142,13 +145,18 @@ def unused_stack(ptx: str) -> int:
     return found
 
 
-def over_limits(report: dict[str, Any], variant: Any) -> list[str]:
-    """Problems with what a compiled kernel uses."""
+def over_limits(report: dict[str, Any], variant: Any, version: str) -> list[str]:
+    """Problems with what a kernel uses that this version of Triton compiled."""
     problems = []
-    if report["stack"] > variant.spilled or report["local"]:
+    at = version, report["name"], report["target"]
+    spilled = gate_allowances.allowed(gate_allowances.SPILLED, *at)
+    if report["stack"] > spilled or report["local"]:
         problems.append(f"spills: {report['stack']} bytes of stack, {report['local']} of local memory")
-    if report["registers"] > variant.max_registers:
-        problems.append(f"{report['registers']} registers; its budget is {variant.max_registers}")
+    elif report["stack"] < spilled and gate_allowances.measured(version):
+        problems.append(f"spills {report['stack']} bytes of stack, where {spilled} are allowed")
+    budget = max(variant.max_registers, gate_allowances.allowed(gate_allowances.REGISTERS, *at))
+    if report["registers"] > budget:
+        problems.append(f"{report['registers']} registers; its budget is {budget}")
     if report["shared"] > SHARED_LIMIT[report["target"]]:
         problems.append(f"{report['shared']} bytes of shared memory; a block has {SHARED_LIMIT[report['target']]}")
     if variant.streaming and not report["copies"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from psilora.triton_kernels import _compat
 if not _compat.available():
     pytest.skip(_compat.unavailable_reason() or "", allow_module_level=True)
 
+import gate_allowances
 import gate_offenders
 import kernel_gates
 
@@ -56,8 +58,64 @@ def test_gate_catches(variant: Any, expected: str | None, compiler: kernel_gates
 @pytest.mark.parametrize("kernel", MUST_REGISTER)
 def test_every_target_is_compiled(kernel: str) -> None:
     targets = {target for name, target in JOBS if name.split("_")[0] == kernel and VARIANTS[name].sampled(target)}
-    own = {"joint": JOINT_TARGETS, "xv": (*TARGETS, 120), "stz": (*TARGETS, 120)}
-    assert targets == set(own.get(kernel, TARGETS))
+    assert targets == set(JOINT_TARGETS if kernel in ("joint", "xv", "stz") else TARGETS)
+
+
+@pytest.mark.parametrize("padded", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize("target", [80, 90])
+def test_the_default_step_is_compiled_at_every_rank(target: int, padded: int) -> None:
+    joint = [n for n, t in JOBS if t == target and n.startswith("joint") and VARIANTS[n].constexprs["RP"] == padded]
+    launched = {name.split("_")[1] for name in joint if "twofold" not in name}
+    assert launched == {"gram", "roots", "moments", "collect", "tangent", "finish", "apply"}
+
+
+TOO_MUCH = "spills: {} bytes of stack, 0 of local memory"
+TOO_LITTLE = "spills {} bytes of stack, where {} are allowed"
+
+
+@pytest.mark.parametrize(
+    ("version", "stack", "expected"),
+    [
+        ("3.6.0", 80, []),
+        ("3.6.0", 88, [TOO_MUCH.format(88)]),
+        ("3.6.0", 72, [TOO_LITTLE.format(72, 80)]),
+        ("3.8.0", 72, []),
+        ("3.8.0", 88, [TOO_MUCH.format(88)]),
+        ("3.9.0", 80, [TOO_MUCH.format(80)]),
+        ("3.10.0", 16, []),
+        ("3.5.1", 8, [TOO_MUCH.format(8)]),
+    ],
+)
+def test_an_allowance_to_spill_belongs_to_one_triton(
+    version: str, stack: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gate_allowances, "SPILLED", {(3, 6): {"kernel": {90: 80}}, (3, 9): {"kernel": {90: 16}}})
+    assert over_limits(version, stack=stack) == expected
+    assert over_limits("3.6.0", stack=80, target=100) == [TOO_MUCH.format(80)]
+
+
+def test_an_allowance_of_registers_belongs_to_one_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate_allowances, "REGISTERS", {(3, 9): {"kernel": {90: 205}}})
+    assert over_limits("3.9.0", registers=205) == over_limits("3.6.0", registers=168) == []
+    assert over_limits("3.6.0", registers=205) == ["205 registers; its budget is 168"]
+    assert over_limits("3.9.0", registers=206) == ["206 registers; its budget is 205"]
+
+
+def over_limits(version: str, *, stack: int = 0, registers: int = 168, target: int = 90) -> list[str]:
+    """What the gates object to in a kernel with a budget of 168 registers."""
+    unused = dict.fromkeys(("local", "shared", "copies", "narrow_copies"), 0)
+    report = {"name": "kernel", "target": target, "stack": stack, "registers": registers, **unused}
+    return kernel_gates.over_limits(report, SimpleNamespace(max_registers=168, streaming=False), version)
+
+
+def test_allowances_are_of_what_is_compiled_and_needed() -> None:
+    spilled, registers = (
+        [(name, target, count) for own in table.values() for name, by in own.items() for target, count in by.items()]
+        for table in (gate_allowances.SPILLED, gate_allowances.REGISTERS)
+    )
+    assert {(name, target) for name, target, _ in spilled + registers} <= set(JOBS)
+    assert all(count > 0 for *_, count in spilled)
+    assert all(count > VARIANTS[name].max_registers for name, _, count in registers)
 
 
 def test_only_floating_point_atomics_are_banned() -> None:
