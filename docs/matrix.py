@@ -15,6 +15,7 @@ and what the compile gates found there (docs/gates.json, which `make gates TRITO
 from __future__ import annotations
 
 import argparse
+import datetime
 import importlib.metadata
 import json
 import os
@@ -31,12 +32,12 @@ from psilora.triton_kernels import releases
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "matrix.json"
 GATES = ROOT / "docs" / "gates.json"
-#: The last torchao and datasets whose names the older PEFT and transformers know.
+#: The last torchao and datasets whose names the older PEFT and transformers know. Each set has the TRL of its time.
 _OF_4 = ("torchao==0.13.0", "datasets<4")
 #: Requirements of each set, the oldest first.
 SETS: dict[str, tuple[str, ...]] = {
-    "oldest": ("transformers==4.46.*", "peft==0.13.*", "accelerate==1.1.*", *_OF_4),
-    "transformers-4": ("transformers==4.57.*", "peft==0.17.*", *_OF_4),
+    "oldest": ("transformers==4.46.*", "peft==0.13.*", "accelerate==1.1.*", "trl==0.16.*", *_OF_4),
+    "transformers-4": ("transformers==4.57.*", "peft==0.17.*", "trl==0.24.*", *_OF_4),
     "newest": ("transformers", "peft", "accelerate"),
 }
 TESTS = ("tests/test_trainer.py", "tests/adapters", "tests/scenarios")
@@ -81,6 +82,7 @@ def here(name: str, path: Path = RECORDS) -> int:
     pytest.main([*options, "-c", str(ROOT / "pyproject.toml"), *(str(ROOT / test) for test in TESTS)], [outcomes])
     records = json.loads(path.read_text()) if path.exists() else {}
     records[name] = {
+        "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": {package: importlib.metadata.version(package) for package in SHOWN},
         "passed": outcomes.passed,
@@ -109,15 +111,17 @@ def elsewhere(name: str) -> int:
 
 
 def table(records: dict[str, Any], reasons: bool = True) -> list[str]:
-    """Return the support table, the newest versions first: what passed and, with `reasons`, why tests were skipped."""
-    titles = ["torch", "transformers", "PEFT", "accelerate", "Python", "tests", *(["not run there"] if reasons else [])]
+    """Return the support table, the newest versions first: what passed, and with `reasons` when and what not."""
+    titles = ["torch", "transformers", "PEFT", "accelerate", "Python", "tests"]
+    titles += ["run on", "not run there"] if reasons else []
     lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
     order = [*SHOWN[1:], SHOWN[0]]
     for record in sorted(records.values(), key=lambda r: [_key(r["versions"][name]) for name in order], reverse=True):
         versions = [record["versions"][name].partition("+")[0] for name in SHOWN]
         failed = f", **{len(record['failed'])} failed**" if record["failed"] else ""
         cells = [*versions, record["python"], f"{record['passed']} passed{failed}"]
-        lines.append(f"| {' | '.join([*cells, *([_reasons(record['skipped'])] if reasons else [])])} |")
+        cells += [record["date"], _reasons(record["skipped"])] if reasons else []
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 

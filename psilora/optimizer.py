@@ -245,6 +245,7 @@ class PSILoRA(Reporting):
                 loss = closure()
         if self._capture.superseded:
             raise RuntimeError("a newer PSILoRA on the same model took over the hooks of this one")
+        self._notices.begin(self.defaults["lr"])
         self._notices.rates(self.param_groups)
         self._capture.refresh()
         all_counts = functools.cache(self._consensus)

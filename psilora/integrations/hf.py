@@ -13,15 +13,13 @@ Three ways in, by who owns the model when:
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from psilora import runtime
 from psilora.optimizer import PSILoRA
 
 
@@ -50,21 +48,7 @@ class PSILoRAFactory:
 
     def __call__(self, model: nn.Module, **settings: Any) -> PSILoRA:
         """Return `PSILoRA(model, **settings)`, with what a trainer that calls this holds as its loss as `also`."""
-        trainer = _calling_trainer()
-        if trainer is not None:
-            say_ignored_rate(trainer.args, settings["lr"])
-        return PSILoRA(model, **{"also": _loss_of_trainer(trainer), **settings})
-
-
-def say_ignored_rate(args: TrainingArguments, lr: float | Tensor) -> None:
-    """Warn where `TrainingArguments.learning_rate` was set, and to something else than the rate that is used."""
-    default = next(f.default for f in dataclasses.fields(args) if f.name == "learning_rate")  # TRL has its own
-    given = args.learning_rate
-    if given is not None and given not in (default, lr):
-        runtime.warn(
-            f"TrainingArguments.learning_rate={given:g} is not used: PSILoRA has its own, lr={float(lr):g}; its rates "
-            "are on another scale than AdamW's, so leave learning_rate out, or give both the same value"
-        )
+        return PSILoRA(model, **{"also": _loss_of_trainer(_calling_trainer()), **settings})
 
 
 def _calling_trainer() -> Trainer | None:
@@ -110,14 +94,6 @@ class PSILoRACallback(TrainerCallback):
             raise ValueError(f"Invalid every={every}. Must be >= 1.")
         self.trainer, self.every = trainer, every
         self._observing = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Say where a rate of the arguments is not used."""
-        optimizer = kwargs.get("optimizer")
-        if optimizer is not None:
-            say_ignored_rate(args, _unwrapped(optimizer).defaults["lr"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

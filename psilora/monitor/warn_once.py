@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from psilora import runtime
 from psilora.adapters.pair import LoRAPair, listed
+from psilora.monitor.trainer_rate import say_ignored_rate
 
 IDLE_STEPS = 2
 #: The same before the first gradient, where one step is often taken for a schedule or to create state.
@@ -32,6 +34,7 @@ class Notices:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]] = ()) -> None:
         self._built = [_rate(group) for group in groups]
+        self._begun = False
         self._watching = True  # whether the rates have not been warned about yet
         self._idle, self._started = 0, False  # steps in a row without a gradient in any pair, and whether one had any
         self._blind: set[str] = set()
@@ -47,6 +50,12 @@ class Notices:
         self._waiting, self._moved = {}, set()
         for said in (self._blind, self._halved, self._still):
             said.clear()
+
+    def begin(self, lr: float | Tensor) -> None:
+        """At the first step, say where a Trainer's rate is not used because this is."""
+        if not self._begun and not torch.compiler.is_compiling():
+            self._begun = True
+            say_ignored_rate(lr)
 
     def trained(self, some: bool) -> None:
         """Note whether a step found gradients; warn after a few in a row without any."""

@@ -58,10 +58,11 @@ def test_outcomes_are_counted_and_told(tmp_path: Path) -> None:
         seen.pytest_runtest_logreport(SimpleNamespace(when=when, nodeid="t.py::f", longrepr=why, **kinds))
     assert (seen.passed, seen.failed, seen.skipped) == (1, ["t.py::f"], {"needs a CUDA device": 1})
     versions = {"torch": "2.9.1+cpu", "transformers": "4.50.0", "peft": "0.17.1", "accelerate": "1.2.0"}
-    record = {"python": "3.12.1", "versions": versions, "passed": 1, "failed": seen.failed, "skipped": seen.skipped}
+    record = {"date": "2026-01-02", "python": "3.12.1", "versions": versions}
+    record |= {"passed": 1, "failed": seen.failed, "skipped": seen.skipped}
     newer = {**record, "versions": {**versions, "transformers": "4.51.0"}, "failed": []}
     lines = MATRIX.table({"a": record, "b": newer})
-    assert lines[2] == "| 2.9.1 | 4.51.0 | 0.17.1 | 1.2.0 | 3.12.1 | 1 passed | needs a CUDA device |"
+    assert lines[2] == "| 2.9.1 | 4.51.0 | 0.17.1 | 1.2.0 | 3.12.1 | 1 passed | 2026-01-02 | needs a CUDA device |"
     assert "1 passed, **1 failed**" in lines[3]
     page = tmp_path / "page.md"
     begin, end = MATRIX.markers("support")

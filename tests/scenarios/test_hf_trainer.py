@@ -194,7 +194,7 @@ def test_a_trainer_that_hands_over_parameters_is_served_too(tmp_path: Path) -> N
 
 # transformers' own, which pytest.warns would hand on as if it were raised here
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-@pytest.mark.parametrize("way", ["factory", "callback"])
+@pytest.mark.parametrize("way", ["factory", "optimizers="])
 def test_a_learning_rate_that_is_not_used_is_said(tmp_path: Path, way: str) -> None:
     """The trap: the rate in TrainingArguments, which every other optimizer takes, does nothing."""
     if way == "factory":
@@ -203,17 +203,33 @@ def test_a_learning_rate_that_is_not_used_is_said(tmp_path: Path, way: str) -> N
     def trainer(**changes: Any) -> Trainer:
         model = adapted()
         given: dict[str, Any] = {"optimizer_cls_and_kwargs": optimizer_cls_and_kwargs(0.1)}
-        if way == "callback":
+        if way == "optimizers=":
             given = {"optimizers": (PSILoRA(model, 0.1), None)}
-        made = Trainer(model, arguments(tmp_path, max_steps=1, **changes), train_dataset=token_rows(), **given)
-        if way == "callback":
-            made.add_callback(PSILoRACallback(made))
-        return made
+        return Trainer(model, arguments(tmp_path, max_steps=2, **changes), train_dataset=token_rows(), **given)
 
-    with pytest.warns(UserWarning, match=r"TrainingArguments.learning_rate=0.0003 is not used: .* lr=0.1"):
+    with pytest.warns(UserWarning, match=r"TrainingArguments.learning_rate=0.0003 is not used: .* lr=0.1") as said:
         trainer(learning_rate=3e-4).train()
+    assert len([warning for warning in said if "learning_rate" in str(warning.message)]) == 1
     trainer(learning_rate=0.1).train()  # warnings are errors
     trainer().train()
+
+
+def test_no_batch_is_kept_by_looking_for_the_trainer(tmp_path: Path) -> None:
+    """The trap: a frame's variables are copied to be looked at, and up to Python 3.12 the frame keeps the copy."""
+    model, batches, alive = adapted(), [], []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+            alive.append(batches[0]() is not None)
+
+    class Remembers(Trainer):
+        def training_step(self, model: nn.Module, inputs: Any, *rest: Any) -> Tensor:
+            batches.append(weakref.ref(inputs["input_ids"]))
+            return super().training_step(model, inputs, *rest)
+
+    settings, given = arguments(tmp_path, gradient_accumulation_steps=1), (PSILoRA(model, 0.1), None)
+    Remembers(model, settings, train_dataset=token_rows(), optimizers=given, callbacks=[Watch()]).train()
+    assert len(alive) == settings.max_steps and not alive[-1]
 
 
 def test_the_figures_go_wherever_the_trainer_reports(tmp_path: Path) -> None:
