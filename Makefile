@@ -79,7 +79,7 @@ test-all: install
 # ARGS: a pattern of names, and --targets with capabilities.
 gates: install
 	$(PIP) --no-deps --upgrade --target build/$(subst ==,-,$(TRITON)) "$(TRITON)"
-	PYTHONPATH=$(abspath build/$(subst ==,-,$(TRITON))) $(PY) tests/support/kernel_gates.py $(ARGS)
+	PYTHONPATH=$(abspath build/$(subst ==,-,$(TRITON))) $(PY) tests/support/kernel_gates.py $(value ARGS)
 
 # What computes without kernels, in one process and without other libraries' training loops.
 NOT_FAST := backends bench distributed docs examples experiments scenarios triton_kernels \

@@ -110,19 +110,18 @@ def elsewhere(name: str) -> int:
     return subprocess.run([str(python), __file__, "--here", name], check=False).returncode
 
 
-def table(records: dict[str, Any], reasons: bool = True) -> list[str]:
-    """Return the support table, the newest versions first: what passed, and with `reasons` when and what not."""
-    titles = ["torch", "transformers", "PEFT", "accelerate", "Python", "tests"]
-    titles += ["run on", "not run there"] if reasons else []
-    lines = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)]
+def table(records: dict[str, Any], details: bool = True) -> list[str]:
+    """Return the support table, the newest versions first: what passed; with `details` when, and what did not run."""
+    titles = ["torch", "transformers", "PEFT", "accelerate", "Python", "tests", *(["run on"] if details else [])]
+    lines, left_out = [f"| {' | '.join(titles)} |", "|" + "---|" * len(titles)], []
     order = [*SHOWN[1:], SHOWN[0]]
     for record in sorted(records.values(), key=lambda r: [_key(r["versions"][name]) for name in order], reverse=True):
         versions = [record["versions"][name].partition("+")[0] for name in SHOWN]
         failed = f", **{len(record['failed'])} failed**" if record["failed"] else ""
         cells = [*versions, record["python"], f"{record['passed']} passed{failed}"]
-        cells += [record["date"], _reasons(record["skipped"])] if reasons else []
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        lines.append(f"| {' | '.join([*cells, *([record['date']] if details else [])])} |")
+        left_out.append(f"- torch {versions[0]} with transformers {versions[1]}: {_reasons(record['skipped'])}")
+    return [*lines, "", "Not run there:", "", *left_out] if details else lines
 
 
 def _reasons(skipped: dict[str, int]) -> str:
@@ -195,7 +194,7 @@ def main(arguments: list[str] | None = None) -> int:
         return here(options.here)
     wrong = 0 if options.table else sum([elsewhere(name) for name in options.sets or SETS])
     records = json.loads(RECORDS.read_text())
-    embed(table(records, reasons=False), ROOT / "README.md")
+    embed(table(records, details=False), ROOT / "README.md")
     embed(tritons(), ROOT / "README.md", "triton")
     embed(table(records), ROOT / "docs" / "compatibility.md")
     embed(gates(json.loads(GATES.read_text())), ROOT / "docs" / "compatibility.md", "triton")

@@ -1,6 +1,6 @@
 """One whole step on tensors, without a model, a module or an optimizer: the core that `psilora.PSILoRA` runs on stacks.
 
-Nothing is changed in place::
+Nothing is changed in place:
 
     state = init(B, A, step="spectral", momentum=0.9)
     B, A, state = step(B, A, state, lora_gradients=(dB, dA), lr=0.05, step="spectral", momentum=0.9)

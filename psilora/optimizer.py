@@ -41,7 +41,7 @@ class PSILoRA(Reporting):
 
     ΔW = s·B·A, with the gradient G = ∂L/∂W, which is never formed. Two kinds of step:
 
-    `step="spectral"`, the default, goes along a polar factor, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone::
+    `step="spectral"`, the default, goes along a polar factor, msign(U Σ Vᵀ) = U Vᵀ, from the LoRA gradients alone:
 
         G_T ← tangent projection of G at (B, A);  M ← μ·M + (1−μ)·G_T, of rank 2r, carried along;  H = μ·M + (1−μ)·G_T
         (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·φ·c·msign(H),  c = f·√(8/r·d_max/d_min)
@@ -52,7 +52,7 @@ class PSILoRA(Reporting):
     Without a gradient only a momentum that is already there moves anything, for as long as it lasts.
 
     `step="gradient"` is PSI-LoRA / OPLoRA (arXiv 2602.16456, 2509.19977). G = SᵀX comes from the layer's input X and
-    output gradient S, which hooks on the inner LoRA layers capture::
+    output gradient S, which hooks on the inner LoRA layers capture:
 
         (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m),   λ = η·ρ
         (B_m, A_m)   ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)

@@ -194,3 +194,14 @@ def test_the_workflows_call_what_there_is() -> None:
         assert "\t" not in text and text.startswith("#") and "\npermissions:\n  contents: read\n" in text
         called |= set(re.findall(r"run: make ([\w-]+)", text))
     assert called == {"lint", "test", "test-matrix", "docs", "test-all"} and called <= targets
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_pattern_of_the_recorded_gates_reaches_them() -> None:
+    """The trap: make takes the "$)" of a regular expression for a variable, and leaves it out."""
+    (given,) = re.findall(
+        r'^`ARGS="(.* --record docs/gates.json)"`', (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE
+    )
+    command = ["make", "-n", "gates", "TRITON=triton==3.6.0", f"ARGS={given}"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert f"kernel_gates.py {given}\n" in said  # not at the end: a make inside another says which folder it leaves

@@ -1,6 +1,6 @@
 """Layouts of LoRA adapters beside PEFT's: where a module keeps its two factors, and what scales their product.
 
-A layout is a function of a module. One more takes a few lines::
+A layout is a function of a module. One more takes a few lines:
 
     @psilora.adapters.register
     def ours(module: nn.Module) -> Iterator[Adapter]:

@@ -15,7 +15,7 @@ from psilora.baselines.pseudo import pseudo_inverse
 class AltLoRA(PairOptimizer):
     r"""Momentum of the projected gradient, one factor per step, B first (arXiv 2505.12455).
 
-    On √s-scaled factors, in the steps of A, with B' as it was in A's last step, and alike with A in those of B::
+    On √s-scaled factors, in the steps of A, with B' as it was in A's last step, and alike with A in those of B:
 
         g = (BᵀB)⁻¹BᵀG,   m ← β₁·(BᵀB)⁻¹BᵀB'·m + (1 − β₁)·g,   A ← (1 − η·wd)·A − η·m̂
 
@@ -73,7 +73,7 @@ class AltLoRA(PairOptimizer):
 class LoFT(PairOptimizer):
     r"""AdamW on the weight, seen through one factor at a time, B first (LoFT-AdamW, arXiv 2505.21289).
 
-    On √s-scaled factors, for A with H = (BᵀB)⁻¹ and C = H·BᵀB', B' as it was one step before, and alike for B::
+    On √s-scaled factors, for A with H = (BᵀB)⁻¹ and C = H·BᵀB', B' as it was one step before, and alike for B:
 
         g = HBᵀG,   m ← β₁·C·m + (1 − β₁)·g,   p_j ← β₂·C·p_j·Cᵀ + (1 − β₂)·g_j g_jᵀ   for every column j of A
         D = B·m̂ / (√v̂ + ε) elementwise,  v_ij = b_i p_j b_iᵀ,  b_i the rows of B;   A ← (1 − η·wd)·A − η·HBᵀD

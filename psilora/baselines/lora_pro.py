@@ -15,7 +15,7 @@ from psilora.baselines.pseudo import pseudo_inverse, rounding
 class LoRAPro(PairOptimizer):
     r"""Adam on the equivalent gradient of the weight, and the factors' steps that follow it (arXiv 2407.18242).
 
-    On √s-scaled factors, with P_B = B(BᵀB)⁻¹Bᵀ and P_A = Aᵀ(AAᵀ)⁻¹A::
+    On √s-scaled factors, with P_B = B(BᵀB)⁻¹Bᵀ and P_A = Aᵀ(AAᵀ)⁻¹A:
 
         g̃ = P_B·G + (I − P_B)·G·P_A,   D = m̂/(√v̂ + ε), Adam's direction of g̃ (d_out, d_in)
         A ← A − η·((BᵀB)⁻¹BᵀD + X·A),   B ← B − η·((I − P_B)·DAᵀ(AAᵀ)⁻¹ − B·X)

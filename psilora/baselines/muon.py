@@ -15,7 +15,7 @@ from psilora.baselines.pseudo import inverse_root, polar
 class LoRAMuon(PairOptimizer):
     r"""Polar factors of the momenta, in the geometry of the product B·A.
 
-    With R_A = (AAᵀ)^(−½) and R_B = (BᵀB)^(−½), on √s-scaled factors::
+    With R_A = (AAᵀ)^(−½) and R_B = (BᵀB)^(−½), on √s-scaled factors:
 
         m_B ← μm_B + (1 − μ)GAᵀ,   B ← B − ½η·polar(m_B R_A) R_A
         m_A ← μm_A + (1 − μ)BᵀG,   A ← A − ½η·R_B polar(R_B m_A)

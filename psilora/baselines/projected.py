@@ -17,7 +17,7 @@ class ProjectedMomentum(PairOptimizer):
     r"""A momentum-free LoRSum step, then momentum that is re-projected on the current factors (arXiv 2509.19977).
 
     1. (B, A) ← LoRSum of 1·(B, A) − η·G with K rounds, λ = η·ρ.
-    2. At the new factors, with the same full gradient G::
+    2. At the new factors, with the same full gradient G:
 
            g_B = GAᵀ(AAᵀ + λI)⁻¹                    g_A = (BᵀB + λI)⁻¹BᵀG
            p_B = m_B·A_prevAᵀ(AAᵀ + λI)⁻¹           p_A = (BᵀB + λI)⁻¹BᵀB_prev·m_A

@@ -17,7 +17,7 @@ Factored = tuple[Tensor, Tensor]  # (L, R) of L·Rᵀ: (d_out, k) and (d_in, k)
 class Riemannion(PairOptimizer):
     r"""Momentum in the tangent space of W = B·A, its polar factor, and a retraction by SVD (arXiv 2507.12142).
 
-    With orthonormal U and V of the column and row space of W and P(Z) = UUᵀZ + (I − UUᵀ)ZVVᵀ, on √s-scaled factors::
+    With orthonormal U and V of the column and row space of W and P(Z) = UUᵀZ + (I − UUᵀ)ZVVᵀ, on √s-scaled factors:
 
         M ← μ·P(M) + P(G),   W ← the best approximation of rank r of  (1 − η·wd)·W − η·P(polar(M))
 

@@ -34,7 +34,7 @@ def lorsum(
 ) -> Pair:
     """Project Σ_i c_i B_i A_i onto rank r, starting from (B₁, A₁), by `num_iters` rounds of alternating least squares.
 
-    With λ = `prox`, and starting from (Bᵏ, Aᵏ) = (B₁, A₁), each round takes an A-turn and a B-turn::
+    With λ = `prox`, and starting from (Bᵏ, Aᵏ) = (B₁, A₁), each round takes an A-turn and a B-turn:
 
         Aᵏ ← (BᵏᵀM_BBᵏ + λI)⁻¹ [ λA₁ + c₁(BᵏᵀM_BB₁)A₁ + Σ_{i≥2} c_i (BᵏᵀB_i) A_i M_A⁻¹ ]
         Bᵏ ← [ λB₁ + c₁B₁(A₁M_AAᵏᵀ) + Σ_{i≥2} c_i M_B⁻¹B_i (A_iAᵏᵀ) ] (AᵏM_AAᵏᵀ + λI)⁻¹
@@ -44,7 +44,7 @@ def lorsum(
 
     Listing 1 of OPLoRA (arXiv 2509.19977) has its pairs in the order (in, out), that is (A_i, B_i). Given as they
     are they raise where d_in ≠ d_out, and are another sum where d_in = d_out, which no shape can tell: turn them. Its
-    `lorsum(factors, coefficients, num_iters, lmbd, start_turn)`, which returns (A, B), is::
+    `lorsum(factors, coefficients, num_iters, lmbd, start_turn)`, which returns (A, B), is:
 
         B, A = lorsum([(B, A) for A, B in factors], coefficients, num_iters=num_iters, prox=lmbd,
                       first={"in": "A", "out": "B"}[start_turn])

@@ -32,7 +32,7 @@ def ritz(
 ) -> Pair:
     """Project T = Σ_i c_i B_i A_i onto rank r within the block Krylov space of `num_iters` rounds from B₁.
 
-    A round multiplies T twice, as a round of `psilora.lorsum` does::
+    A round multiplies T twice, as a round of `psilora.lorsum` does:
 
         V ← orthonormal basis of [V, TᵀU],  U ← orthonormal basis of T·(new part of V)       U = B₁ at first, V empty
 

@@ -204,7 +204,7 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
     """Return the spectral step of L layers from their Grams (L, n, n), n = 4r, or 2r without momentum.
 
     With orthonormal Q_B = B·T_B, Q_A = A·T_A (as columns), the tangent gradient has the parts g_B = D_B·T_A = G·Q_A and
-    g_A = D_A·T_B = GᵀQ_B, and the momentum M_B·M_Aᵀ is transported into the same space::
+    g_A = D_A·T_B = GᵀQ_B, and the momentum M_B·M_Aᵀ is transported into the same space:
 
         m_B = μ·M_B(M_AᵀQ_A) + (1−τ)·g_B,   m_A = μ·M_A(M_BᵀQ_B) + (1−τ)·g_A,   h = μ·m + (1−τ)·g
         new momentum = [Q_B, m_B⊥]·[m_A, Q_A]ᵀ,   m_B⊥ = m_B − Q_B Q_Bᵀ m_B
@@ -238,7 +238,7 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
 def factor_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficients:
     """Return the simpler step of each factor along the polar factor of its own gradient, whitened by the other factor.
 
-    From Grams of [F, M, D] (L, n, n), n = 3r, or of [F, D] without momentum, with M the factors' plain momenta::
+    From Grams of [F, M, D] (L, n, n), n = 3r, or of [F, D] without momentum, with M the factors' plain momenta:
 
         m ← μ·M + (1−τ)·D,  h = μ·m + (1−τ)·D
         B ← √(1 − η·wd)·B − ½η·c·polar(h_B·T_A)·T_Aᵀ,   A likewise      T_A·T_Aᵀ = (AAᵀ)⁻¹, T_B·T_Bᵀ = (BᵀB)⁻¹
@@ -268,7 +268,7 @@ def followed(squares: Tensor, numbers: Numbers) -> Seen | None:
     """Return what the size of each layer's gradient means for its step; None where it means nothing.
 
     n_t is the norm of the two sides of the tangent gradient, n_t² = ‖G·Q_A‖² + ‖GᵀQ_B‖² in the orthonormal bases of the
-    factors, not whitened. It counts as min(n_t, 4·n̄_(t−1)) in::
+    factors, not whitened. It counts as min(n_t, 4·n̄_(t−1)) in:
 
         n̂_t = average of n_1, …, n_t with weights μ^(t−k),   n̄_t = their plain average
 

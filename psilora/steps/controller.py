@@ -2,7 +2,7 @@
 
 A good rate leaves the loss still falling along the step just taken; one that is too large overshoots. The slope is
 measured with the new gradient, p₁ = Σ ⟨dA, ΔA⟩ + ⟨dB, ΔB⟩ over all adapters, before any of them moves, and compared
-with what it was when the step was taken, p₀ < 0::
+with what it was when the step was taken, p₀ < 0:
 
     z₀ ← .7·z₀ + .3·|p₀|,  z₁ ← .7·z₁ + .3·p₁,  ρ = z₁/z₀          (−1: as steep as before; > 0: past the valley)
     the first time that ρ > θ: hit = t, s ← s/2

@@ -43,7 +43,7 @@ def reference_steps(
 ) -> Steps[Update]:
     """Compute the update of problems with equal keys, without changing anything.
 
-    On B̃ = √s·B and Ã = √s·A, with λ = η·ρ and the metric M updated first::
+    On B̃ = √s·B and Ã = √s·A, with λ = η·ρ and the metric M updated first:
 
         (B̃, Ã)     ← LoRSum of (1 − η·wd)·(B̃, Ã) − η(1−τ)·(Sᵀ, X) − ημ·(B_m, A_m)   in the metric M
         (B_m, A_m) ← LoRSum of μ·(B_m, A_m) + (1−τ)·(Sᵀ, X)                           Frobenius, old momentum

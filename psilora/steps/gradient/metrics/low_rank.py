@@ -2,7 +2,7 @@
 
 F (d, k) has orthogonal columns. With C the statistics of a step, H = β₂·F·Fᵀ + (1−β₂)·C is cut to rank k by one round
 of subspace iteration from F's own directions and as many fixed random ones, in the symmetric form that stays positive
-(Nyström: H·Q (QᵀHQ)⁺ QᵀH, exact where H has at most 2k directions). What is cut off goes evenly to all others::
+(Nyström: H·Q (QᵀHQ)⁺ QᵀH, exact where H has at most 2k directions). What is cut off goes evenly to all others:
 
     H ≈ U·Θ·Uᵀ,  ν = (tr H − tr Θ)/(d − k);   F ← U·(Θ − ν)₊^½,  μ ← β₂·μ + ν
 
