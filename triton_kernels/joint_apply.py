@@ -35,27 +35,26 @@ from psilora.triton_kernels.twofold import power
 from psilora.triton_kernels.variants import Variant, joint_targets
 
 #: Columns of a block and warps, by padded rank.
-BLOCKS = {8: (64, 4), 16: (64, 8), 32: (64, 8), 64: (32, 8), 128: (16, 8)}
+BLOCKS = {8: (64, 4), 16: (64, 8), 32: (64, 8), 64: (32, 8), 128: (32, 8)}
 
 
 @triton.jit
-def _coefficients(c_ptr, top, first, RP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr):
+def _coefficients(c_ptr, top, first, RP: tl.constexpr, ROWS: tl.constexpr, SIDE: tl.constexpr, TURNED: tl.constexpr):
     """Return the coefficients of ROWS rows from `first` on for the RP outputs from `top` on, in three parts."""
-    o = top + tl.arange(0, RP)[:, None]
-    k = first + tl.arange(0, ROWS)[None, :]
+    o = top + tl.arange(0, RP)
+    k = first + tl.arange(0, ROWS)
+    o = o[None, :] if TURNED else o[:, None]
+    k = k[:, None] if TURNED else k[None, :]
     return split3(tl.load(c_ptr + (o * (4 * RP) + k if SIDE == 0 else o + k * (3 * RP))), tl.bfloat16)
 
 
 @triton.jit
-def _add_plain(c_ptr, y, top, first, total, RP: tl.constexpr, SIDE: tl.constexpr):
-    """Return total + 16 rows from `first` on times their coefficients, in fp32; transposed on B's side."""
-    o = top + tl.arange(0, RP)
-    k = first + tl.arange(0, 16)
-    if SIDE == 0:
-        found = tl.dot(tl.load(c_ptr + o[:, None] * (4 * RP) + k[None, :]), y, input_precision="ieee")
+def _add(c1, c2, c3, y1, y2, y3, total, TURNED: tl.constexpr):
+    """Return total + C·y, or + y·C where both are transposed."""
+    if TURNED:
+        return add_product(y1, y2, y3, c1, c2, c3, total)
     else:
-        found = tl.dot(y, tl.load(c_ptr + o[None, :] + k[:, None] * (3 * RP)), input_precision="ieee")
-    return tl.fma(found, 1.0, total)
+        return add_product(c1, c2, c3, y1, y2, y3, total)
 
 
 @triton.jit
@@ -65,9 +64,11 @@ def _apply_side(
     F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
 ):  # fmt: skip
     r, _, d = sizes(dims_ptr, problem, SIDE)
-    # Up to rank 32 products are those of 16-bit parts; above, first operands would come from registers on sm_90.
-    PARTS: tl.constexpr = RP <= 32
-    AXIS: tl.constexpr = 0 if PARTS else SIDE  # of rows
+    # Above rank 32 columns come first: of 64 coefficients, asynchronous products would be what sm_90 has for them, and
+    # their first operands come from registers.
+    TURNED: tl.constexpr = RP > 32
+    KEPT: tl.constexpr = RP <= 16  # coefficients
+    AXIS: tl.constexpr = 1 if TURNED else 0  # of rows
     T: tl.constexpr = SIDE == 1
     f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
     m = address(addresses_ptr, problem, MOMENTUM + SIDE, tl.float32, ADDRESSES)
@@ -76,11 +77,11 @@ def _apply_side(
     if WHOLE:
         r = RP
     factor = power(shift if SIDE == 0 else -shift)
-    ROWS: tl.constexpr = 16 if not PARTS else 64 if RP > 8 else 32
-    if PARTS:
-        f1, f2, f3 = _coefficients(c_ptr, 0, 0, RP, ROWS, SIDE)
-        a1, a2, a3 = _coefficients(c_ptr, RP, 0, RP, ROWS, SIDE)
-        b1, b2, b3 = _coefficients(c_ptr, 2 * RP, 0, RP, ROWS, SIDE)
+    ROWS: tl.constexpr = 32 if TURNED or RP == 8 else 64
+    if KEPT:
+        f1, f2, f3 = _coefficients(c_ptr, 0, 0, RP, ROWS, SIDE, TURNED)
+        a1, a2, a3 = _coefficients(c_ptr, RP, 0, RP, ROWS, SIDE, TURNED)
+        b1, b2, b3 = _coefficients(c_ptr, 2 * RP, 0, RP, ROWS, SIDE, TURNED)
     for begin in range(start, end, BN):
         columns = begin + tl.arange(0, BN)
         v, root = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, columns, columns < end, SIDE)
@@ -94,23 +95,17 @@ def _apply_side(
             row = first + tl.arange(0, ROWS)
             z, own = rows_of(addresses_ptr, dims_ptr, problem, row, columns, end, SIDE, RP, AXIS, WHOLE, F_TYPE, G_TYPE)
             y = z * tl.where(own, w, 1.0)
-            if PARTS:
-                y1, y2, y3 = split3(y, tl.bfloat16)
-                if RP == 32:
-                    f1, f2, f3 = _coefficients(c_ptr, 0, first, RP, ROWS, SIDE)
-                of_f = add_product(f1, f2, f3, y1, y2, y3, of_f)
-                if COMMIT:
-                    if RP == 32:
-                        a1, a2, a3 = _coefficients(c_ptr, RP, first, RP, ROWS, SIDE)
-                    of_1 = add_product(a1, a2, a3, y1, y2, y3, of_1)
-                    if RP == 32:
-                        b1, b2, b3 = _coefficients(c_ptr, 2 * RP, first, RP, ROWS, SIDE)
-                    of_2 = add_product(b1, b2, b3, y1, y2, y3, of_2)
-            else:
-                of_f = _add_plain(c_ptr, y, 0, first, of_f, RP, SIDE)
-                if COMMIT:
-                    of_1 = _add_plain(c_ptr, y, RP, first, of_1, RP, SIDE)
-                    of_2 = _add_plain(c_ptr, y, 2 * RP, first, of_2, RP, SIDE)
+            y1, y2, y3 = split3(y, tl.bfloat16)
+            if not KEPT:
+                f1, f2, f3 = _coefficients(c_ptr, 0, first, RP, ROWS, SIDE, TURNED)
+            of_f = _add(f1, f2, f3, y1, y2, y3, of_f, TURNED)
+            if COMMIT:
+                if not KEPT:
+                    a1, a2, a3 = _coefficients(c_ptr, RP, first, RP, ROWS, SIDE, TURNED)
+                of_1 = _add(a1, a2, a3, y1, y2, y3, of_1, TURNED)
+                if not KEPT:
+                    b1, b2, b3 = _coefficients(c_ptr, 2 * RP, first, RP, ROWS, SIDE, TURNED)
+                of_2 = _add(b1, b2, b3, y1, y2, y3, of_2, TURNED)
         k = tl.arange(0, RP)[None, :] if AXIS == 1 else tl.arange(0, RP)[:, None]
         step = of_f / w
         if COMMIT:
