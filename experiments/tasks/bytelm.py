@@ -121,12 +121,17 @@ def without_repeats(texts: Iterable[str]) -> bytes:
     return "\n\n".join(kept).encode("utf-8", "replace")
 
 
-def licence_texts() -> Iterator[str]:
+def licence_texts() -> list[str]:
     """The licence files of PyTorch's distribution, by path: they depend on its version and on nothing else."""
     wanted = ("licen", "copying", "notice")
-    for file in sorted(importlib.metadata.files("torch") or (), key=str):
-        if file.name.lower().startswith(wanted) and file.suffix in ("", ".txt", ".md", ".rst"):
-            yield Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
+    texts = [
+        Path(str(file.locate())).read_text(encoding="utf-8", errors="replace")
+        for file in sorted(importlib.metadata.files("torch") or (), key=str)
+        if file.name.lower().startswith(wanted) and file.suffix in ("", ".txt", ".md", ".rst")
+    ]
+    if not texts:
+        raise FileNotFoundError("the installed torch has no licence files")
+    return texts
 
 
 @functools.cache
@@ -136,9 +141,7 @@ def target_bytes(text: str) -> Tensor:
         from pydoc_data.topics import topics
 
         return as_bytes(without_repeats(topics[name] for name in sorted(topics)), TEXT_BYTES)
-    if not (licences := without_repeats(licence_texts())):
-        raise FileNotFoundError("the installed torch has no licence files: take the condition topics-*")
-    return as_bytes(licences, TEXT_BYTES)
+    return as_bytes(without_repeats(licence_texts()), TEXT_BYTES)
 
 
 def split(data: Tensor, context: int) -> dict[str, Tensor]:

@@ -13,13 +13,13 @@ Three ways in, by who owns the model when:
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from psilora.monitor.trainer_rate import running_trainer
 from psilora.optimizer import PSILoRA
 
 
@@ -37,7 +37,7 @@ class PSILoRAFactory:
         factory = super().__new__(cls)
         if not (groups or settings):
             return factory
-        trainer = _calling_trainer()
+        trainer = running_trainer()
         if trainer is None:
             raise TypeError(
                 "this factory takes a model, not parameters, unless a Trainer calls it; set "
@@ -48,15 +48,7 @@ class PSILoRAFactory:
 
     def __call__(self, model: nn.Module, **settings: Any) -> PSILoRA:
         """Return `PSILoRA(model, **settings)`, with what a trainer that calls this holds as its loss as `also`."""
-        return PSILoRA(model, **{"also": _loss_of_trainer(_calling_trainer()), **settings})
-
-
-def _calling_trainer() -> Trainer | None:
-    """The trainer that calls: it hands a factory its model alone, so it is looked up in the calling frames."""
-    frame = inspect.currentframe()
-    while frame is not None and not isinstance(frame.f_locals.get("self"), Trainer):
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals["self"]
+        return PSILoRA(model, **{"also": _loss_of_trainer(running_trainer()), **settings})
 
 
 def _loss_of_trainer(trainer: Trainer | None) -> nn.Module | None:

@@ -16,7 +16,7 @@ _TRAINER = "transformers.trainer"
 
 def say_ignored_rate(lr: float | torch.Tensor) -> None:
     """Warn where the transformers Trainer that takes this step was told another rate than the one that is used."""
-    trainer = _running_trainer()
+    trainer = running_trainer()
     if trainer is None:
         return
     given = trainer.args.learning_rate
@@ -28,8 +28,8 @@ def say_ignored_rate(lr: float | torch.Tensor) -> None:
         )
 
 
-def _running_trainer() -> Any | None:
-    """The Trainer that calls, which hands an optimizer nothing of itself: from the frame of its training loop.
+def running_trainer() -> Any | None:
+    """The Trainer that calls, which hands an optimizer or its factory nothing of itself: from a frame of its methods.
 
     Frames of other code are not looked into. Up to Python 3.12 a frame keeps the copy of its variables that looking
     makes, here a batch, so the copy is emptied.
