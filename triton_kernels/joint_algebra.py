@@ -147,12 +147,12 @@ def factorise(
 
 @triton.jit
 def weight_of(sums_ptr, parts_ptr, layers, problem, d, SIDE: tl.constexpr):
-    """Return the mean of v over a side's columns."""
+    """Return the harmonic mean of v over a side's columns."""
     first, count = parts_of(parts_ptr, layers, problem, SIDE)
     total = tl.full((), 0.0, tl.float32)
     for t in range(count):
         total += tl.load(sums_ptr + (first + t) * SUMS + WEIGHT_SUM)
-    return total / d
+    return d / total
 
 
 @triton.jit

@@ -100,14 +100,14 @@ def _whitened(
 def _roots_of(
     addresses_ptr, settings_ptr, problem, taken, sigma, frozen, first, end, SIDE: tl.constexpr, ALONE: tl.constexpr
 ):  # fmt: skip
-    """Return √v of SPAN columns, one for each thread and not for each entry, and v, which is 0 beyond the end."""
+    """Return √v of SPAN columns, one for each thread and not for each entry, and 1/v, which is 0 beyond the end."""
     n = first + tl.arange(0, SPAN)
     if ALONE:
         one = tl.full((SPAN,), 1.0, tl.float32)
         return one, one
     else:
         v, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
-        return tl.sqrt_rn(v), tl.where(n < end, v, 0.0)
+        return tl.sqrt_rn(v), tl.where(n < end, 1.0 / v, 0.0)
 
 
 @triton.jit
@@ -176,8 +176,8 @@ def _gram_side(
     most_j = tl.zeros(shape, tl.float32)
     total = tl.zeros((SPAN,), tl.float32)
     for block in range(start, end, SPAN):
-        roots, v = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
-        total += v
+        roots, inverse = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
+        total += inverse
         for begin in range(block, tl.minimum(block + SPAN, end), KC):
             n = begin + tl.arange(0, KC)
             root = _part(roots, begin - block, KC, ALONE)
@@ -331,7 +331,7 @@ def gram(
         tiles: (tiles, 4) int32, side, layer, first and end column.
         parts: (2, L, 2) int32, per side and layer the first of its tiles and their number.
         pieces: What `pieces_table` returns.
-        sums: (tiles, 8) fp32, what `moments` has left; Σ v is added.
+        sums: (tiles, 8) fp32, what `moments` has left; Σ 1/v is added.
         frozen: (L,) int32, whether A's metric waits because B = 0.
         out: (tiles, pieces, 2, ROWS, ROWS) fp32, hi and lo in units of the rows' 2^(E − 7), written; of a piece on the
             diagonal the lower triangle.

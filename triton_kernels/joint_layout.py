@@ -52,7 +52,7 @@ NEW_UNIT = tl.constexpr(0)  # a power of two above every root in the tile, and �
 NEW_SUM = tl.constexpr(1)
 OLD_UNIT = tl.constexpr(2)
 OLD_SUM = tl.constexpr(3)
-WEIGHT_SUM = tl.constexpr(4)  # Σ v
+WEIGHT_SUM = tl.constexpr(4)  # Σ 1/v
 SUMS = tl.constexpr(8)
 
 # Columns of what is found out about a layer's gradient (fp32, one row per layer).

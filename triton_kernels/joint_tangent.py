@@ -258,7 +258,7 @@ def _tangent_kernel(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, 1, RP, own + FOUR * Q, PLANE, RP, 1, RP, RP, -1.0,
         RP, False, DOUBLE,
     )  # fmt: skip
-    # The weights are normalised to a mean square of 1: Q counts √v̄ less, m what the other side's count more.
+    # The weights are normalised to a mean of 1/w² of 1: Q counts √v̄ less, m what the other side's count more.
     _, _, d_in = sizes(dims_ptr, problem, 0)
     _, _, d_out = sizes(dims_ptr, problem, 1)
     v_a = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, d_in, 0))

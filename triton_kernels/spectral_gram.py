@@ -82,7 +82,7 @@ def _partial(
 
 @triton.jit
 def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: tl.constexpr, BN: tl.constexpr):
-    """Write v = (D·inverse + δ)^γ (1 where inverse < 0) and 1/v for a tile, D the new average, and return Σ v."""
+    """Write v = (D·inverse + δ)^γ (1 where inverse < 0) and 1/v for a tile, D the new average, and return Σ 1/v."""
     average = address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES)
     weight = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
     damping = tl.load(numbers_ptr + problem * NUMBERS + DAMPING)
@@ -97,7 +97,7 @@ def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: 
         v = tl.where(inverse < 0.0, 1.0, raised).to(tl.float64)
         tl.store(weight + n, v, mask=inside)
         tl.store(weight + d + n, 1.0 / v, mask=inside)
-        total += tl.where(inside, v, 0.0)
+        total += tl.where(inside, 1.0 / v, 0.0)
     return tl.sum(total, axis=0)
 
 
@@ -176,7 +176,7 @@ def span(
         tiles: (tiles, 4) int32, side, layer, first and end column.
         numbers: (L, 12) float64, beginning with β₂, δ and γ.
         inverse: (L, 2) float64, per side 1/mean(D), or −1 where the side's weights are 1.
-        sums: (tiles,) float64, Σ v of each tile's columns, written with `metric`.
+        sums: (tiles,) float64, Σ 1/v of each tile's columns, written with `metric`.
         out: The partial Grams.
         metric: Whether to form v and 1/v, into the workspace WEIGHT (2, d) float64, and to weight by them.
     """

@@ -276,7 +276,7 @@ def tangent(matrix: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
 
 def weights(D: Tensor) -> Tensor:
-    """w = (D/mean(D) + 0.1)^½, scaled to a mean square of 1."""
+    """w = (D/mean(D) + 0.1)^½, scaled to a mean of 1/w² of 1."""
     mean = D.mean()
     squares = D / (mean if mean > 0 else 1.0) + 0.1
-    return (squares / squares.mean()).sqrt()
+    return (squares * squares.reciprocal().mean()).sqrt()

@@ -256,7 +256,7 @@ class SpectralRun:
         if not self.metric:
             self.traces = grams.diagonal(dim1=-2, dim2=-1)[..., : self.rank].sum(-1)
         root = numbers[:, slots.ROOT]
-        c = self._means().rsqrt() if self.metric else torch.ones_like(self.widths)
+        c = self._means().sqrt() if self.metric else torch.ones_like(self.widths)
         blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
         scale = torch.cat([value[..., None].expand(*value.shape, size) for value, size in blocks], -1)
         return scale[..., :, None] * grams * scale[..., None, :], scale, c

@@ -55,7 +55,7 @@ def spectral_literal(
         if not at_zero:
             memory["D_A"] = beta * memory.get("D_A", 0) + (1 - beta) * new_A
             w_A = (memory["D_A"] / memory["D_A"].mean() + delta)[None] ** (gamma / 2)
-        w_B, w_A = w_B / w_B.square().mean().sqrt(), w_A / w_A.square().mean().sqrt()
+        w_B, w_A = (w * w.pow(-2).mean().sqrt() for w in (w_B, w_A))
     B, A, d_B, d_A = w_B * B, A * w_A, d_B / w_B, d_A / w_A
     R_B, R_A = root(B.T @ B), root(A @ A.T)
     Q_B, Q_A, g_B, g_A = B @ R_B, R_A @ A, d_B @ R_A, R_B @ d_A

@@ -13,33 +13,46 @@ from psilora import LoRALinear, PSILoRA
 D_IN, D_OUT, RANK, LR = 64, 48, 8, 0.05
 
 
-def largest_step(metric: str | None, outlier: float, damping: float | None = None) -> float:
-    """The largest ‖ΔW_t − ΔW_(t−1)‖₂ / (lr·c) of 40 steps, one input channel `outlier` times larger than the others."""
+def largest_step(metric: str | None, channels: slice, size: float, damping: float | None = None) -> tuple[float, float]:
+    """The largest ‖ΔW_t − ΔW_(t−1)‖ of 40 steps, input `channels` multiplied by `size`.
+
+    In spectral norm, over lr·c, and in the Frobenius norm, over lr·c·√(2r).
+    """
     layer = LoRALinear(nn.Linear(D_IN, D_OUT), RANK)
     optimizer = PSILoRA(layer, LR, metric=metric, damping=damping, fade=False)
-    target, c, largest = torch.randn(D_OUT, D_IN) / 8, math.sqrt(8 / RANK * D_IN / D_OUT), 0.0
+    target, c = torch.randn(D_OUT, D_IN) / 8, math.sqrt(8 / RANK * D_IN / D_OUT)
+    steps = []
     W = (layer.lora_B.weight @ layer.lora_A.weight).detach()
     for _ in range(40):
         x = torch.randn(32, D_IN)
-        x[:, 3] *= outlier
+        x[:, channels] *= size
         y = layer.base(x) + x @ target.T + torch.randn(32, D_OUT)
         optimizer.zero_grad()
         (layer(x) - y.detach()).square().mean().backward()
         optimizer.step()
         before, W = W, (layer.lora_B.weight @ layer.lora_A.weight).detach()
-        largest = max(largest, float(torch.linalg.matrix_norm(W - before, 2)) / (LR * c))
-    return largest
+        steps.append((W - before) / (LR * c))
+    spectral = max(float(torch.linalg.matrix_norm(step, 2)) for step in steps)
+    return spectral, max(float(step.norm()) for step in steps) / math.sqrt(2 * RANK)
 
 
-@pytest.mark.parametrize("outlier", [1.0, 1000.0])
-def test_without_the_metric_a_step_is_as_large_as_the_rate_says(outlier: float) -> None:
-    assert 1.0 < largest_step(None, outlier) < 1.25
+ONE, HALF, ALL_BUT_ONE = slice(3, 4), slice(0, D_IN // 2), slice(1, None)
 
 
-def test_with_the_metric_an_outlier_channel_makes_it_many_times_larger() -> None:
-    assert 1.5 < largest_step("lora", 1.0) < 3
-    assert 8 < largest_step("lora", 100.0) < 1.25 * (1 + 0.1) / 0.1
-    assert 50 < largest_step("lora", 100.0, damping=0.01) < 1.25 * (1 + 0.01) / 0.01
+@pytest.mark.parametrize("size", [1.0, 1000.0])
+def test_without_the_metric_a_step_is_as_large_as_the_rate_says(size: float) -> None:
+    spectral, frobenius = largest_step(None, ONE, size)
+    assert 1.0 < spectral < 1.25 and 0.7 < frobenius < 1.05
+
+
+@pytest.mark.parametrize("damping", [None, 0.01])
+@pytest.mark.parametrize(
+    "channels, size", [(ONE, 1.0), (ONE, 100.0), (ONE, 1e-3), (HALF, 1e-3), (ALL_BUT_ONE, 1e-3)], ids=str
+)
+def test_with_the_metric_its_frobenius_norm_stays(channels: slice, size: float, damping: float | None) -> None:
+    spectral, frobenius = largest_step("lora", channels, size, damping)
+    assert 0.6 < frobenius < 1.6
+    assert 1.0 < spectral < (3.5 if damping is None else 6)
 
 
 def coasted(fade: bool) -> float:
