@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     text_encoder = get_peft_model(text_encoder, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     optimizer = PSILoRA(
         {"unet": unet, "text_encoder": text_encoder},
-        lr=0.05,
+        lr=0.1,
         groups=[{"layers": "^text_encoder", "lr": 0.02}],
     )
     # --8<-- [end:setup]

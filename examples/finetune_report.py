@@ -28,7 +28,7 @@ class Method:
 
 METHODS = {
     "adamw": Method("AdamW", 1e-2, (1e-3, 3e-3, 5e-3, 1e-2, 1.5e-2, 2e-2), "#777777", "s"),
-    "psilora": Method("PSILoRA", 0.05, (0.05, 0.1), "#D55E00", "^"),
+    "psilora": Method("PSILoRA", 0.1, (0.1,), "#D55E00", "^"),
     "psilora-gradient": Method("PSILoRA gradient", 0.03, (0.01, 0.03, 0.3), "#0072B2", "o"),
 }
 

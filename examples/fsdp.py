@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
     for block in model.get_base_model().model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = PSILoRA(model, lr=0.05)  # after fully_shard, which replaces the parameters
+    optimizer = PSILoRA(model, lr=0.1)  # after fully_shard, which replaces the parameters
     losses: list[float] = []
     for step, batch in enumerate(shares(options.steps, BATCH, rank, world)):
         optimizer.zero_grad()

@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         ),
         train_dataset=pairs(256),
         loss=loss,
-        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(lr=0.05, adamw_lr=1e-2),
+        optimizer_cls_and_kwargs=optimizer_cls_and_kwargs(lr=0.1, adamw_lr=1e-2),
     )
     # --8<-- [end:setup]
     trainer.train()

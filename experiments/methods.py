@@ -155,17 +155,12 @@ METHODS = {
     "psilora-squad": Method("PSILoRA as published for SQuAD", pair_rule(PSILoRA, **PAPER_SQUAD), 0.2),
     "psilora-wikitext": Method("PSILoRA as published, K = 2", pair_rule(PSILoRA, **{**PAPER, "num_iters": 2}), 0.2),
     "spectral": Method("PSILoRA spectral", pair_rule(PSILoRA, step="spectral", metric="lora", controller=None), 0.1),
-    "spectral-damping-0.01": Method(
-        "PSILoRA spectral, damping 0.01",
-        pair_rule(PSILoRA, step="spectral", metric="lora", controller=None, damping=0.01),
-        0.1,
-    ),
     "spectral-plain": Method(
         "PSILoRA spectral, no metric", pair_rule(PSILoRA, step="spectral", metric=None, controller=None), 0.1
     ),
     "spectral-slope": Method(
-        "PSILoRA spectral, slope, damping 0.01",
-        pair_rule(PSILoRA, step="spectral", metric="lora", controller="slope", damping=0.01),
+        "PSILoRA spectral, slope",
+        pair_rule(PSILoRA, step="spectral", metric="lora", controller="slope"),
         0.1,
     ),
     "psilora-dense": Method(

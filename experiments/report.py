@@ -27,7 +27,7 @@ RIVALS = (
     "lora-pro",
 )
 FULL_GRID = 5  # rates per method
-OWN = ("psilora-tangent", "psilora-dense", "spectral", "spectral-damping-0.01", "spectral-slope")
+OWN = ("psilora-tangent", "psilora-dense", "spectral")
 Panels = dict[tuple[str, str], dict[str, dict[int, float]]]
 
 

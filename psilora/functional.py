@@ -3,7 +3,7 @@
 Nothing is changed in place:
 
     state = init(B, A, step="spectral", momentum=0.9)
-    B, A, state = step(B, A, state, lora_gradients=(dB, dA), lr=0.05, step="spectral", momentum=0.9)
+    B, A, state = step(B, A, state, lora_gradients=(dB, dA), lr=0.1, step="spectral", momentum=0.9)
 
 The settings are those of `psilora.PSILoRA` from `step` to `loss_reduction`, with its defaults; both functions must be
 given the same. Shapes: B (d_out, r), A (r, d_in), for the weight's low-rank part ΔW = scaling·B·A.

@@ -47,7 +47,7 @@ class PSILoRA(Reporting):
         (√s·B, √s·A) ← LoRSum of (1 − η·wd)·(√s·B, √s·A) − η·φ·c·msign(H),  c = f·√(8/r·d_max/d_min)
 
     whitened by a metric of the LoRA gradients. φ ≤ 1 falls with a layer's gradient norm (`fade`), and f ≤ 1 with the
-    number of layers (`depth_scale`). d_max and d_min are the larger and the smaller width. Start at lr = 0.05.
+    number of layers (`depth_scale`). d_max and d_min are the larger and the smaller width. Start at lr = 0.1.
     It attaches nothing to the model and works under whatever fills `.grad`, with several processes that average it too.
     Without a gradient only a momentum that is already there moves anything, for as long as it lasts.
 
@@ -91,10 +91,11 @@ class PSILoRA(Reporting):
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
         metric: None (Frobenius) or a metric. Spectral: "lora", diagonal, from the LoRA gradients' second moments alone,
-            M = (D/mean(D) + δ)^γ, which "auto" takes. Gradient: F-LoRSum in M = (D + δ)^γ, diagonal with "kfac" or
-            "shampoo", whole matrices with "kfac-dense" or "shampoo-dense", for layers up to 4096 wide: an fp64
-            eigendecomposition of both sides per step, for which CUDA is waited for. "kfac-low-rank", experimental,
-            keeps D = F·Fᵀ + μI with F (d, metric_rank) instead, for gradient="exact". "auto" takes None.
+            M ∝ (D/mean(D) + δ)^γ, scaled so that a step's Frobenius norm stays about η·φ·c·√(2r) with any D; "auto"
+            takes it. Gradient: F-LoRSum in M = (D + δ)^γ, diagonal with "kfac" or "shampoo", whole matrices with
+            "kfac-dense" or "shampoo-dense", for layers up to 4096 wide: an fp64 eigendecomposition of both sides per
+            step, for which CUDA is waited for. "kfac-low-rank", experimental, keeps D = F·Fᵀ + μI with F
+            (d, metric_rank) instead, for gradient="exact". "auto" takes None.
         metric_power, metric_beta, damping: γ (None: ½, spectral 1), β₂ and δ (None: 1e-5, spectral 0.1) of the metric.
         metric_rank: k of the low-rank metric; None means r.
         metric_bias_correction: Start D at 0 and divide by 1 − β₂ᵗ; False starts D at 1, as published (I, where dense).

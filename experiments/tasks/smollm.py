@@ -263,9 +263,9 @@ CENTRES = {
     "lora-muon": 0.05,
     "psilora-exact": 0.05,
     "psilora-tangent": 0.05,
-    "spectral": 0.05,
-    "spectral-plain": 0.05,
-    "spectral-slope": 0.05,
+    "spectral": 0.1,
+    "spectral-plain": 0.1,
+    "spectral-slope": 0.1,
 }
 TASKS = {
     "smollm": Task(
