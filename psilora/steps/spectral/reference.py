@@ -89,8 +89,9 @@ class Span:
         """Update the running second moments of the orthonormalised LoRA gradients and set the weights.
 
         D_B ← average of the row means of (d_B·R_A)², D_A ← of the column means of (R_B·d_A)², R = (gram)^−½; then
-        w = (D/mean(D) + δ)^(γ/2), scaled to a mean of 1/w² of 1: a step, 1/w times what is orthonormal, then has the
-        same Frobenius norm with any metric. The state is √D: the squares of gradients at 1e-30 would be lost in fp32. While B = 0, D_A waits and w_A = 1. An outlier enters as `followed` has it.
+        w = (D/mean(D) + δ)^(γ/2), scaled to a mean of 1/w² of 1: a step, 1/w times what is orthonormal on each side,
+        then has about the same Frobenius norm with any D. The state is √D: the squares of gradients at 1e-30 would be
+        lost in fp32. While B = 0, D_A waits and w_A = 1. An outlier enters as `followed` has it.
         """
         batch, ridge = self.batch, self.numbers.ridge
         wide_B, wide_A = batch.B.double(), batch.A.double()
