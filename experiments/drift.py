@@ -30,7 +30,7 @@ LAST = 1_000
 BURN_IN = 17
 #: The peak rate of each kind of step: four times the default's, and a gradient step's usual one.
 KINDS: dict[str, tuple[float, dict[str, Any]]] = {
-    "spectral": (0.2, {}),
+    "spectral": (0.4, {}),
     "gradient": (0.02, {"step": "gradient"}),
 }
 SCHEDULES: dict[str, Callable[[int, int], float]] = {

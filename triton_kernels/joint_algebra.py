@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from psilora.triton_kernels._compat import DOUBLE_PRODUCTS, tl, triton
-from psilora.triton_kernels.joint_layout import SUMS, WEIGHT_SUM, parts_of
+from psilora.triton_kernels.joint_layout import COUNT_SUM, INVERSE_SUM, SUMS, parts_of
 from psilora.triton_kernels.layout import UNALIGNED
 from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import add, invert_factor_at, load, multiply, power, store
@@ -146,13 +146,15 @@ def factorise(
 
 
 @triton.jit
-def weight_of(sums_ptr, parts_ptr, layers, problem, d, SIDE: tl.constexpr):
-    """Return the harmonic mean of v over a side's columns."""
+def weight_of(sums_ptr, parts_ptr, layers, problem, SIDE: tl.constexpr):
+    """Return the harmonic mean of v over the columns of a side where D⁺ > 0."""
     first, count = parts_of(parts_ptr, layers, problem, SIDE)
-    total = tl.full((), 0.0, tl.float32)
+    inverse = tl.full((), 0.0, tl.float32)
+    counted = tl.full((), 0.0, tl.float32)
     for t in range(count):
-        total += tl.load(sums_ptr + (first + t) * SUMS + WEIGHT_SUM)
-    return d / total
+        inverse += tl.load(sums_ptr + (first + t) * SUMS + INVERSE_SUM)
+        counted += tl.load(sums_ptr + (first + t) * SUMS + COUNT_SUM)
+    return counted / inverse
 
 
 @triton.jit

@@ -221,8 +221,7 @@ def _finish_kernel(
 ):  # fmt: skip
     """The polar factor O, LoRSum of (1 + decay)·(B, A) − η·c·O with FIRST (0 A, 1 B) moving first, the coefficients."""
     problem = tl.program_id(0).to(tl.int64)
-    r, _, d_in = sizes(dims_ptr, problem, 0)
-    _, _, d_out = sizes(dims_ptr, problem, 1)
+    r, _, _ = sizes(dims_ptr, problem, 0)
     N: tl.constexpr = 4 * RP
     Q: tl.constexpr = RP * RP
     S: tl.constexpr = 2 * RP
@@ -248,8 +247,8 @@ def _finish_kernel(
     P = K + (STEPS % 2) * AREA
     P_PLANE: tl.constexpr = (3 - STEPS % 2) * AREA  # the last of the four matrices stays 0
     lr = tl.load(address(addresses_ptr, problem, LR, tl.float32, ADDRESSES))
-    v_a = weight_of(sums_ptr, parts_ptr, layers, problem, d_in, 0)
-    v_b = weight_of(sums_ptr, parts_ptr, layers, problem, d_out, 1)
+    v_a = weight_of(sums_ptr, parts_ptr, layers, problem, 0)
+    v_b = weight_of(sums_ptr, parts_ptr, layers, problem, 1)
     rate = lr * tl.load(own + RATE_FACTOR) * tl.load(seen_ptr + problem * SEEN + SHARE)
     rate = rate * tl.sqrt_rn(v_a * v_b) / tl.load(own + SCALING)
     rate, _ = scaled(rate, rate, -tl.load(known_a + EXPONENT) - tl.load(known_b + EXPONENT))

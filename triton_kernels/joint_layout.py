@@ -45,6 +45,8 @@ SCALING = tl.constexpr(slots.S_SCALING)
 SIGN = tl.constexpr(slots.S_SIGN)
 CAP = tl.constexpr(slots.S_CAP)
 LOOSE = tl.constexpr(slots.S_LOOSE)
+SILENT = tl.constexpr(slots.SILENT)
+FAINT = tl.constexpr(slots.FAINT)
 SETTINGS = tl.constexpr(slots.S_SETTINGS)
 
 # Columns of a tile's sums (fp32).
@@ -52,7 +54,8 @@ NEW_UNIT = tl.constexpr(0)  # a power of two above every root in the tile, and �
 NEW_SUM = tl.constexpr(1)
 OLD_UNIT = tl.constexpr(2)
 OLD_SUM = tl.constexpr(3)
-WEIGHT_SUM = tl.constexpr(4)  # Σ 1/v
+INVERSE_SUM = tl.constexpr(4)  # Σ p/v and Σ p over the columns, p = 1 where D⁺ > 0
+COUNT_SUM = tl.constexpr(5)
 SUMS = tl.constexpr(8)
 
 # Columns of what is found out about a layer's gradient (fp32, one row per layer).
@@ -167,7 +170,7 @@ def seen(
 
 @triton.jit
 def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, inside, SIDE: tl.constexpr):
-    """Return v = (D⁺/mean(D⁺) + δ)^γ of columns n, 1 on a frozen side, and √(D⁺)."""
+    """Return v = (D⁺/mean(D⁺) + δ)^γ of columns n, 1 on a frozen side, √(D⁺), and p: 1 where D⁺ > 0."""
     own = settings_ptr + problem * SETTINGS
     old = tl.load(address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
     new = tl.load(address(addresses_ptr, problem, FRESH_ROOT + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
@@ -178,7 +181,7 @@ def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, insid
     gamma = tl.load(own + POWER)
     raised = tl.where(gamma == 1.0, base, tl.exp2(gamma * tl.log2(base)))
     v = tl.where(frozen, 1.0, raised)
-    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio))
+    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio)), tl.where(ratio > SILENT, 1.0, FAINT)
 
 
 @triton.jit

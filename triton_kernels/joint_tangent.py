@@ -258,11 +258,9 @@ def _tangent_kernel(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, 1, RP, own + FOUR * Q, PLANE, RP, 1, RP, RP, -1.0,
         RP, False, DOUBLE,
     )  # fmt: skip
-    # The weights are normalised to a mean of 1/w² of 1: Q counts √v̄ less, m what the other side's count more.
-    _, _, d_in = sizes(dims_ptr, problem, 0)
-    _, _, d_out = sizes(dims_ptr, problem, 1)
-    v_a = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, d_in, 0))
-    v_b = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, d_out, 1))
+    # The weights are v/v̄: Q counts √v̄ less, m what the other side's count more.
+    v_a = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, 0))
+    v_b = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, 1))
     of_basis = 1.0 / tl.where(side == 0, v_a, v_b)
     of_moved = tl.where(side == 0, v_b, v_a)
     out = out_ptr + job * (3 * RP * N)

@@ -41,6 +41,8 @@ from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Va
 # Columns of the numbers (float64, one row per layer) that these kernels read; the rest is their caller's.
 BETA = tl.constexpr(slots.BETA)
 DAMPING = tl.constexpr(slots.DAMPING)
+SILENT = tl.constexpr(slots.SILENT)
+FAINT = tl.constexpr(slots.FAINT)
 POWER = tl.constexpr(slots.POWER)
 NUMBERS = tl.constexpr(slots.NUMBERS)
 
@@ -82,23 +84,30 @@ def _partial(
 
 @triton.jit
 def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: tl.constexpr, BN: tl.constexpr):
-    """Write v = (D·inverse + δ)^γ (1 where inverse < 0) and 1/v for a tile, D the new average, and return Σ 1/v."""
+    """Write v = (D·inverse + δ)^γ (1 where inverse < 0) and 1/v for a tile, D the new average.
+
+    Return Σ p/v and Σ p, p = 1 where D > 0.
+    """
     average = address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES)
     weight = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
     damping = tl.load(numbers_ptr + problem * NUMBERS + DAMPING)
     power = tl.load(numbers_ptr + problem * NUMBERS + POWER).to(tl.float32)
-    total = tl.zeros((BN,), tl.float64)  # [BN]
+    inverses = tl.zeros((BN,), tl.float64)  # [BN]
+    counted = tl.zeros((BN,), tl.float64)  # [BN]
     for first in range(start, end, BN):
         n = first + tl.arange(0, BN)
         inside = n < end
         root = tl.load(average + n, mask=inside, other=0.0).to(tl.float64)
-        base = (root * root * inverse + damping).to(tl.float32)
+        ratio = root * root * inverse
+        base = (ratio + damping).to(tl.float32)
         raised = tl.where(power == 1.0, base, tl.exp2(power * tl.log2(base)))
         v = tl.where(inverse < 0.0, 1.0, raised).to(tl.float64)
         tl.store(weight + n, v, mask=inside)
         tl.store(weight + d + n, 1.0 / v, mask=inside)
-        total += tl.where(inside, 1.0 / v, 0.0)
-    return tl.sum(total, axis=0)
+        counts = tl.where(inside, tl.where(ratio > SILENT, 1.0, FAINT).to(tl.float64), 0.0)
+        counted += counts
+        inverses += counts / v
+    return tl.sum(inverses, axis=0), tl.sum(counted, axis=0)
 
 
 @triton.jit
@@ -126,7 +135,9 @@ def _span_side(
     Q: tl.constexpr = RP * RP
     if HAS_METRIC:
         inverse = tl.load(inverse_ptr + problem * 2 + SIDE)
-        tl.store(sums_ptr + tile, _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE, BN))
+        inverses, counted = _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE, BN)
+        tl.store(sums_ptr + tile * 2, inverses)
+        tl.store(sums_ptr + tile * 2 + 1, counted)
         tl.debug_barrier()  # the Grams read the weights that other threads have written
     _partial(out_ptr, f, ld, f, ld, up, r, start, end, T, W, RP, KS)
     if KINDS >= 3:
@@ -176,7 +187,7 @@ def span(
         tiles: (tiles, 4) int32, side, layer, first and end column.
         numbers: (L, 12) float64, beginning with β₂, δ and γ.
         inverse: (L, 2) float64, per side 1/mean(D), or −1 where the side's weights are 1.
-        sums: (tiles,) float64, Σ 1/v of each tile's columns, written with `metric`.
+        sums: (tiles, 2) float64, Σ p/v and Σ p of each tile's columns, p = 1 where D > 0, written with `metric`.
         out: The partial Grams.
         metric: Whether to form v and 1/v, into the workspace WEIGHT (2, d) float64, and to weight by them.
     """

@@ -276,7 +276,9 @@ def tangent(matrix: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
 
 def weights(D: Tensor) -> Tensor:
-    """w = (D/mean(D) + 0.1)^½, scaled to a mean of 1/w² of 1."""
+    """w = (D/mean(D) + 0.1)^½, scaled to a mean of 1/w² of 1 where D > 0."""
     mean = D.mean()
-    squares = D / (mean if mean > 0 else 1.0) + 0.1
-    return (squares * squares.reciprocal().mean()).sqrt()
+    if mean == 0:
+        return torch.ones_like(D)
+    squares = D / mean + 0.1
+    return (squares * squares[D > 0].reciprocal().mean()).sqrt()

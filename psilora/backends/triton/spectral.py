@@ -89,6 +89,7 @@ class SpectralRun:
         square = (self.padded, self.padded)
         self.partials = torch.empty(tiles, self.kinds, *square, dtype=torch.float64, device=self.device)
         self.sums = torch.zeros(tiles + 1, dtype=torch.float64, device=self.device)
+        self.weight_sums = torch.zeros(tiles + 1, 2, dtype=torch.float64, device=self.device)
         self.no_grams = torch.empty(1, 1, *square, device=self.device)
 
     # ---- what the host knows of a step --------------------------------------------------------------------------
@@ -246,7 +247,7 @@ class SpectralRun:
     def _launch_span(self, out: Tensor, *, metric: bool, inverse: Tensor | None = None) -> None:
         spectral_gram.span(
             self.addresses.device, self.numbers.device.view(torch.float64), self.dims, self.tiles,
-            self.sums if inverse is None else inverse, self.sums, out, metric=metric,
+            self.sums if inverse is None else inverse, self.weight_sums, out, metric=metric,
         )  # fmt: skip
 
     def _grams(self, numbers: Tensor, clip: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,7 +257,10 @@ class SpectralRun:
         if not self.metric:
             self.traces = grams.diagonal(dim1=-2, dim2=-1)[..., : self.rank].sum(-1)
         root = numbers[:, slots.ROOT]
-        c = self._means().sqrt() if self.metric else torch.ones_like(self.widths)
+        c = torch.ones_like(self.widths)
+        if self.metric:
+            inverses, counted = self.weight_sums[self.own_tiles].sum(-2).unbind(-1)
+            c = (inverses / counted).sqrt()
         blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
         scale = torch.cat([value[..., None].expand(*value.shape, size) for value, size in blocks], -1)
         return scale[..., :, None] * grams * scale[..., None, :], scale, c

@@ -27,6 +27,7 @@ from psilora.options import SpectralOptions
 from psilora.steps.batch import Batch
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.update import Update
+from psilora.triton_kernels.slots import FAINT, SILENT
 
 #: The least relative ridge of a factor's Gram; below it float64 factorisations could fail.
 LEAST_RIDGE = 1e-12
@@ -88,10 +89,9 @@ class Span:
     def _metric(self) -> None:
         """Update the running second moments of the orthonormalised LoRA gradients and set the weights.
 
-        D_B ← average of the row means of (d_B·R_A)², D_A ← of the column means of (R_B·d_A)², R = (gram)^−½; then
-        w = (D/mean(D) + δ)^(γ/2), scaled to a mean of 1/w² of 1: a step, 1/w times what is orthonormal on each side,
-        then has about the same Frobenius norm with any D. The state is √D: the squares of gradients at 1e-30 would be
-        lost in fp32. While B = 0, D_A waits and w_A = 1. An outlier enters as `followed` has it.
+        D_B ← average of the row means of (d_B·R_A)², D_A ← of the column means of (R_B·d_A)², R = (gram)^−½. The state
+        is √D: the squares of gradients at 1e-30 would be lost in fp32. While B = 0, D_A waits and w_A = 1. An outlier
+        enters as `followed` has it.
         """
         batch, ridge = self.batch, self.numbers.ridge
         wide_B, wide_A = batch.B.double(), batch.A.double()
@@ -113,14 +113,20 @@ class Span:
         self.w_A = torch.where(at_zero, 1.0, self._weights(D_A)).mT.to(batch.dtype)
 
     def _weights(self, D: Tensor) -> Tensor:
+        """Return w (L, d, 1) = (D/mean(D) + δ)^(γ/2), with a mean of 1/w² of 1 over the channels where D > 0.
+
+        A step is 1/w times what is orthonormal on each side, and 0 in channels without a gradient: so it has about the
+        same Frobenius norm with any D.
+        """
         problems = self.batch.problems
         mean = D.mean(1, keepdim=True)
-        squares = D / torch.where(mean == 0, 1.0, mean)
-        squares = squares + self.batch.column([p.options.delta for p in problems]).double()
+        ratio = D / torch.where(mean == 0, 1.0, mean)
+        squares = ratio + self.batch.column([p.options.delta for p in problems]).double()
         gamma = [p.options.gamma for p in problems]
         if gamma != [1.0] * len(gamma):  # the default needs no power, the slowest operation of all
             squares = squares ** self.batch.column(gamma).double()
-        return (squares * squares.reciprocal().mean(1, keepdim=True)).sqrt()
+        counts = torch.where(ratio > SILENT, 1.0, FAINT)
+        return (squares * ((counts / squares).sum(1, keepdim=True) / counts.sum(1, keepdim=True))).sqrt()
 
     def update(self, found: Coefficients) -> Update:
         """Return the update with these coefficients."""

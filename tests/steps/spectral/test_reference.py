@@ -55,7 +55,8 @@ def spectral_literal(
         if not at_zero:
             memory["D_A"] = beta * memory.get("D_A", 0) + (1 - beta) * new_A
             w_A = (memory["D_A"] / memory["D_A"].mean() + delta)[None] ** (gamma / 2)
-        w_B, w_A = (w * w.pow(-2).mean().sqrt() for w in (w_B, w_A))
+        w_B = scaled(w_B, memory["D_B"][:, None])
+        w_A = w_A if at_zero else scaled(w_A, memory["D_A"][None])
     B, A, d_B, d_A = w_B * B, A * w_A, d_B / w_B, d_A / w_A
     R_B, R_A = root(B.T @ B), root(A @ A.T)
     Q_B, Q_A, g_B, g_A = B @ R_B, R_A @ A, d_B @ R_A, R_B @ d_A
@@ -73,6 +74,11 @@ def spectral_literal(
             [(B, A), (sign, torch.eye(d_in, dtype=F64))], [1 - lr * wd, -rate], num_iters, 0.0, None, first
         )
     return B / w_B, A / w_A
+
+
+def scaled(w: Tensor, D: Tensor) -> Tensor:
+    """w with a mean of 1/w² of 1 over the channels that have a gradient."""
+    return w * w[D > 0].pow(-2).mean().sqrt()
 
 
 def measured(

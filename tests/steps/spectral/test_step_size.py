@@ -55,6 +55,13 @@ def test_with_the_metric_its_frobenius_norm_stays(channels: slice, size: float, 
     assert 1.0 < spectral < (3.5 if damping is None else 6)
 
 
+def test_channels_without_a_gradient_do_not_count() -> None:
+    """A has rows in them all the same, and they move with it: the step is about twice what the rate says."""
+    spectral, frobenius = largest_step("lora", HALF, 0.0)
+    assert 1.0 < frobenius < 2.6
+    assert 1.2 < spectral < 5
+
+
 def coasted(fade: bool) -> float:
     """‖change of ΔW‖/‖ΔW‖ in 60 steps of zero gradients after 20 steps of training."""
     layer = LoRALinear(nn.Linear(24, 16), 4)
