@@ -16,7 +16,6 @@ from torch import Tensor
 from psilora.triton_kernels._compat import INTERPRET, tl, triton
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
-    COUNT_SUM,
     FACTOR,
     INVERSE_SUM,
     SUMS,
@@ -101,14 +100,14 @@ def _whitened(
 def _roots_of(
     addresses_ptr, settings_ptr, problem, taken, sigma, frozen, first, end, SIDE: tl.constexpr, ALONE: tl.constexpr
 ):  # fmt: skip
-    """Return √v of SPAN columns, one for each thread and not for each entry, v, and p, 0 beyond the end."""
+    """Return √v of SPAN columns, one for each thread and not for each entry, and p/v, which is 0 beyond the end."""
     n = first + tl.arange(0, SPAN)
     if ALONE:
         one = tl.full((SPAN,), 1.0, tl.float32)
-        return one, one, one
+        return one, one
     else:
-        v, _, counts = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
-        return tl.sqrt_rn(v), v, tl.where(n < end, counts, 0.0)
+        v, _, p = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
+        return tl.sqrt_rn(v), tl.where(n < end, p / v, 0.0)
 
 
 @triton.jit
@@ -163,7 +162,7 @@ def _flush(at, plane, first, second, third, more, fourth, fifth, inside, begun):
 
 @triton.jit
 def _gram_side(
-    addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, own_sums_ptr,
+    addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, inverse_sum_ptr,
     taken, sigma, frozen, problem, start, end, left, right,
     SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, KC: tl.constexpr, ALONE: tl.constexpr,
     WHOLE: tl.constexpr, CROSS: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
@@ -175,14 +174,10 @@ def _gram_side(
     # The largest entry of every row first: products of a row are then sums in one unit.
     most_i = tl.zeros(shape, tl.float32)
     most_j = tl.zeros(shape, tl.float32)
-    inverse = tl.zeros((SPAN,), tl.float32)
-    counted = tl.zeros((SPAN,), tl.float32)
+    total = tl.zeros((SPAN,), tl.float32)
     for block in range(start, end, SPAN):
-        roots, v, counts = _roots_of(
-            addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE
-        )
-        counted += counts
-        inverse += counts / v
+        roots, inverse = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
+        total += inverse
         for begin in range(block, tl.minimum(block + SPAN, end), KC):
             n = begin + tl.arange(0, KC)
             root = _part(roots, begin - block, KC, ALONE)
@@ -207,7 +202,7 @@ def _gram_side(
         fourth = tl.zeros((ROWS, ROWS), tl.float32)
         fifth = tl.zeros((ROWS, ROWS), tl.float32)
         last = tl.minimum(whole + LENGTH, end)
-        roots, _, _ = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, whole, end, SIDE, ALONE)
+        roots, _ = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, whole, end, SIDE, ALONE)
         x1, x2, x3 = _cut(
             addresses_ptr, dims_ptr, problem, i, whole, end, roots, 0, top_i, SIDE, RP, KC, ALONE, WHOLE, F_TYPE, G_TYPE
         )
@@ -226,7 +221,7 @@ def _gram_side(
             u1, u2, u3 = y1, y2, y3
             if following < last:
                 if inner == 0:
-                    roots, _, _ = _roots_of(
+                    roots, _ = _roots_of(
                         addresses_ptr, settings_ptr, problem, taken, sigma, frozen, following, end, SIDE, ALONE
                     )
                 z1, z2, z3 = _cut(
@@ -265,8 +260,7 @@ def _gram_side(
         tl.store(flags_ptr + left, tl.max(tl.max(tl.where(tl.abs(hi) < float("inf"), 0, 1), axis=1), axis=0))
         if not ALONE:
             if left == 0:
-                tl.store(own_sums_ptr + INVERSE_SUM, tl.sum(inverse, axis=0))
-                tl.store(own_sums_ptr + COUNT_SUM, tl.sum(counted, axis=0))
+                tl.store(inverse_sum_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
@@ -287,7 +281,7 @@ def _gram_kernel(
     out = out_ptr + job * (2 * ROWS * ROWS)
     exponents = exponents_ptr + tile * (GROUPS * ROWS)
     flags = flags_ptr + tile * GROUPS
-    own_sums = sums_ptr + tile * SUMS
+    inverse_sum = sums_ptr + tile * SUMS + INVERSE_SUM
     taken = tl.full((), 1.0, tl.float32)
     sigma_a = taken
     sigma_b = taken
@@ -305,19 +299,19 @@ def _gram_kernel(
             G_TYPE: tl.constexpr = G_A if SIDE == 0 else G_B
             if GROUPS == 1:
                 _gram_side(
-                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, own_sums, taken,
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, inverse_sum, taken,
                     sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, False,
                     F_TYPE, G_TYPE,
                 )  # fmt: skip
             elif left == right:
                 _gram_side(
-                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, own_sums, taken,
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, inverse_sum, taken,
                     sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, False,
                     F_TYPE, G_TYPE,
                 )  # fmt: skip
             else:
                 _gram_side(
-                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, own_sums, taken,
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, inverse_sum, taken,
                     sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, True,
                     F_TYPE, G_TYPE,
                 )  # fmt: skip
@@ -337,7 +331,7 @@ def gram(
         tiles: (tiles, 4) int32, side, layer, first and end column.
         parts: (2, L, 2) int32, per side and layer the first of its tiles and their number.
         pieces: What `pieces_table` returns.
-        sums: (tiles, 8) fp32, what `moments` has left; Σ p/v and Σ p are added, see `joint_layout`.
+        sums: (tiles, 8) fp32, what `moments` has left; Σ p/v is added.
         frozen: (L,) int32, whether A's metric waits because B = 0.
         out: (tiles, pieces, 2, ROWS, ROWS) fp32, hi and lo in units of the rows' 2^(E − 7), written; of a piece on the
             diagonal the lower triangle.

@@ -45,7 +45,6 @@ SCALING = tl.constexpr(slots.S_SCALING)
 SIGN = tl.constexpr(slots.S_SIGN)
 CAP = tl.constexpr(slots.S_CAP)
 LOOSE = tl.constexpr(slots.S_LOOSE)
-SILENT = tl.constexpr(slots.SILENT)
 FAINT = tl.constexpr(slots.FAINT)
 SETTINGS = tl.constexpr(slots.S_SETTINGS)
 
@@ -54,7 +53,7 @@ NEW_UNIT = tl.constexpr(0)  # a power of two above every root in the tile, and �
 NEW_SUM = tl.constexpr(1)
 OLD_UNIT = tl.constexpr(2)
 OLD_SUM = tl.constexpr(3)
-INVERSE_SUM = tl.constexpr(4)  # Σ p/v and Σ p over the columns, p = 1 where D⁺ > 0
+INVERSE_SUM = tl.constexpr(4)  # Σ p/v and Σ p over the columns, see `counts`
 COUNT_SUM = tl.constexpr(5)
 SUMS = tl.constexpr(8)
 
@@ -169,8 +168,14 @@ def seen(
 
 
 @triton.jit
+def counts(settings_ptr, old, new):
+    """Return p of columns, 1 where D⁺ > 0, from the roots of D and of the new gradient's moments."""
+    return tl.where((tl.load(settings_ptr + BETA) * old > 0.0) | (new > 0.0), 1.0, FAINT)
+
+
+@triton.jit
 def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, inside, SIDE: tl.constexpr):
-    """Return v = (D⁺/mean(D⁺) + δ)^γ of columns n, 1 on a frozen side, √(D⁺), and p: 1 where D⁺ > 0."""
+    """Return v = (D⁺/mean(D⁺) + δ)^γ of columns n, 1 on a frozen side, √(D⁺), and p, see `counts`."""
     own = settings_ptr + problem * SETTINGS
     old = tl.load(address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
     new = tl.load(address(addresses_ptr, problem, FRESH_ROOT + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
@@ -181,7 +186,7 @@ def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, insid
     gamma = tl.load(own + POWER)
     raised = tl.where(gamma == 1.0, base, tl.exp2(gamma * tl.log2(base)))
     v = tl.where(frozen, 1.0, raised)
-    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio)), tl.where(ratio > SILENT, 1.0, FAINT)
+    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio)), counts(own, old, new)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.joint_gram import EVEN, WARPS
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
+    COUNT_SUM,
     FRESH_ROOT,
     GRAD,
     METRIC,
@@ -20,6 +21,7 @@ from psilora.triton_kernels.joint_layout import (
     SETTINGS,
     SUMS,
     TYPES,
+    counts,
     variant,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
@@ -64,6 +66,7 @@ def _moments_side(
     new_sum = tl.full((), 0.0, tl.float32)
     old_unit = tl.full((), 0.0, tl.float32)
     old_sum = tl.full((), 0.0, tl.float32)
+    counted = tl.zeros((BN,), tl.float32)
     k = tl.arange(0, C)
     x1, x2, x3 = _root(roots_ptr, k, k, r, RP)
     for begin in range(start, end, BN):
@@ -95,10 +98,12 @@ def _moments_side(
         root_old = tl.load(old_ptr + n, mask=inside, other=0.0)
         new_unit, new_sum = _grown(new_unit, new_sum, root_new)
         old_unit, old_sum = _grown(old_unit, old_sum, root_old)
+        counted += tl.where(inside, counts(settings_ptr + problem * SETTINGS, root_old, root_new), 0.0)
     tl.store(sums_ptr + NEW_UNIT, new_unit)
     tl.store(sums_ptr + NEW_UNIT + 1, new_sum)
     tl.store(sums_ptr + OLD_UNIT, old_unit)
     tl.store(sums_ptr + OLD_UNIT + 1, old_sum)
+    tl.store(sums_ptr + COUNT_SUM, tl.sum(counted, axis=0))
 
 
 @triton.jit

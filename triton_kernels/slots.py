@@ -72,7 +72,6 @@ S_RATE = 13
 S_LOOSE = 14  # 1/√v at most
 S_SETTINGS = 16
 
-#: A channel whose D is at most this much of the mean has no gradient: a spectral step is 0 there. It counts as FAINT
-#: of one in the size of a step, so that weights are defined where no channel has a gradient.
-SILENT = 1e-30
+#: What a channel without a gradient, where a spectral step is 0, counts in the size of a step: enough for weights to be
+#: defined where no channel has one.
 FAINT = 1e-20

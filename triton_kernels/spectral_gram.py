@@ -41,7 +41,6 @@ from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Va
 # Columns of the numbers (float64, one row per layer) that these kernels read; the rest is their caller's.
 BETA = tl.constexpr(slots.BETA)
 DAMPING = tl.constexpr(slots.DAMPING)
-SILENT = tl.constexpr(slots.SILENT)
 FAINT = tl.constexpr(slots.FAINT)
 POWER = tl.constexpr(slots.POWER)
 NUMBERS = tl.constexpr(slots.NUMBERS)
@@ -98,13 +97,12 @@ def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: 
         n = first + tl.arange(0, BN)
         inside = n < end
         root = tl.load(average + n, mask=inside, other=0.0).to(tl.float64)
-        ratio = root * root * inverse
-        base = (ratio + damping).to(tl.float32)
+        base = (root * root * inverse + damping).to(tl.float32)
         raised = tl.where(power == 1.0, base, tl.exp2(power * tl.log2(base)))
         v = tl.where(inverse < 0.0, 1.0, raised).to(tl.float64)
         tl.store(weight + n, v, mask=inside)
         tl.store(weight + d + n, 1.0 / v, mask=inside)
-        counts = tl.where(inside, tl.where(ratio > SILENT, 1.0, FAINT).to(tl.float64), 0.0)
+        counts = tl.where(inside, tl.where(root > 0.0, 1.0, FAINT).to(tl.float64), 0.0)
         counted += counts
         inverses += counts / v
     return tl.sum(inverses, axis=0), tl.sum(counted, axis=0)

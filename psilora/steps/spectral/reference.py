@@ -27,7 +27,7 @@ from psilora.options import SpectralOptions
 from psilora.steps.batch import Batch
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.update import Update
-from psilora.triton_kernels.slots import FAINT, SILENT
+from psilora.triton_kernels.slots import FAINT
 
 #: The least relative ridge of a factor's Gram; below it float64 factorisations could fail.
 LEAST_RIDGE = 1e-12
@@ -120,12 +120,12 @@ class Span:
         """
         problems = self.batch.problems
         mean = D.mean(1, keepdim=True)
-        ratio = D / torch.where(mean == 0, 1.0, mean)
-        squares = ratio + self.batch.column([p.options.delta for p in problems]).double()
+        squares = D / torch.where(mean == 0, 1.0, mean)
+        squares = squares + self.batch.column([p.options.delta for p in problems]).double()
         gamma = [p.options.gamma for p in problems]
         if gamma != [1.0] * len(gamma):  # the default needs no power, the slowest operation of all
             squares = squares ** self.batch.column(gamma).double()
-        counts = torch.where(ratio > SILENT, 1.0, FAINT)
+        counts = torch.where(D > 0, 1.0, FAINT)
         return (squares * ((counts / squares).sum(1, keepdim=True) / counts.sum(1, keepdim=True))).sqrt()
 
     def update(self, found: Coefficients) -> Update:
