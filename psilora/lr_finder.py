@@ -37,7 +37,7 @@ class LRSweep:
     smoothed: tuple[float, ...]
 
     def suggestion(self) -> float:
-        """Return 0.4 times the rate at which the smoothed loss was lowest, to two digits: right to a factor of 3 or so.
+        """Return 0.4 times the rate at which the smoothed loss was lowest, to two digits: right to a factor of 4 or so.
 
         Raises:
             ValueError: The loss never fell below its start by more than rounding, so there is nothing to suggest.
