@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))  # the data and the weights are those of the exper
 TARGETS = {"qv": ["q_proj", "v_proj"], "all": "all-linear"}
 TITLES = {"adamw": "AdamW", "psilora": "PSILoRA"}
 COLORS = {"adamw": "#777777", "psilora": "#D55E00"}
-RATES = {"adamw": 1e-2, "psilora": 0.1}
+RATES = {"adamw": 5e-3, "psilora": 0.1}
 LENGTH, TINY_LENGTH = 128, 512  # tokens of an example; the tiny model's are bytes
 BATCH, EVALUATIONS, WARMUP_SHARE = 2, 3, 0.06
 HELD_OUT, SAMPLES, NEW_TOKENS = 64, 3, 40
