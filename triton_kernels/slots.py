@@ -72,6 +72,6 @@ S_RATE = 13
 S_LOOSE = 14  # 1/√v at most
 S_SETTINGS = 16
 
-#: What a channel without a gradient, where a spectral step is 0, counts in the size of a step: enough for weights to be
-#: defined where no channel has one.
+#: What a channel without a gradient counts in the size of a spectral step: enough for weights to be defined where no
+#: channel has one.
 FAINT = 1e-20

@@ -115,8 +115,8 @@ class Span:
     def _weights(self, D: Tensor) -> Tensor:
         """Return w (L, d, 1) = (D/mean(D) + δ)^(γ/2), with a mean of 1/w² of 1 over the channels where D > 0.
 
-        A step is 1/w times what is orthonormal on each side, and 0 in channels without a gradient: so it has about the
-        same Frobenius norm with any D.
+        A step is 1/w times what is orthonormal on each side, and little of it lies in channels without a gradient: so
+        it has about the same Frobenius norm with any D.
         """
         problems = self.batch.problems
         mean = D.mean(1, keepdim=True)

@@ -32,7 +32,7 @@ FACTOR, FLOOR = 2.0, 2e-6
 
 def spectral_problem(
     shape: tuple[int, int, int], *, dtype: torch.dtype = FP32, gradient_dtype: torch.dtype = FP32,
-    outlier: bool = False, **settings: Any,
+    outlier: bool = False, silent: bool = False, **settings: Any,
 ) -> Problem:  # fmt: skip
     """A pair in the middle of training: `.grad` of 4·r random rows, a momentum of rank 2r (r apart) and a metric."""
     problem = make_problem(
@@ -48,6 +48,11 @@ def spectral_problem(
         rank = 2 * shape[2] if problem.options.joint else shape[2]
         problem.state_B["momentum"] = torch.randn(shape[0], rank, device=DEVICE) / shape[0] ** 0.5
         problem.state_A["momentum"] = torch.randn(rank, shape[1], device=DEVICE) * problem.dB.float().norm()
+    if silent:  # channels without a gradient, as behind a ReLU
+        for gradient, state in ((problem.dA.mT, problem.state_A), (problem.dB, problem.state_B)):
+            gradient[::3] = 0
+            if problem.options.metric_beta > 0:
+                state["metric"][::3] = 0
     if problem.options.follows:  # three steps so far, whose gradients fell: the next is not a full one either
         norm = float(problem.dB.float().norm() / problem.pair.A.float().norm())
         norm *= 0.02 if outlier else 1.0
@@ -76,6 +81,8 @@ CASES: list[Any] = [
     ([(64, 80, 20)], {"metric": "lora", "num_iters": 0, "nesterov": False, "maximize": True}),
     ([(24, 40, 6)], {"momentum": 0.0}),
     ([(24, 40, 6)], {"fade": False, "cap": None}),
+    ([(24, 40, 6), (192, 64, 8), (11, 30, 8)], {"metric": "lora", "silent": True}),
+    ([(24, 40, 6), (11, 30, 8)], {"metric": "lora", "silent": True, "metric_beta": 0.0}),
     ([(24, 40, 6)], {"fade": False, "metric": "lora"}),
     ([(24, 40, 6)], {"cap": 1.0, "outlier": True}),
     ([(24, 40, 6), (40, 33, 6)], {"cap": 1.0, "outlier": True, "metric": "lora"}),
