@@ -49,12 +49,12 @@ CUDA build on a machine without a GPU. What is not in this table may work, and h
 ## Triton
 
 Which Triton the Linux wheels of a torch with CUDA bring, and which steps have kernels with it; another Triton may be
-installed, and then its own row counts. Plain PyTorch takes steps without kernels, and a warning says why: "none" is a
-Triton that is too old. Spectral steps that differ from the default in structure (`joint=False`, `momentum=0`,
-`metric=None`, `num_iters` other than 1), and any on layers narrower than twice their rank, multiply in float64, which
-Triton compiles from 3.5 on. "Compile gates" is what came out of compiling the kernels of padded rank 16, without a GPU,
-for the capability named; those that spill or take more registers than they should run, but slower.
-`python -m psilora.doctor` says what is here.
+installed, and then its own row counts. Plain PyTorch takes steps without kernels, and a warning says why; "none" is a
+Triton that is too old for the kernels. Spectral steps that differ from the default in structure (`joint=False`,
+`momentum=0`, `metric=None`, `num_iters` other than 1), and any on layers narrower than twice their rank, multiply in
+float64, which Triton compiles from 3.5 on. "Compile gates" is what came out of compiling the kernels of padded rank 16,
+without a GPU, for the capability named; kernels that spill, or use more registers than their budget, still run, but more
+slowly. `python -m psilora.doctor` says what is here.
 
 {triton}
 

