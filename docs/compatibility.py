@@ -53,8 +53,8 @@ installed, and then its own row counts. Plain PyTorch takes steps without kernel
 Triton that is too old for the kernels. Spectral steps that differ from the default in structure (`joint=False`,
 `momentum=0`, `metric=None`, `num_iters` other than 1), and any on layers narrower than twice their rank, multiply in
 float64, which Triton compiles from 3.5 on. "Compile gates" is what came out of compiling the kernels of padded rank 16,
-without a GPU, for the capability named; kernels that spill, or use more registers than their budget, still run, but more
-slowly. `python -m psilora.doctor` says what is here.
+without a GPU, for the capability named; kernels that spill, or use more registers than their budget, still run, but
+more slowly. `python -m psilora.doctor` says what is here.
 
 {triton}
 
