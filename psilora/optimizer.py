@@ -29,7 +29,6 @@ from psilora.steps.counts import GlobalCounts, global_counts, refuse_unshared
 from psilora.steps.gradient_norm import full_squares
 from psilora.steps.problem import Problems, Scales
 from psilora.steps.state import compatible, copy_loaded, init_state
-from psilora.steps.update import all_finite
 from psilora.steps.verify import external_scale
 
 if TYPE_CHECKING:
@@ -295,10 +294,8 @@ class PSILoRA(Reporting):
             wrong, overflow = sums[0] > 0, sums[1] > 0
         skipped = wrong if overflow is None else wrong & ~overflow  # an overflow is GradScaler's to count
         if self.nonfinite == "raise" and bool(skipped):
-            names = dispatch.nonfinite(buckets)
-            if not bool(all_finite(others, device)):
-                names.append("parameters outside the LoRA pairs")
-            raise RuntimeError(f"non-finite gradient or update in {listed(names)}; no parameter or state was changed")
+            names = listed(dispatch.nonfinite(buckets, others))
+            raise RuntimeError(f"non-finite gradient or update in {names}; no parameter or state was changed")
         ok = ~(wrong if overflow is None else wrong | overflow)
         writes = [*dispatch.stage(buckets, ok), gathered.write_back]
         if controller is not None:

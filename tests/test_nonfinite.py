@@ -86,6 +86,31 @@ def test_non_finite_can_raise_and_name_the_layers() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, everything(model, optimizer), strict=True))
 
 
+@pytest.mark.parametrize("kind", [{}, {"norm": "full"}, {"step": "spectral", "metric": "auto"}], ids=str)
+@pytest.mark.parametrize("max_grad_norm", [None, 1.0])
+@pytest.mark.parametrize("where", ["l2", "parameters outside the LoRA pairs"])
+def test_only_what_has_a_non_finite_gradient_is_named(
+    kind: dict[str, Any], max_grad_norm: float | None, where: str
+) -> None:
+    """A NaN in one place makes the factor of clipping NaN, and with it every layer's update."""
+    model = head_and_adapter()
+    optimizer = bare(model, 0.1, nonfinite="raise", max_grad_norm=max_grad_norm, **kind)
+    mse(model, data(dtype=torch.float32)).backward()
+    parameter = model.l2.lora_A.weight if where == "l2" else model.l3.base.bias
+    parameter.grad.view(-1)[0] = float("nan")
+    with pytest.raises(RuntimeError, match=f"non-finite gradient or update in {where}; no parameter"):
+        optimizer.step()
+
+
+def test_a_layer_whose_update_alone_overflows_is_named() -> None:
+    model = plain_mlp(dtype=torch.float32)
+    groups = [{"layers": "l2", "lr": 1e38, "prox": 0.0}]
+    optimizer = bare(model, 0.1, gradient="tangent", nonfinite="raise", groups=groups)
+    (mse(model, data(dtype=torch.float32)) * 1e4).backward()
+    with pytest.raises(RuntimeError, match="non-finite gradient or update in l2; no parameter"):
+        optimizer.step()
+
+
 def test_repaired_pivots_are_counted_and_warned_about_once() -> None:
     """Equal columns in B make BᵀB singular; without a proximal term Cholesky fails and must be repaired."""
     model = plain_mlp(dtype=torch.float32)

@@ -227,15 +227,29 @@ def refused(buckets: Sequence[Bucket], others: Sequence[Tensor], device: torch.d
     return flags[0] if len(flags) == 1 else torch.stack(flags).any()
 
 
-def nonfinite(buckets: Sequence[Bucket]) -> list[str]:
-    """Return the names of the layers whose gradient or update is not finite; waits for the device."""
-    names = []
+def nonfinite(buckets: Sequence[Bucket], others: Sequence[Tensor]) -> list[str]:
+    """Return the names of what has a gradient that is not finite or, if nothing has, of layers whose update is not.
+
+    One such gradient makes the common factor of clipping NaN, and with it every update. Waits for the device.
+
+    Args:
+        buckets: What was computed.
+        others: Gradients of parameters outside the pairs.
+    """
+    problems = [problem for bucket in buckets for problem in bucket.problems]
+    names = [p.pair.name for p in problems if not (_finite(p.dA) and _finite(p.dB))]
+    if not all(map(_finite, others)):
+        names.append("parameters outside the LoRA pairs")
+    if names:
+        return names
     for bucket in buckets:
         results = torch.stack([torch.isfinite(t).flatten(1).all(1) for t in bucket.tensors()]).all(0)
-        for problem, finite in zip(bucket.problems, results.tolist(), strict=True):
-            if not (finite and bool(torch.isfinite(problem.dA).all()) and bool(torch.isfinite(problem.dB).all())):
-                names.append(problem.pair.name)
+        names += [p.pair.name for p, finite in zip(bucket.problems, results.tolist(), strict=True) if not finite]
     return names
+
+
+def _finite(tensor: Tensor) -> bool:
+    return bool(torch.isfinite(tensor).all())
 
 
 def stage(buckets: Sequence[Bucket], ok: Tensor) -> list[Callable[[], object]]:
