@@ -14,6 +14,7 @@ from psilora.linalg.precision import compute_dtype
 from psilora.options.base import GROUP_KEYS, Options
 from psilora.param_groups.lora import check_pair, momentum_rank, pair_options
 from psilora.steps import STEPS
+from psilora.steps.controller import NUMBERS
 
 #: What this package keeps in the state of a LoRA parameter; wrappers of optimizers may keep more there.
 NAMES = frozenset({"step", "momentum", "metric", "metric_rest", "norms", "controller", "change"})
@@ -158,22 +159,39 @@ def _same_name(saved: str, ours: str) -> bool:
     return long == short or not short or long.endswith(("" if short[0] == " " else ".") + short)
 
 
-def check_pair_state(pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]]) -> None:
-    """Raise ValueError if a state has another shape than its settings give a pair of this shape."""
+def check_pair_state(
+    pair: LoRAPair, options: Options, states: Mapping[int, Mapping[str, Any]], *, complete: bool = False
+) -> None:
+    """Raise ValueError if a state has another shape than its settings give a pair of this shape, or is half of one.
+
+    Args:
+        pair: Of the factors that the state is for.
+        options: Its settings.
+        states: Of its factors, by their ids.
+        complete: Whether all that the settings need has to be there; else what both factors lack may still begin.
+    """
     lora_A, lora_B = (
         nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta")) for p in (pair.lora_A, pair.lora_B)
     )
     expected: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
     init_state(replace(pair, lora_A=lora_A, lora_B=lora_B), options, *expected)
-    for name, parameter, wanted in zip(("lora_B", "lora_A"), (pair.lora_B, pair.lora_A), expected, strict=True):
-        for key, value in states[id(parameter)].items():
-            if key in wanted and isinstance(value, Tensor):
-                _same_shape(f"{pair.name}.{name}", key, value, wanted[key].shape)
-            elif key == "change":
-                _same_shape(f"{pair.name}.{name}", key, value, parameter.shape)
+    factors = {"lora_B": pair.lora_B, "lora_A": pair.lora_A}
+    held = {key for parameter in factors.values() for key in states[id(parameter)]}
+    for (side, parameter), own in zip(factors.items(), expected, strict=True):
+        name, found = f"{pair.name}.{side}", states[id(parameter)]
+        shapes = {key: value.shape for key, value in own.items()} | {"change": parameter.shape}
+        for key, shape in shapes.items():
+            if key in found:
+                _same_shape(name, key, found[key], shape)
+            elif key in held or (complete and key in own):
+                raise ValueError(f"{name}: the state lacks {key!r}, which its settings ask for")
+        if "controller" in found:
+            _same_shape(name, "controller", found["controller"], torch.Size([len(NUMBERS)]))
 
 
-def _same_shape(name: str, key: str, value: Tensor, shape: torch.Size) -> None:
+def _same_shape(name: str, key: str, value: object, shape: torch.Size) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: the state {key!r} is of type {type(value).__name__}. Must be a tensor.")
     if value.shape != shape:
         raise ValueError(f"{name}: the state {key!r} has shape {tuple(value.shape)}. Must be {tuple(shape)}.")
 
