@@ -19,6 +19,7 @@ from psilora.distributed.sharding import Gathered, local
 from psilora.linalg.precision import full_precision
 from psilora.monitor.standstill import why_still
 from psilora.options import OPTION_NAMES, Options, refuse_foreign, resolved
+from psilora.options.checks import above_zero
 from psilora.options.published import PAPER
 from psilora.param_groups.bind import Recipe
 from psilora.reporting import Reporting
@@ -200,8 +201,7 @@ class PSILoRA(Reporting):
         Options.of_settings(resolved(settings))
         refuse_foreign(settings, step)
         dispatch.check_backend(backend)
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm={max_grad_norm}. Must be > 0 or None.")
+        above_zero("max_grad_norm", max_grad_norm)
         for name, value, allowed in (
             ("nonfinite", nonfinite, ("skip", "raise")),
             ("norm", norm, ("lora", "full")),

@@ -116,6 +116,17 @@ def test_other_parameters_take_rates_and_decay_by_name() -> None:
         ({"parameters": "head", "momentum": 0.5}, r"unknown keys \['momentum'\]; allowed are lr, betas"),
         ({"parameters": "("}, "Must be a regular expression"),
         ({"parameters": 3}, "Invalid parameters=3"),
+        ({"parameters": "head", "lr": "x"}, "Invalid lr='x'. Must be finite and >= 0."),
+        ({"parameters": "head", "betas": 0.9}, r"Invalid betas=0.9. Must be two numbers in \[0, 1\)."),
+        (
+            {"parameters": ["head.weight", "typo"]},
+            r"Invalid parameters=\['head.weight', 'typo'\]. Must be names of what is trained, which typo is not; there "
+            "are norm.weight",
+        ),
+        (
+            {"layers": ["l1", "l9", "l0"]},
+            r"Invalid layers=\['l1', 'l9', 'l0'\]. Must be names .*, which l0, l9 are not; there are l1, l2, l3",
+        ),
         ({"layers": "l1", "lr_ratio": 16}, r"\['lr_ratio'\]: the step is one on the weight"),
         ({"lr": 0.1}, "no 'layers'"),
     ],
@@ -123,6 +134,16 @@ def test_other_parameters_take_rates_and_decay_by_name() -> None:
 def test_wrong_groups_of_parameters_are_named(entry: dict, error: str) -> None:
     with pytest.raises(ValueError, match=error):
         with_head(groups=[entry])
+
+
+def test_a_list_may_name_what_an_earlier_entry_takes_or_what_is_gone() -> None:
+    groups = [{"layers": "l1"}, {"layers": ["l1", "l2"], "lr": 0.01}, {"parameters": ["head.weight", "norm.weight"]}]
+    model, optimizer = with_head(groups=groups)
+    assert [len(g["params"]) for g in optimizer.param_groups] == [2, 2, 2, 2, 2]
+    model.norm.requires_grad_(False)
+    model.l2 = model.l2.base
+    optimizer.rebind()
+    assert [len(g["params"]) for g in optimizer.param_groups] == [2, 2, 0, 1, 1]
 
 
 def test_more_numbers_for_adamw_than_for_lora_are_said_unless_asked_for() -> None:

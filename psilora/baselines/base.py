@@ -17,7 +17,8 @@ from psilora.adapters.pair import LoRAPair, describe, is_sparse
 from psilora.capture.discards import all_zero, present
 from psilora.capture.hooks import Capture
 from psilora.linalg.precision import compute_dtype, full_precision
-from psilora.param_groups.adamw import AuxAdamW, adamw_group
+from psilora.options.checks import is_real, two_betas
+from psilora.param_groups.adamw import AuxAdamW, adamw_group, check_adamw
 from psilora.param_groups.lora import checked_pairs
 
 #: ‖GAᵀ from .grad − GAᵀ‖ / ‖GAᵀ from .grad‖ above which a captured G is refused; 16-bit gradients stay below it.
@@ -81,6 +82,8 @@ class PairOptimizer(torch.optim.Optimizer):
         adamw_weight_decay: float = 0.0,
     ) -> None:
         check_range("lr", settings["lr"], 0, math.inf)
+        adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+        check_adamw(adamw, "adamw_")
         pairs = checked_pairs(check_model(model), "raise")
         blind = [pair for pair in pairs if pair.uncaptured is not None]
         if full_gradient and blind:
@@ -91,16 +94,7 @@ class PairOptimizer(torch.optim.Optimizer):
         taken = {id(p) for p in groups[0]["params"]}
         rest = [p for p in model.parameters() if p.requires_grad and id(p) not in taken]
         if rest:
-            groups.append(
-                adamw_group(
-                    rest,
-                    lr=adamw_lr,
-                    betas=adamw_betas,
-                    eps=adamw_eps,
-                    weight_decay=adamw_weight_decay,
-                    maximize=False,
-                )
-            )
+            groups.append(adamw_group(rest, **adamw, maximize=False))
         super().__init__(groups, {})
         self._pairs = pairs
         self._others = AuxAdamW(self)
@@ -200,21 +194,15 @@ class PairOptimizer(torch.optim.Optimizer):
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise unless low <= value < high."""
-    if not low <= value < high:
-        raise ValueError(f"Invalid {name}={value}. Must be in [{low}, {high}).")
-
-
-def check_betas(betas: tuple[float, float]) -> None:
-    """Raise unless both are in [0, 1)."""
-    for i, beta in enumerate(betas):
-        check_range(f"betas[{i}]", beta, 0, 1)
+    if not (is_real(value) and low <= value < high):
+        raise ValueError(f"Invalid {name}={value!r}. Must be in [{low}, {high}).")
 
 
 def adam_settings(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **more: Any
 ) -> dict[str, Any]:
     """Return the settings of a rule with Adam's moments; raise where β or wd is out of range."""
-    check_betas(betas)
+    two_betas("betas", betas)
     check_range("weight_decay", weight_decay, 0, math.inf)
     return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **more}
 

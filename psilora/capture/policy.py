@@ -11,6 +11,7 @@ from psilora.capture.hooks import Capture
 from psilora.capture.storage import HOLDS
 from psilora.linalg.precision import compute_dtype
 from psilora.options.base import Options
+from psilora.options.checks import above_zero, integer
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,9 @@ class Planner:
     """
 
     def __init__(self, settings: Sequence[tuple[LoRAPair, Options]], tokens: int | None, budget: float | None) -> None:
-        for name, value in (("tokens", tokens), ("capture_budget", budget)):
-            if value is not None and not value > 0:
-                raise ValueError(f"Invalid {name}={value}. Must be > 0 or None.")
+        if tokens is not None:
+            integer("tokens", tokens, 1)
+        above_zero("capture_budget", budget)
         self.settings = _capturable(settings)
         self._checked: Sequence[tuple[LoRAPair, Options]] | None = None  # a list that is not changed
         self._built = {id(pair): (options, options.hooks) for pair, options in settings}

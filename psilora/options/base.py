@@ -9,7 +9,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from psilora.options.checks import at_least, flag, in_range, integer, is_real, one_of
+from psilora.options.checks import at_least, flag, in_range, integer, is_real, one_of, rate
 from psilora.options.metrics import METRIC_ROWS, MetricRow, metrics_of
 
 BACKENDS = ("auto", "reference", "triton")
@@ -51,10 +51,7 @@ class Options:
         KINDS[step] = cls
 
     def __post_init__(self) -> None:
-        if not isinstance(self.lr, Tensor):
-            at_least("lr", self.lr, 0)
-        elif self.lr.numel() != 1:
-            raise ValueError(f"Invalid lr of shape {tuple(self.lr.shape)}. Must be a number or a one-element tensor.")
+        rate("lr", self.lr)
         integer("num_iters", self.num_iters, 0)
         in_range("momentum", self.momentum, 0, 1)
         if self.dampening is not None and not (is_real(self.dampening) and 0 <= self.dampening <= 1):

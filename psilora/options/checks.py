@@ -13,16 +13,38 @@ def is_real(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def check_rate(lr: float | Tensor) -> None:
+def rate(name: str, lr: float | Tensor) -> None:
+    """Raise ValueError for what is neither a finite number >= 0 nor a tensor of one element, which is not looked at."""
+    if not isinstance(lr, Tensor):
+        at_least(name, lr, 0)
+    elif lr.numel() != 1:
+        raise ValueError(f"Invalid {name} of shape {tuple(lr.shape)}. Must be a number or a one-element tensor.")
+
+
+def check_rate(lr: float | Tensor, name: str = "lr") -> None:
     """Raise ValueError for a learning rate in a tensor that is negative or not finite; waits for its device."""
     if isinstance(lr, Tensor):
-        at_least("lr", lr.item(), 0)
+        at_least(name, lr.item(), 0)
 
 
 def at_least(name: str, value: float, bound: float) -> None:
     """Raise ValueError for what is not a finite number >= `bound`."""
     if not (is_real(value) and math.isfinite(value) and value >= bound):
         raise ValueError(f"Invalid {name}={value!r}. Must be finite and >= {bound}.")
+
+
+def above_zero(name: str, value: float | None) -> None:
+    """Raise ValueError for what is neither a number > 0 nor None."""
+    if value is not None and not (is_real(value) and value > 0):
+        raise ValueError(f"Invalid {name}={value!r}. Must be > 0 or None.")
+
+
+def two_betas(name: str, value: object) -> None:
+    """Raise ValueError for what are not two numbers in [0, 1)."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"Invalid {name}={value!r}. Must be two numbers in [0, 1).")
+    for i, beta in enumerate(value):
+        in_range(f"{name}[{i}]", beta, 0, 1)
 
 
 def in_range(name: str, value: float, low: float, high: float) -> None:

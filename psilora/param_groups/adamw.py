@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from psilora.distributed.sharding import is_sharded, local
+from psilora.options.checks import at_least, check_rate, rate, two_betas
 
 KIND = "adamw"
 _FUSED_DEVICES = ("cpu", "cuda")
+
+
+def check_adamw(settings: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise ValueError for a setting of AdamW that is out of range, named with `prefix`; waits for an lr's device."""
+    if "lr" in settings:
+        rate(f"{prefix}lr", settings["lr"])
+        check_rate(settings["lr"], f"{prefix}lr")
+    if "betas" in settings:
+        two_betas(f"{prefix}betas", settings["betas"])
+    for name in ("eps", "weight_decay"):
+        if name in settings:
+            at_least(f"{prefix}{name}", settings[name], 0)
 
 
 def adamw_group(
@@ -23,7 +36,7 @@ def adamw_group(
     weight_decay: float,
     maximize: bool,
 ) -> dict[str, Any]:
-    """Return a param group with every key `torch.optim.AdamW` reads; it validates the values.
+    """Return a param group with every key `torch.optim.AdamW` reads, of settings that `check_adamw` has seen.
 
     Fused where the devices allow it, because the fused kernel takes the decision to skip a step from the device; on
     CUDA also `capturable`, without which torch refuses to capture a step in a graph.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -22,6 +21,7 @@ from psilora.options import (
 )
 from psilora.options.checks import check_rate
 from psilora.options.metrics import DENSE_LIMIT
+from psilora.param_groups.chosen import Chosen
 
 #: So many pairs take the whole rate; of more, each takes less.
 FULL_RATE_PAIRS = 12
@@ -53,28 +53,30 @@ def lora_groups(
         pairs: Of the model.
         settings: Those of all pairs.
         overrides: {"layers": …, **settings}, with known keys.
-        strict: Whether an override for which no pair is left is an error.
+        strict: Whether an override for which no pair is left, or a name in its list that no pair has, is an error.
     """
     groups = [{**as_group(resolved(settings)), "kind": "lora", "params": []}]
-    matchers: list[Callable[[LoRAPair], bool]] = []
+    choices: list[Chosen] = []
     for override in overrides:
         chosen = inherited(settings, override)
         group = {**as_group(resolved(chosen)), "kind": "lora", "params": []}
         refuse_foreign(override, chosen["step"])
-        matchers.append(_matcher(group.pop("layers")))
+        choices.append(Chosen("layers", group.pop("layers")))
         Options.from_group(group)
         groups.append(group)
     for group in groups:
         check_rate(group["lr"])
     for pair in pairs:
-        index = next((i for i, match in enumerate(matchers, start=1) if match(pair)), 0)
+        # The path of the module alone will do, where the name ends in the adapter's.
+        index = next((i for i, chosen in enumerate(choices, start=1) if chosen.means(pair.path, pair.name)), 0)
         check_pair(pair, Options.from_group(groups[index]))
         groups[index]["params"] += [pair.lora_A, pair.lora_B]
+    names = [pair.name for pair in pairs]
+    for chosen in choices if strict else ():
+        chosen.check([*names, *(pair.path for pair in pairs)], names)
     for override, group in zip(overrides, groups[1:], strict=True):
         if strict and not group["params"]:
-            raise ValueError(
-                f"no layer is left for layers={override['layers']!r}; there are {', '.join(p.name for p in pairs[:8])}…"
-            )
+            raise ValueError(f"no layer is left for layers={override['layers']!r}; there are {', '.join(names[:8])}…")
     return [(i, group) for i, group in enumerate(groups) if group["params"]]
 
 
@@ -130,20 +132,6 @@ class Settings:
 
 def _identical(one: Sequence[object], other: Sequence[object]) -> bool:
     return len(one) == len(other) and all(map(operator.is_, one, other))
-
-
-def _matcher(layers: object) -> Callable[[LoRAPair], bool]:
-    """Whether a pair is meant, by its name or by the path of its module alone, where the name ends in the adapter's."""
-    if isinstance(layers, str):
-        try:
-            pattern = re.compile(layers)
-        except re.error as error:
-            raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression: {error}.") from error
-        return lambda pair: any(map(pattern.search, (pair.path, pair.name)))
-    if isinstance(layers, Sequence):
-        names = set(layers)
-        return lambda pair: pair.path in names or pair.name in names
-    raise ValueError(f"Invalid layers={layers!r}. Must be a regular expression or a list of layer names.")
 
 
 def check_pair(pair: LoRAPair, options: Options) -> None:

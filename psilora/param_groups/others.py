@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from psilora.adapters.find import find_pairs
 from psilora.adapters.pair import listed
-from psilora.param_groups.adamw import adamw_group
+from psilora.param_groups.adamw import adamw_group, check_adamw
+from psilora.param_groups.chosen import Chosen
 
 #: What an entry of `groups` with "parameters" may set; those of torch's AdamW.
 ADAMW_SETTINGS = ("lr", "betas", "eps", "weight_decay")
@@ -31,18 +31,21 @@ def adamw_groups(
         outside: By name.
         settings: `ADAMW_SETTINGS` and maximize, which the rest takes.
         overrides: {"parameters": regex searched in the name, or a list of names, **settings}; the first match wins.
-        strict: Whether an override without a parameter is an error.
+        strict: Whether an override without a parameter, or with a name in its list that none has, is an error.
 
     Returns:
         Each group beside the number of its override, counted from 1, and 0 for the rest.
 
     Raises:
-        ValueError: An override has other keys, values that AdamW refuses, or no parameter.
+        ValueError: An override has other keys, values out of range, no parameter, or a name that none has.
     """
     members: list[list[nn.Parameter]] = [[] for _ in range(len(overrides) + 1)]
-    matchers = [_matcher(override) for override in overrides]
+    check_adamw(settings, "adamw_")
+    choices = [_chosen(override) for override in overrides]
     for name, parameter in outside.items():
-        members[next((i for i, match in enumerate(matchers, start=1) if match(name)), 0)].append(parameter)
+        members[next((i for i, chosen in enumerate(choices, start=1) if chosen.means(name)), 0)].append(parameter)
+    for chosen in choices if strict else ():
+        chosen.check(outside, list(outside))
     for override, found in zip(overrides, members[1:], strict=True):
         if strict and not found:
             there = listed(list(outside)) or "none that is trainable"
@@ -58,21 +61,12 @@ def adamw_groups(
     return groups
 
 
-def _matcher(override: Mapping[str, Any]) -> Callable[[str], bool]:
+def _chosen(override: Mapping[str, Any]) -> Chosen:
     unknown = sorted(set(override) - {"parameters", *ADAMW_SETTINGS})
     if unknown:
         raise ValueError(f"a group of parameters has unknown keys {unknown}; allowed are {', '.join(ADAMW_SETTINGS)}")
-    wanted = override["parameters"]
-    if isinstance(wanted, str):
-        try:
-            pattern = re.compile(wanted)
-        except re.error as error:
-            raise ValueError(f"Invalid parameters={wanted!r}. Must be a regular expression: {error}.") from error
-        return lambda name: pattern.search(name) is not None
-    if isinstance(wanted, Sequence):
-        names = set(wanted)
-        return lambda name: name in names
-    raise ValueError(f"Invalid parameters={wanted!r}. Must be a regular expression or a list of parameter names.")
+    check_adamw(override)
+    return Chosen("parameters", override["parameters"])
 
 
 def added_group(

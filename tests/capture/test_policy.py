@@ -226,9 +226,13 @@ def test_auto_falls_back_to_the_tangent_under_a_budget() -> None:
     assert float((auto["l1.lora_A.weight"] - trained({}, batches)["l1.lora_A.weight"]).norm()) > 1e-6
 
 
-@pytest.mark.parametrize(("name", "value"), [("tokens", 0), ("capture_budget", -1.0)])
-def test_bad_sizes_are_named(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"Invalid {name}={value}. Must be > 0 or None."):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tokens", 0), ("tokens", 2.5), ("tokens", "5"), ("capture_budget", -1.0), ("capture_budget", "x")],
+)
+def test_bad_sizes_are_named(name: str, value: Any) -> None:
+    allowed = {"tokens": "an integer >= 1.", "capture_budget": "> 0 or None."}[name]
+    with pytest.raises(ValueError, match=f"Invalid {name}={value!r}. Must be {allowed}"):
         PSILoRA(plain_mlp(), 0.1, step="gradient", gradient="auto", **{name: value})
 
 
