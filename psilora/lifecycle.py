@@ -150,7 +150,9 @@ class Lifecycle(torch.optim.Optimizer):
             param_group: "params", and settings of torch's AdamW; those that it lacks are the optimizer's own.
 
         Raises:
-            ValueError: A parameter is a LoRA factor (call `rebind()`), or is trained already.
+            ValueError: A setting is out of range, or a parameter is complex, a LoRA factor (call `rebind()`) or trained
+                already.
+            TypeError: "params" holds no parameters.
         """
         if not getattr(self, "_constructed", False):
             super().add_param_group(param_group)

@@ -297,6 +297,33 @@ def test_a_layer_unfrozen_late_is_trained_by_adamw() -> None:
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))], "momentum": 0.1})
 
 
+@pytest.mark.parametrize(
+    ("group", "error", "message"),
+    [
+        ({}, TypeError, "a later group needs 'params': nn.Parameters"),
+        ({"params": None}, TypeError, "a later group needs 'params': nn.Parameters"),
+        ({"params": [("name",)]}, TypeError, "a later group needs 'params': nn.Parameters"),
+        ({"params": torch.ones(())}, TypeError, "a later group needs 'params': nn.Parameters"),
+        ([nn.Parameter(torch.ones(1))], TypeError, "Invalid later group of type list. Must be a dict"),
+        (
+            {"params": nn.Parameter(torch.ones(1, dtype=torch.complex64))},
+            ValueError,
+            r"added.0 is complex \(torch.comp",
+        ),
+        ({"params": [("w", nn.Parameter(torch.ones(1, device="meta")))]}, ValueError, "w is on the meta device"),
+        ({"params": nn.Parameter(torch.ones(1)), "lr": "x"}, ValueError, "Invalid lr='x'. Must be finite and >= 0."),
+        ({"params": nn.Parameter(torch.ones(1)), "eps": None}, ValueError, "Invalid eps=None. Must be finite and"),
+    ],
+)
+def test_a_wrong_later_group_is_named_and_nothing_is_added(group: object, error: type, message: str) -> None:
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.05)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group(group)  # type: ignore[arg-type]
+    assert len(optimizer.param_groups) == 1
+    train(model, optimizer, [data()])
+
+
 def test_a_default_optimizer_can_be_copied_with_its_model() -> None:
     model = plain_mlp()
     model.head = nn.Linear(6, 6).double()

@@ -59,12 +59,16 @@ def check_model(model: object, *, sharded: bool = False) -> nn.Module:
     ):
         raise ValueError("the model is managed by DeepSpeed, which owns its gradients; use DDP or a single device")
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.is_complex():
-            raise ValueError(f"{name} is complex ({parameter.dtype}); must have a real floating dtype")
-        if not sharded and type(parameter).__name__ == "DTensor":
-            raise ValueError(f"{name} is sharded (DTensor); this optimizer needs whole parameters, as under DDP")
-        if parameter.device.type == "meta":
-            raise ValueError(f"{name} is on the meta device; materialise the model first")
+        if parameter.requires_grad:
+            check_parameter(name, parameter, sharded=sharded)
     return model
+
+
+def check_parameter(name: str, parameter: nn.Parameter, *, sharded: bool = False) -> None:
+    """Raise ValueError, by name, for a parameter that cannot be trained here; `sharded` allows a DTensor."""
+    if parameter.is_complex():
+        raise ValueError(f"{name} is complex ({parameter.dtype}); must have a real floating dtype")
+    if not sharded and type(parameter).__name__ == "DTensor":
+        raise ValueError(f"{name} is sharded (DTensor); this optimizer needs whole parameters, as under DDP")
+    if parameter.device.type == "meta":
+        raise ValueError(f"{name} is on the meta device; materialise the model first")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from psilora.adapters.find import find_pairs
+from psilora.adapters.model import check_parameter
 from psilora.adapters.pair import listed
 from psilora.param_groups.adamw import adamw_group, check_adamw
 from psilora.param_groups.chosen import Chosen
@@ -80,18 +81,25 @@ def added_group(
         model: In which to look up the names; None where it is gone.
 
     Raises:
-        ValueError: A setting is unknown, or a parameter is a LoRA factor.
-        TypeError: There are no parameters.
+        ValueError: A setting is unknown or out of range, or a parameter is a LoRA factor, complex or without memory.
+        TypeError: It is no dict, or there are no parameters.
     """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"Invalid later group of type {type(given).__name__}. Must be a dict {{'params': …, **settings}}."
+        )
     unknown = sorted(set(given) - {"params", *ADAMW_SETTINGS})
     if unknown:
         raise ValueError(f"a later group has unknown keys {unknown}; allowed are params, {', '.join(ADAMW_SETTINGS)}")
-    entries = given["params"]
-    entries = [entries] if isinstance(entries, nn.Parameter) else list(entries)
-    named = {id(e[1]): e[0] for e in entries if isinstance(e, tuple)}
-    parameters = [e[1] if isinstance(e, tuple) else e for e in entries]
+    entries = given.get("params")
+    if isinstance(entries, Tensor) or not isinstance(entries, Iterable):
+        entries = [entries]
+    entries = [e if isinstance(e, tuple) and len(e) == 2 else (None, e) for e in entries]
+    named = {id(p): name for name, p in entries if name is not None}
+    parameters = [p for _, p in entries]
     if not parameters or not all(isinstance(p, nn.Parameter) for p in parameters):
         raise TypeError("a later group needs 'params': nn.Parameters, or pairs of a name and one")
+    check_adamw(given)
     if model is not None:
         factors = {id(p): pair.name for pair in find_pairs(model)[0] for p in (pair.lora_A, pair.lora_B)}
         of_pairs = sorted({factors[id(p)] for p in parameters if id(p) in factors})
@@ -100,6 +108,8 @@ def added_group(
         known = {id(p): name for name, p in model.named_parameters()}
         named = {**known, **named}
     names = {id(p): named.get(id(p), f"added.{i}") for i, p in enumerate(parameters)}
+    for p in parameters:
+        check_parameter(names[id(p)], p, sharded=True)
     own = {key: value for key, value in given.items() if key != "params"}
     return names, adamw_group(parameters, **{**settings, **own})
 
