@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -48,8 +49,8 @@ class LoRAPair:
     def scaling(self) -> float:
         """The current s, read from the module because adapters can be rescaled while training."""
         value = float(self.stated_scaling)  # type: ignore[arg-type]
-        if not value > 0:
-            raise ValueError(f"{self.name}: invalid LoRA scaling={value}. Must be > 0.")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{self.name}: invalid LoRA scaling={value}. Must be finite and > 0.")
         return value
 
     @property

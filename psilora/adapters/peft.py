@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 
 from torch import Tensor, nn
@@ -69,8 +70,10 @@ def refusal(pair: LoRAPair) -> str | None:
     scaling = pair.stated_scaling
     if not isinstance(scaling, (numbers.Real, Tensor)):
         return "it has no LoRA scaling"
-    if not (isinstance(scaling, Tensor) and scaling.is_meta) and not float(scaling) > 0:
-        return f"its LoRA scaling is {float(scaling)}, and must be > 0"
+    if isinstance(scaling, Tensor) and scaling.numel() != 1:
+        return f"its LoRA scaling has shape {tuple(scaling.shape)}, and must be one number"
+    if not (isinstance(scaling, Tensor) and scaling.is_meta) and not 0 < float(scaling) < math.inf:
+        return f"its LoRA scaling is {float(scaling)}, and must be finite and > 0"
     if A.is_complex() or B.is_complex():
         return f"it is complex ({A.dtype}); factors must have a real floating dtype"
     groups = max((getattr(module, "groups", 1) for site in pair.sites for module in site), default=1)

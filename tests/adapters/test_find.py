@@ -29,10 +29,26 @@ def test_no_pair_is_an_error() -> None:
         bare(frozen, 0.1)
 
 
-@pytest.mark.parametrize("alpha", [0, -8])
-def test_a_scaling_that_is_not_positive_is_refused_before_the_first_step(alpha: int) -> None:
-    with pytest.raises(ValueError, match=rf"l1 \(its LoRA scaling is {alpha / 4}, and must be > 0\)"):
+@pytest.mark.parametrize("alpha", [0, -8, float("inf"), float("nan")])
+def test_a_scaling_that_is_not_positive_is_refused_before_the_first_step(alpha: float) -> None:
+    with pytest.raises(ValueError, match=rf"l1 \(its LoRA scaling is {alpha / 4}, and must be finite and > 0\)"):
         bare(peft_mlp(lora_alpha=alpha), 0.1)
+
+
+def test_a_scaling_of_several_numbers_is_refused() -> None:
+    model = plain_mlp()
+    model.l1.scaling = torch.ones(2)
+    with pytest.raises(ValueError, match=r"l1 \(its LoRA scaling has shape \(2,\), and must be one number\)"):
+        bare(model, 0.1)
+
+
+def test_a_scaling_that_is_no_longer_finite_is_refused_by_the_step() -> None:
+    model = plain_mlp()
+    optimizer = bare(model, 0.1)
+    model.l2.scaling = float("inf")
+    mse(model, data()).nan_to_num().backward()
+    with pytest.raises(ValueError, match=r"l2: invalid LoRA scaling=inf. Must be finite and > 0."):
+        optimizer.step()
 
 
 def test_wrapped_models_are_refused_by_name() -> None:
