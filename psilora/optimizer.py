@@ -369,8 +369,8 @@ class PSILoRA(Reporting):
         paths and what wrappers insert do not matter, another order does.
 
         Raises:
-            ValueError: It is another optimizer's, of other layers or parameters, or needs other hooks; nothing has been
-                changed.
+            ValueError: It is another optimizer's, of other layers or parameters, not whole, or needs other hooks;
+                nothing has been changed.
         """
         found, settings = compatible(state_dict, self.param_groups, self._pairs, self._names())
         self._planner.check(settings)

@@ -160,7 +160,7 @@ BAD_STATES: list[tuple[Any, str]] = [
     (init(B7, A9, momentum=0.0), "lora_B: the state lacks 'momentum', which its settings ask for"),
     (init(B7, A9, metric=None), "lora_B: the state lacks 'metric', which its settings ask for"),
     (init(B7, A9, fade=False, cap=None), "lora_B: the state lacks 'norms', which its settings ask for"),
-    ((init(B7, A9)[0], {}), "lora_A: the state lacks 'step', which its settings ask for"),
+    ((init(B7, A9)[0], {}), "lora_A: the state lacks 'step', which the other factor's has"),
     (({**init(B7, A9)[0], "metric": None}, init(B7, A9)[1]), "the state 'metric' is of type NoneType. Must be a"),
     (init(B7, A9, step="gradient"), r"the state 'momentum' has shape \(7, 3\). Must be \(7, 6\)."),
     (init(B7, A9)[::-1], r"lora_B: the state 'momentum' has shape \(6, 9\). Must be \(7, 6\)."),

@@ -20,6 +20,10 @@ from psilora.steps.controller import NUMBERS
 NAMES = frozenset({"step", "momentum", "metric", "metric_rest", "norms", "controller", "change"})
 
 
+#: What torch's AdamW keeps of a parameter, all of it from its first step on.
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
 def state_dtype(name: str, parameter: Tensor) -> torch.dtype:
     """Return the dtype of the state `name` of a LoRA parameter: fp32 or better, whatever the parameter's."""
     if name in ("controller", "norms"):
@@ -97,9 +101,9 @@ def compatible(
             agree; one without, of an earlier version, is taken by position.
 
     Raises:
-        ValueError: It is of another optimizer, other layers, parameters or shapes; says which.
+        ValueError: It is of another optimizer, other layers, parameters or shapes, or not whole; says which.
     """
-    saved = state_dict.get("param_groups", ())
+    saved = _saved_groups(state_dict)
     ours, theirs = ([group.get("kind") for group in found] for found in (groups, saved))
     if ours != theirs:
         raise ValueError(
@@ -122,10 +126,18 @@ def compatible(
         check_pair_state(pair, options, states)
     for i, group in enumerate(groups):
         for j, parameter in enumerate(group["params"] if group["kind"] != "lora" else ()):
-            for key, value in states[id(parameter)].items():
-                if isinstance(value, Tensor) and value.dim() > 0:
-                    _same_shape(f"parameter {j} of param group {i}", key, value, parameter.shape)
+            _check_adamw_state(f"parameter {j} of param group {i}", states[id(parameter)], parameter.shape)
     return {**state_dict, "param_groups": complete}, settings
+
+
+def _saved_groups(state_dict: object) -> Sequence[Mapping[str, Any]]:
+    """The param groups of a state dict; raises ValueError for what is none."""
+    if not isinstance(state_dict, Mapping):
+        raise ValueError(f"Invalid state of type {type(state_dict).__name__}. Must be a dict, of state_dict().")
+    saved = state_dict.get("param_groups", ())
+    if not (isinstance(saved, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in saved)):
+        raise ValueError("Invalid 'param_groups' in the state. Must be a list of dicts, each with 'params'.")
+    return saved
 
 
 def _of_this_version(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -184,9 +196,21 @@ def check_pair_state(
             if key in found:
                 _same_shape(name, key, found[key], shape)
             elif key in held or (complete and key in own):
-                raise ValueError(f"{name}: the state lacks {key!r}, which its settings ask for")
+                reason = "the other factor's has" if key in held else "its settings ask for"
+                raise ValueError(f"{name}: the state lacks {key!r}, which {reason}")
         if "controller" in found:
             _same_shape(name, "controller", found["controller"], torch.Size([len(NUMBERS)]))
+
+
+def _check_adamw_state(name: str, state: Mapping[str, Any], shape: torch.Size) -> None:
+    """Raise ValueError for a state of AdamW that is of another shape, or neither whole nor still to begin."""
+    held = [key for key in ADAMW_STATE if key in state]
+    for key in ADAMW_STATE if held else ():
+        if key not in state:
+            raise ValueError(f"{name}: the state lacks {key!r}, but has {held[0]!r}")
+    for key, value in state.items():
+        if value.dim() > 0 if isinstance(value, Tensor) else key in ADAMW_STATE:
+            _same_shape(name, key, value, shape)
 
 
 def _same_shape(name: str, key: str, value: object, shape: torch.Size) -> None:
@@ -200,7 +224,10 @@ def _by_parameter(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, A
     """The saved state of each of the groups' parameters, by its id."""
     saved = [i for group in state_dict["param_groups"] for i in group["params"]]
     current = [p for group in groups for p in group["params"]]
-    return {id(p): state_dict["state"].get(i, {}) for i, p in zip(saved, current, strict=True)}
+    state = state_dict.get("state")
+    if not (isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())):
+        raise ValueError("the state dict has no 'state', or none that is a dict of dicts, as of state_dict()")
+    return {id(p): state.get(i, {}) for i, p in zip(saved, current, strict=True)}
 
 
 def copy_loaded(

@@ -52,6 +52,7 @@ def assert_equal(a: State, b: State) -> None:
 EXACT: State = {"step": "gradient"}
 TANGENT: State = {"step": "gradient", "gradient": "tangent"}
 DENSE: State = {"step": "gradient", "gradient": "dense"}
+SLOPE: State = {"controller": "slope"}
 
 
 @pytest.mark.parametrize(
@@ -222,6 +223,66 @@ def test_a_state_of_something_else_is_refused(make: Callable[[], State], message
         optimizer.load_state_dict(state)
     assert_equal(before, everything(optimizer))
     train(model, optimizer, [data()])
+
+
+#: What a state of these settings is made of that is not whole, by number of the parameter: lora_A and lora_B of l1
+#: are 0 and 1, the bias is 6.
+HALVES: list[tuple[State, Callable[[State], object], str]] = [
+    ({}, lambda state: state.pop("state"), "the state dict has no 'state', or none that is a dict of dicts"),
+    ({}, lambda state: state.update(state={0: 1}), "the state dict has no 'state', or none that is a dict of dicts"),
+    ({}, lambda state: state["param_groups"][0].pop("params"), "Invalid 'param_groups' in the state. Must be a list"),
+    ({}, lambda state: state["state"].pop(0), "l1.lora_A: the state lacks 'step', which the other factor's has"),
+    ({}, lambda state: state["state"].pop(1), "l1.lora_B: the state lacks 'step', which the other factor's has"),
+    ({}, lambda state: state["state"][0].pop("metric"), "l1.lora_A: the state lacks 'metric', which the other"),
+    (EXACT, lambda state: state["state"][1].pop("momentum"), "l1.lora_B: the state lacks 'momentum', which the other"),
+    ({}, lambda state: state["state"][0].update(metric=[1.0]), "l1.lora_A: the state 'metric' is of type list. Must"),
+    (SLOPE, lambda state: state["state"][1].pop("change"), "l1.lora_B: the state lacks 'change', which the other"),
+    (
+        SLOPE,
+        lambda state: state["state"][0].update(controller=torch.zeros(6)),
+        r"l1.lora_A: the state 'controller' has shape \(6,\). Must be \(7,\).",
+    ),
+    (
+        {},
+        lambda state: state["state"][6].pop("exp_avg_sq"),
+        "parameter 0 of param group 1: the state lacks 'exp_avg_sq'",
+    ),
+    ({}, lambda state: state["state"][6].pop("step"), "parameter 0 of param group 1: the state lacks 'step', but has"),
+    ({}, lambda state: state["state"][6].update(step=1), "group 1: the state 'step' is of type int. Must be a tensor."),
+]
+
+
+@pytest.mark.parametrize(("settings", "spoil", "message"), HALVES, ids=[message for *_, message in HALVES])
+def test_a_state_that_is_not_whole_is_refused(settings: State, spoil: Callable[[State], object], message: str) -> None:
+    optimizer = stepped(model := headed(), **settings)
+    before = everything(optimizer)
+    state = everything(optimizer)
+    spoil(state)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert_equal(before, everything(optimizer))
+    train(model, optimizer, [data()])
+
+
+@pytest.mark.parametrize("other", [[], 5, None], ids=str)
+def test_what_is_no_state_is_refused(other: object) -> None:
+    optimizer = PSILoRA(headed(), 0.05)
+    with pytest.raises(ValueError, match=f"Invalid state of type {type(other).__name__}. Must be a dict"):
+        optimizer.load_state_dict(other)  # type: ignore[arg-type]
+
+
+def test_what_both_factors_lack_begins_with_the_next_step() -> None:
+    model = headed()
+    optimizer = stepped(model)
+    state = everything(optimizer)
+    for number in (0, 1):
+        del state["state"][number]["momentum"], state["state"][number + 2]
+    optimizer.load_state_dict(state)
+    weight, other = model.l1.lora_A.weight, model.l2.lora_A.weight
+    assert "momentum" not in optimizer.state[weight] and not optimizer.state[other]
+    train(model, optimizer, [data()])
+    assert optimizer.state[weight]["step"] == 2 and optimizer.state[other]["step"] == 1
+    assert bool(optimizer.state[weight]["momentum"].any()) and bool(optimizer.state[other]["momentum"].any())
 
 
 @pytest.mark.parametrize(
