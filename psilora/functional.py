@@ -179,7 +179,7 @@ def _calls(activations: object) -> Sequence[tuple[Tensor, Tensor]]:
     calls: Any = [activations] if _two(activations) else activations
     if not (isinstance(calls, (tuple, list)) and calls and all(map(_two, calls))):
         raise ValueError(f"Invalid activations={_said(activations)}. Must be (X, S), or a list of one or more of them.")
-    return calls  # type: ignore[no-any-return]
+    return calls
 
 
 def _gradients(pair: LoRAPair, lora_gradients: object) -> tuple[Tensor, Tensor]:

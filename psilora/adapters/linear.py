@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import numbers
 
 from torch import Tensor, nn
 
-from psilora.options.checks import in_range, is_real
+from psilora.options.checks import in_range, is_integer, is_real
 
 
 class LoRALinear(nn.Module):
@@ -43,7 +42,7 @@ class LoRALinear(nn.Module):
         if not weight.is_floating_point():
             raise ValueError(f"Invalid base with weight of dtype {weight.dtype}. Must be of a real floating dtype.")
         limit = min(d_in, d_out)
-        if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or not 1 <= rank <= limit:
+        if not (is_integer(rank) and 1 <= rank <= limit):
             raise ValueError(f"Invalid rank={rank!r}. Must be an integer in [1, {limit}].")
         alpha = rank if alpha is None else alpha
         if not (is_real(alpha) and 0 < alpha < math.inf):

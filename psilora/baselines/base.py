@@ -82,7 +82,12 @@ class PairOptimizer(torch.optim.Optimizer):
         adamw_weight_decay: float = 0.0,
     ) -> None:
         check_range("lr", settings["lr"], 0, math.inf)
-        adamw = {"lr": adamw_lr, "betas": adamw_betas, "eps": adamw_eps, "weight_decay": adamw_weight_decay}
+        adamw: dict[str, Any] = {
+            "lr": adamw_lr,
+            "betas": adamw_betas,
+            "eps": adamw_eps,
+            "weight_decay": adamw_weight_decay,
+        }
         check_adamw(adamw, "adamw_")
         pairs = checked_pairs(check_model(model), "raise")
         blind = [pair for pair in pairs if pair.uncaptured is not None]

@@ -13,6 +13,11 @@ def is_real(value: object) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def is_integer(value: object) -> bool:
+    """Whether a setting is an integer, of Python or numpy; True and False are none."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def rate(name: str, lr: float | Tensor) -> None:
     """Raise ValueError for what is neither a finite number >= 0 nor a tensor of one element, which is not looked at."""
     if not isinstance(lr, Tensor):

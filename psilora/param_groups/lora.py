@@ -72,8 +72,8 @@ def lora_groups(
         check_pair(pair, Options.from_group(groups[index]))
         groups[index]["params"] += [pair.lora_A, pair.lora_B]
     names = [pair.name for pair in pairs]
-    for chosen in choices if strict else ():
-        chosen.check([*names, *(pair.path for pair in pairs)], names)
+    for choice in choices if strict else ():
+        choice.check([*names, *(pair.path for pair in pairs)], names)
     for override, group in zip(overrides, groups[1:], strict=True):
         if strict and not group["params"]:
             raise ValueError(f"no layer is left for layers={override['layers']!r}; there are {', '.join(names[:8])}…")

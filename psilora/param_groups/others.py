@@ -45,8 +45,8 @@ def adamw_groups(
     choices = [_chosen(override) for override in overrides]
     for name, parameter in outside.items():
         members[next((i for i, chosen in enumerate(choices, start=1) if chosen.means(name)), 0)].append(parameter)
-    for chosen in choices if strict else ():
-        chosen.check(outside, list(outside))
+    for choice in choices if strict else ():
+        choice.check(outside, list(outside))
     for override, found in zip(overrides, members[1:], strict=True):
         if strict and not found:
             there = listed(list(outside)) or "none that is trainable"
