@@ -198,7 +198,8 @@ class Lifecycle(torch.optim.Optimizer):
 
         The copied layers' modules come along, so that the copy steps on them; copy model and optimizer in one call for
         an optimizer of the copied model, `copy.deepcopy((model, optimizer))`. It has forgotten the model as a whole:
-        `rebind` needs it.
+        `rebind` needs it. As with torch's optimizers, hooks of `register_…` and what a scheduler puts around `step` stay
+        behind.
 
         Raises:
             TypeError: There are hooks on the model, or a process group.
@@ -210,6 +211,11 @@ class Lifecycle(torch.optim.Optimizer):
             )
         rebuilt = {"_pairs", "_outside", "_controller", "_others", "_backends", "_planner", "_capture", "_notices"}
         rebuilt |= {"_settings", "_assembler", "_taken", "_observer", "communicator"}
-        kept = {k: v for k, v in self.__dict__.items() if k not in rebuilt}
+        kept = {k: v for k, v in self.__dict__.items() if k not in rebuilt and not _attached(type(self), k)}
         names = {name: p for group in self.param_groups for p in group["params"] if (name := self._outside.get(id(p)))}
         return {**kept, "_model": None, "_joined": None, "_parts": (list(self._pairs.values()), names)}
+
+
+def _attached(cls: type, name: str) -> bool:
+    """Whether others have put this attribute onto an instance: in place of a method, or through torch ("_opt…")."""
+    return callable(getattr(cls, name, None)) or name.startswith("_opt")

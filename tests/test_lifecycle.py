@@ -344,6 +344,20 @@ def test_a_default_optimizer_can_be_copied_with_its_model() -> None:
     loaded.rebind(loaded_model)
 
 
+def test_the_copy_of_one_with_a_scheduler_steps_itself() -> None:
+    """The trap: a scheduler wraps `step` of the original, on the instance, where a copy of its attributes finds it."""
+    model = plain_mlp()
+    optimizer = PSILoRA(model, 0.05)
+    optimizer.register_step_post_hook(lambda *_: None)  # as a local function it cannot be pickled
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
+    train(model, optimizer, [data()])
+    for twin, copied in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        before, start = factors(model), factors(twin)
+        train(twin, copied, [data()])
+        assert equal(before, factors(model)) and not equal(start, factors(twin))
+        torch.optim.lr_scheduler.LambdaLR(copied, lambda step: 1 / (1 + step))
+
+
 def test_one_that_holds_hooks_is_not_copied() -> None:
     with pytest.raises(TypeError, match="use state_dict"):
         pickle.dumps(bare(plain_mlp(), 0.1))
