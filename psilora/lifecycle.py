@@ -22,7 +22,7 @@ from psilora.monitor.warn_once import Notices
 from psilora.options import Options, as_group, resolved
 from psilora.param_groups.adamw import AuxAdamW
 from psilora.param_groups.bind import Recipe, Slot, regroup
-from psilora.param_groups.lora import Settings
+from psilora.param_groups.lora import Settings, check_pair, pair_options
 from psilora.param_groups.others import added_group
 from psilora.steps.assemble import Assembler
 from psilora.steps.carry import carry_over
@@ -59,7 +59,7 @@ class Lifecycle(torch.optim.Optimizer):
         self._counters = Counters(bound.pairs[0].lora_A.device)
         self._observer = Observer()
         self._notices = Notices(self.param_groups)
-        self._attach(bound.pairs, bound.outside)
+        self._attach(bound.pairs, bound.outside, self._plan(bound.pairs, self.param_groups))
 
     def _strip(self) -> None:
         """Take from AdamW's groups the settings of pairs, which torch has put there as defaults."""
@@ -68,7 +68,24 @@ class Lifecycle(torch.optim.Optimizer):
                 for name in set(as_group(self._recipe.settings)) - {"lr", "weight_decay", "maximize"}:
                     group.pop(name, None)
 
-    def _attach(self, pairs: Sequence[LoRAPair], outside: Mapping[str, nn.Parameter]) -> None:
+    def _plan(self, pairs: Sequence[LoRAPair], groups: Sequence[Mapping[str, Any]]) -> Planner:
+        """Return how the gradients of these pairs, in these param groups, are known; change nothing.
+
+        Raises:
+            ValueError: Their settings do not fit them.
+        """
+        settings = pair_options(groups, {id(pair.lora_A): pair for pair in pairs})
+        for pair, options in settings:
+            check_pair(pair, options)
+        refuse_unshared(settings, self.communicator.world_size)
+        refuse_sharded(settings, "slope" if self._slope else None)
+        if self.norm == "full" and any(o.gradient == "backward" and o.captures for _, o in settings):
+            raise ValueError("norm='full' needs G, of which gradient='backward' keeps nothing; use gradient='dense'")
+        if self.backend != "reference" and self._counters.values.is_cuda and _any_sharded(groups):
+            runtime.warn("the reference backend takes the steps: the kernels take no factors that are sharded")
+        return Planner(settings, *self._planned)
+
+    def _attach(self, pairs: Sequence[LoRAPair], outside: Mapping[str, nn.Parameter], planner: Planner) -> None:
         """Take these pairs and other parameters, which are in the param groups, for what is trained; hook the pairs."""
         self._pairs = {id(pair.lora_A): pair for pair in pairs}
         self._outside = {id(p): name for name, p in outside.items()}
@@ -77,18 +94,11 @@ class Lifecycle(torch.optim.Optimizer):
         self._others.link(self)
         self._backends: Backends = {}
         self._taken: list[str] = []
-        refuse_unshared(self._options(), self.communicator.world_size)
-        refuse_sharded(self._options(), "slope" if self._slope else None)
-        trained = [p for group in self.param_groups for p in group["params"]]
-        self._sharded = any(is_sharded(p) for p in trained)
-        if self._sharded and self.backend != "reference" and self._counters.values.is_cuda:
-            runtime.warn("the reference backend takes the steps: the kernels take no factors that are sharded")
+        self._sharded = _any_sharded(self.param_groups)
         if self._sharded:  # the kernels recognise factors that have not changed by their tensors, which are new here
             self.backend = "reference"
-        if self.norm == "full" and any(o.gradient == "backward" and o.captures for _, o in self._options()):
-            raise ValueError("norm='full' needs G, of which gradient='backward' keeps nothing; use gradient='dense'")
-        self._planner = Planner(self._options(), *self._planned)
-        self._capture = self._planner.capture()
+        self._planner = planner
+        self._capture = planner.capture()
 
     def _options(self) -> list[tuple[LoRAPair, Options]]:
         """Every pair with the current settings of its group; the same list while they are the same."""
@@ -128,15 +138,20 @@ class Lifecycle(torch.optim.Optimizer):
                 raise RuntimeError("the model that the optimizer was built on is gone; call rebind(model)")
         found = check_model(joined(model), sharded=True)
         bound = self._recipe.bind(found, strict=False)
-        if given is not None:
-            self._joined, self._model = (found if found is not given else None), weakref.ref(found)
+        groups = regroup(bound, self._slots, self.param_groups, self._recipe)
+        planner = self._plan(bound.pairs, [group for _, group in groups])
         numbers = None if self._controller is None else self._controller.kept(self.state)
+        if given is not None:  # from here on nothing is refused
+            self._joined, self._model = (found if found is not given else None), weakref.ref(found)
         self._capture.close()
-        for slot, group in regroup(bound, self._slots, self.param_groups, self._recipe):
+        there = len(self.param_groups)
+        for old, (_, new) in zip(self.param_groups, groups[:there], strict=True):
+            old.update(new)
+        for slot, group in groups[there:]:
             self._append(slot, group)
         others = [p for group in self.param_groups if group["kind"] != "lora" for p in group["params"]]
         names = {id(p): name for name, p in bound.outside.items()}
-        self._attach(bound.pairs, {names.get(id(p), self._outside.get(id(p), "")): p for p in others})
+        self._attach(bound.pairs, {names.get(id(p), self._outside.get(id(p), "")): p for p in others}, planner)
         anew = carry_over(self.state, self._options(), others, reset=reset)
         if self._controller is not None and numbers is not None:
             self._controller.adopt(numbers, self.state)
@@ -191,7 +206,8 @@ class Lifecycle(torch.optim.Optimizer):
         self._notices = Notices(self.param_groups)
         self._observer = Observer()
         self.communicator = Communicator()
-        self._attach(*parts)
+        pairs, outside = parts
+        self._attach(pairs, outside, self._plan(pairs, self.param_groups))
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: one that holds no hooks, and no processes of its own.
@@ -219,3 +235,7 @@ class Lifecycle(torch.optim.Optimizer):
 def _attached(cls: type, name: str) -> bool:
     """Whether others have put this attribute onto an instance: in place of a method, or through torch ("_opt…")."""
     return callable(getattr(cls, name, None)) or name.startswith("_opt")
+
+
+def _any_sharded(groups: Sequence[Mapping[str, Any]]) -> bool:
+    return any(is_sharded(p) for group in groups for p in group["params"])

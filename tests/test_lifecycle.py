@@ -259,6 +259,56 @@ def test_rebind_names_what_is_missing() -> None:
         optimizer.rebind()
 
 
+class Bare(nn.Module):
+    """LoRA with bare parameters as factors, whose inputs cannot be seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lora_A, self.lora_B = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.randn(6, 2))
+        self.scaling = 1.0
+
+
+def beyond_the_rank(optimizer: PSILoRA) -> nn.Module:
+    optimizer.param_groups[0]["momentum_rank"] = 7  # of 6 × 8
+    return LoRALinear(nn.Linear(8, 6), 2).double()
+
+
+@pytest.mark.parametrize(
+    ("settings", "layer", "error"),
+    [
+        ({"metric": "kfac"}, lambda _: Bare().double(), "cannot be captured for extra"),
+        ({"momentum_rank": 7}, lambda _: LoRALinear(nn.Linear(8, 6), 2).double(), "extra: invalid momentum_rank=7"),
+        ({}, beyond_the_rank, "extra: invalid momentum_rank=7"),
+    ],
+    ids=["captures", "settings", "settings of the group"],
+)
+@pytest.mark.parametrize("other_model", [False, True])
+def test_a_refused_rebind_changes_nothing(settings: dict, layer: object, error: str, other_model: bool) -> None:
+    """The trap: it is found out that settings do not fit once groups and hooks are gone."""
+    pair = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        model = plain_mlp((24, 20, 16, 7))
+        model.head = nn.Linear(6, 6).double()
+        optimizer = PSILoRA(model, 0.05, step="gradient", **settings)
+        torch.manual_seed(4)
+        train(model, optimizer, [data(d_out=7) for _ in range(2)])
+        pair.append((model, optimizer))
+    (model, optimizer), (twin, same) = pair
+    given = copy.deepcopy(model) if other_model else model
+    given.extra = layer(optimizer)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=error):
+        optimizer.rebind(given if other_model else None)
+    del given.extra
+    optimizer.param_groups[0]["momentum_rank"] = same.param_groups[0]["momentum_rank"]
+    assert [len(group["params"]) for group in optimizer.param_groups] == [6, 2]
+    batches = [data(d_out=7) for _ in range(2)]
+    train(model, optimizer, batches)
+    train(twin, same, batches)
+    assert equal(factors(model), factors(twin)) and optimizer.gradients() == same.gradients()
+    assert optimizer.rebind() == []
+
+
 def test_standing_still_says_rebind() -> None:
     model = plain_mlp()
     optimizer = PSILoRA(model, 0.05)

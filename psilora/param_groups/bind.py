@@ -111,12 +111,12 @@ class Recipe:
 
 
 def regroup(
-    bound: Bound, slots: Sequence[Slot], groups: Sequence[dict[str, Any]], recipe: Recipe
+    bound: Bound, slots: Sequence[Slot], groups: Sequence[Mapping[str, Any]], recipe: Recipe
 ) -> list[tuple[Slot, dict[str, Any]]]:
-    """Put newly found parameters into the groups that are there, in place, and return what needs a group of its own.
+    """Return the groups that there are, with newly found parameters, and after them those that need one of their own.
 
     Rates and settings of the groups stay as they are now, so that schedules go on; a group may become empty. The number
-    of layers in `depth_scale="auto"` is counted anew.
+    of layers in `depth_scale="auto"` is counted anew. Nothing is changed.
 
     Args:
         bound: What the model has now.
@@ -124,14 +124,18 @@ def regroup(
         groups: The optimizer's param groups.
         recipe: That the groups were built by.
     """
-    added = {id(p) for slot, group in zip(slots, groups, strict=True) if slot[0] == "added" for p in group["params"]}
-    for slot, group in zip(slots, groups, strict=True):
+    there = list(zip(slots, groups, strict=True))
+    added = {id(p) for slot, group in there if slot[0] == "added" for p in group["params"]}
+    regrouped = []
+    for slot, group in there:
+        new = dict(group)
         if slot[0] != "added":
             found = bound.groups.get(slot, {"params": []})
-            group["params"] = [p for p in found["params"] if id(p) not in added]
+            new["params"] = [p for p in found["params"] if id(p) not in added]
             if "depth_scale" in found and recipe.counts_depth(slot):
-                group["depth_scale"] = found["depth_scale"]
-    return [
+                new["depth_scale"] = found["depth_scale"]
+        regrouped.append((slot, new))
+    return regrouped + [
         (slot, {**group, "params": rest})
         for slot, group in bound.groups.items()
         if slot not in slots and (rest := [p for p in group["params"] if id(p) not in added])
