@@ -71,7 +71,7 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
         "step": step,
         "model": {name: p.detach() for name, p in model.named_parameters() if p.requires_grad},
         "parts": {name: _plain(part.state_dict()) for name, part in parts.items()},
-        "generators": _generators(),
+        "generators": generators(),
     }
     aside = path.with_name(path.name + _SUFFIX)
     with aside.open("wb") as file:
@@ -128,7 +128,7 @@ def load_checkpoint(path: str | Path | None, model: nn.Module, **parts: Stateful
     with torch.no_grad():
         for name, parameter in trainable.items():
             parameter.copy_(content["model"][name])
-    _set_generators(content["generators"])
+    set_generators(content["generators"])
     return int(content["step"])
 
 
@@ -206,7 +206,8 @@ def _flush_folder(folder: Path) -> None:
         os.close(handle)
 
 
-def _generators() -> dict[str, Any]:
+def generators() -> dict[str, Any]:
+    """Return the states of the random number generators of torch, Python and numpy."""
     states: dict[str, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state_all()
@@ -217,7 +218,8 @@ def _generators() -> dict[str, Any]:
     return states
 
 
-def _set_generators(states: Mapping[str, Any]) -> None:
+def set_generators(states: Mapping[str, Any]) -> None:
+    """Set the generators to what `generators` returned."""
     torch.set_rng_state(states["torch"])
     version, keys, gauss = states["python"]
     random.setstate((version, tuple(keys), gauss))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -196,6 +197,15 @@ class Lifecycle(torch.optim.Optimizer):
         """Remove every hook from the model and drop what was captured."""
         self._capture.close()
 
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[None]:
+        """Forget at the end what the steps within have decided for later ones: how gradient="auto" keeps gradients."""
+        planner, choices = self._planner, self._planner.choices
+        try:
+            yield
+        finally:
+            planner.restore(choices, self._capture)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         parts = state.get("_parts")
         super().__setstate__({key: value for key, value in state.items() if key != "_parts"})
@@ -214,8 +224,8 @@ class Lifecycle(torch.optim.Optimizer):
 
         The copied layers' modules come along, so that the copy steps on them; copy model and optimizer in one call for
         an optimizer of the copied model, `copy.deepcopy((model, optimizer))`. It has forgotten the model as a whole:
-        `rebind` needs it. As with torch's optimizers, hooks of `register_…` and what a scheduler puts around `step` stay
-        behind.
+        `rebind` needs it. As with torch's optimizers, hooks of `register_…` and what a scheduler puts around `step` are
+        left out.
 
         Raises:
             TypeError: There are hooks on the model, or a process group.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from psilora.checkpoint import generators, set_generators
+
 #: How much of the running mean of the losses each new one is not.
 SMOOTHING = 0.9
 #: The sweep ends where the smoothed loss exceeds this times the lowest so far.
@@ -79,9 +81,9 @@ def lr_find(
 
     In step k = 0 … steps − 1 the first param group has the rate low·(high/low)^(k/(steps − 1)) (L. N. Smith,
     arXiv 1506.01186), the other groups the same multiple of theirs. The sweep ends early where the smoothed loss
-    doubles. Parameters, buffers, the optimizer's state, its rates and the random numbers are restored, also after an
-    error; gradients are cleared, and batches of an iterator are gone. What is read off is a start: it comes from the
-    loss of a hundred steps, not of a training run.
+    doubles. Parameters, buffers, the optimizer's state, its rates and the random numbers of torch, Python and numpy are
+    restored, also after an error; gradients are cleared, and batches of an iterator are gone. What is read off is a
+    start: it comes from the loss of a hundred steps, not of a training run.
 
     Args:
         optimizer: Any torch optimizer of the model's parameters, with rates above 0.
@@ -151,16 +153,15 @@ def _undone(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     trained += [p for p in model.parameters() if p.requires_grad]
     held = {id(t): (t, t.detach().clone()) for t in (*trained, *model.buffers())}
-    rates = [(group, group["lr"], copy.copy(group["lr"])) for group in optimizer.param_groups]
-    for i, (group, rate, _) in enumerate(rates):
-        if isinstance(rate, Tensor):
-            rates[i] = (group, rate, rate.clone())
+    rates = [(group["lr"], copy.deepcopy(group["lr"])) for group in optimizer.param_groups]
     state = copy.deepcopy(optimizer.state_dict()) if optimizer.state else None
-    devices = sorted({t.device.index or 0 for t, _ in held.values() if t.device.type == "cuda"})
+    random = generators()
+    trial = getattr(optimizer, "trial", contextlib.nullcontext)  # of a PSILoRA, which decides more than its state tells
     try:
-        with torch.random.fork_rng(devices):
+        with trial():
             yield
     finally:
+        set_generators(random)
         optimizer.zero_grad()
         with torch.no_grad():
             for tensor, old in held.values():
@@ -169,5 +170,5 @@ def _undone(optimizer: torch.optim.Optimizer, model: nn.Module) -> Iterator[None
                 optimizer.state.clear()
             else:
                 optimizer.load_state_dict(state)
-            for group, rate, value in rates:
+            for group, (rate, value) in zip(optimizer.param_groups, rates, strict=True):  # which loading makes anew
                 group["lr"] = rate.copy_(value) if isinstance(rate, Tensor) else value

@@ -24,8 +24,8 @@ ORDER = (
     ("optimizer",),
     ("presets", "integrations", "doctor", "functional"),
 )
-#: `native` hands on names of `linalg`; `checkpoint` and `lr_finder` serve any optimizer and import nothing of psilora.
-ALLOWED_APART: dict[str, tuple[str, ...]] = {"native": ("linalg",), "checkpoint": (), "lr_finder": ()}
+#: `native` hands on names of `linalg`; `checkpoint` and `lr_finder` serve any optimizer and know nothing of this one.
+ALLOWED_APART: dict[str, tuple[str, ...]] = {"native": ("linalg",), "checkpoint": (), "lr_finder": ("checkpoint",)}
 HEIGHT = {name: height for height, names in enumerate(ORDER) for name in names}
 
 

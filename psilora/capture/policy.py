@@ -156,6 +156,15 @@ class Planner:
         if not self.waiting or most == 0:
             return
         self._choose([rows.get(id(pair), 0) or most for pair in self._auto])
+        self._apply(capture)
+
+    def restore(self, choices: dict[str, Choice], capture: Capture) -> None:
+        """Take up choices of before, or none; what was captured by others is dropped."""
+        if choices != self.choices:
+            self.choices = choices
+            self._apply(capture)
+
+    def _apply(self, capture: Capture) -> None:
         capture.clear()
         for (pair, options), gradient in zip(self.settings, self.gradients().values(), strict=True):
             record = capture.record(pair)
