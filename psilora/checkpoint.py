@@ -7,6 +7,9 @@ only and loads with weights_only=True. While it is written it is called `….inc
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import operator
 import os
 import pickle
 import random
@@ -48,18 +51,16 @@ def save_checkpoint(folder: str | Path, step: int, model: nn.Module, *, keep: in
 
     Args:
         folder: Created if it is missing.
-        step: Number of completed optimizer steps.
+        step: Number of completed optimizer steps, an integer of Python, numpy or torch.
         model: Its trainable parameters are saved: adapters, heads. The frozen base is not.
         keep: At least 1.
         parts: What else has a state, e.g. optimizer=…, scheduler=…, scaler=….
 
     Raises:
-        ValueError: `step` or `keep` is out of range, or a state holds what could not be loaded again; says what.
+        ValueError: `step` or `keep` is no integer or out of range, or a state holds what could not be loaded again;
+            says what.
     """
-    if step < 0:
-        raise ValueError(f"Invalid step={step}. Must be >= 0.")
-    if keep < 1:
-        raise ValueError(f"Invalid keep={keep}. Must be >= 1.")
+    step, keep = _integer("step", step, 0), _integer("keep", keep, 1)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / _name(step)
@@ -98,7 +99,8 @@ def latest_checkpoint(folder: str | Path) -> Path | None:
 def load_checkpoint(path: str | Path | None, model: nn.Module, **parts: Stateful) -> int:
     """Load what `save_checkpoint` saved, the random number generators included, and return the step.
 
-    The file is read and names and shapes are compared before anything is changed.
+    The file is read and names and shapes are compared before anything is changed. Where a part then refuses its state,
+    it, the parts before it, the parameters and the generators get back what they had.
 
     Args:
         path: The file; tensors go to the devices of the model's parameters.
@@ -107,6 +109,7 @@ def load_checkpoint(path: str | Path | None, model: nn.Module, **parts: Stateful
 
     Raises:
         FileNotFoundError: There is no such file, or `latest_checkpoint` found none (None).
+        IsADirectoryError: It is a folder.
         IncompleteCheckpointError: The file is cut off or damaged.
         ValueError: Names, shapes or the format do not match, or it holds other objects; says which.
     """
@@ -123,13 +126,45 @@ def load_checkpoint(path: str | Path | None, model: nn.Module, **parts: Stateful
         saved = content["model"][name]
         if saved.shape != parameter.shape:
             raise ValueError(f"{name} has shape {tuple(parameter.shape)}, but {tuple(saved.shape)} was saved")
-    for name, part in parts.items():
-        part.load_state_dict(content["parts"][name])
-    with torch.no_grad():
-        for name, parameter in trainable.items():
-            parameter.copy_(content["model"][name])
-    set_generators(content["generators"])
+    with contextlib.ExitStack() as undo:  # runs all of it, also where some of it fails
+        undo.callback(_fill, trainable, _copied(trainable))
+        undo.callback(set_generators, generators())
+        for name, part in parts.items():
+            undo.callback(part.load_state_dict, _copied(part.state_dict()))
+            part.load_state_dict(content["parts"][name])
+        _fill(trainable, content["model"])
+        set_generators(content["generators"])
+        undo.pop_all()
     return int(content["step"])
+
+
+def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(values[name])
+
+
+def _copied(state: Any) -> Any:
+    """A state that nothing changes any more; on the CPU, like one that was saved."""
+    if isinstance(state, Tensor):
+        return state.detach().to("cpu", copy=True)
+    if isinstance(state, dict):
+        found = copy.copy(state)
+        for key, value in state.items():
+            found[key] = _copied(value)
+        return found
+    return type(state)(map(_copied, state)) if type(state) in (list, tuple) else state
+
+
+def _integer(name: str, value: Any, least: int) -> int:
+    """The integer that a number of Python, numpy or torch is; ValueError for what is none, or is too small."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = least - 1
+    if isinstance(value, bool) or found < least:
+        raise ValueError(f"Invalid {name}={value!r}. Must be an integer >= {least}.")
+    return found
 
 
 def _name(step: int) -> str:
@@ -150,6 +185,8 @@ def _checkpoints(folder: Path) -> dict[int, Path]:
 
 def _read(path: Path) -> dict[str, Any]:
     path.stat()  # a missing file is not a damaged one
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; pass one of its files, such as latest_checkpoint({str(path)!r})")
     if not zipfile.is_zipfile(path):  # its table of contents comes last
         raise IncompleteCheckpointError(f"{path} is cut off: it has no table of contents")
     try:

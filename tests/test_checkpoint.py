@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -169,10 +170,15 @@ def test_old_checkpoints_go_and_bad_arguments_are_named(tmp_path: Path) -> None:
     for step in (1, 2, 10):
         save_checkpoint(tmp_path, step, model, optimizer=optimizer)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002.pt", "step-00000010.pt"]
-    with pytest.raises(ValueError, match="Invalid keep=0. Must be >= 1."):
-        save_checkpoint(tmp_path, 1, model, keep=0)
-    with pytest.raises(ValueError, match="Invalid step=-1. Must be >= 0."):
-        save_checkpoint(tmp_path, -1, model)
+    for bad in (0, 1.5, True, "2", None):
+        with pytest.raises(ValueError, match=rf"Invalid keep={bad!r}. Must be an integer >= 1."):
+            save_checkpoint(tmp_path, 11, model, keep=bad)  # type: ignore[arg-type]
+    for bad in (-1, 5.0, False, "5", torch.tensor(5.0)):
+        with pytest.raises(ValueError, match=rf"Invalid step={re.escape(repr(bad))}. Must be an integer >= 0."):
+            save_checkpoint(tmp_path, bad, model)  # type: ignore[arg-type]
+    assert names(tmp_path) == ["step-00000002.pt", "step-00000010.pt"]
+    with pytest.raises(IsADirectoryError, match=r"is a folder; pass one of its files, such as latest_checkpoint\("):
+        load_checkpoint(tmp_path, model)
     path = latest_checkpoint(tmp_path)
     assert path is not None
     with pytest.raises(
@@ -233,7 +239,8 @@ def test_numbers_of_numpy_come_back_as_numbers(tmp_path: Path) -> None:
     model, optimizer = one_step()
     optimizer.param_groups[0]["lr"] = numpy.float64(0.02)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, numpy.int64(3))
-    path = save_checkpoint(tmp_path, 1, model, optimizer=optimizer, schedule=schedule)
+    step, keep = numpy.int64(1), torch.tensor(1)
+    path = save_checkpoint(tmp_path, step, model, keep=keep, optimizer=optimizer, schedule=schedule)
     assert load_checkpoint(path, model, optimizer=optimizer, schedule=schedule) == 1
     assert type(optimizer.param_groups[0]["lr"]) is float and optimizer.param_groups[0]["lr"] == 0.02
     assert type(schedule.step_size) is int and schedule.get_last_lr() == [0.02]
@@ -249,6 +256,57 @@ def test_what_could_not_be_loaded_is_not_saved_and_not_called_damaged(tmp_path: 
     torch.save({"format": 1, "note": tmp_path}, first)
     with pytest.raises(ValueError, match="is whole, but torch does not load it"):
         load_checkpoint(first, model, optimizer=optimizer)
+
+
+class Refusing:
+    """A part whose state is loaded in halves: a number, and then it may fail."""
+
+    def __init__(self) -> None:
+        self.fails, self.number = False, torch.zeros(1)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.number.copy_(state["number"])
+        if self.fails and float(self.number):
+            raise KeyError("scale")
+
+
+@pytest.mark.parametrize("where", ["optimizer", "scaler"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_refused_part_leaves_everything_as_it_was(where: str, begun: bool, tmp_path: Path) -> None:
+    """The trap: the schedule is at the step of the checkpoint, and the optimizer at that of before."""
+
+    def run(steps: int, **options: object) -> tuple[torch.nn.Module, dict[str, object]]:
+        torch.manual_seed(steps)
+        model = plain_mlp()
+        optimizer = PSILoRA(model, 0.1, **options)
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+        scaler = Refusing()
+        for _ in range(steps):
+            train(model, optimizer, [data()])
+            schedule.step()
+            scaler.number += 1
+        return model, {"schedule": schedule, "optimizer": optimizer, "scaler": scaler}
+
+    def told(model: torch.nn.Module, parts: dict[str, object]) -> bytes:
+        folder = tmp_path / "told"
+        return save_checkpoint(folder, 0, model, **parts).read_bytes()
+
+    path = save_checkpoint(tmp_path, 3, *run(3)[:1], **run(3)[1])
+    groups = [{"layers": "l1"}] if where == "optimizer" else []
+    model, parts = run(2 if begun else 0, groups=groups)
+    parts["scaler"].fails = where == "scaler"
+    before = told(model, parts)
+    with pytest.raises((ValueError, KeyError), match="scale" if where == "scaler" else "it is not the state"):
+        load_checkpoint(path, model, **parts)
+    assert told(model, parts) == before
+    train(model, parts["optimizer"], [data()])
+    parts["schedule"].step()
+    parts["scaler"].fails = False
+    if where == "scaler":
+        assert load_checkpoint(path, model, **parts) == 3 and parts["schedule"].last_epoch == 3
 
 
 def test_sixteen_bit_adapters_resume_bit_exactly(tmp_path: Path) -> None:
