@@ -29,7 +29,7 @@ from psilora.steps.controller import CONTROLLERS
 from psilora.steps.counts import GlobalCounts, global_counts, refuse_unshared
 from psilora.steps.gradient_norm import full_squares
 from psilora.steps.problem import Problems, Scales
-from psilora.steps.state import compatible, copy_loaded, init_state
+from psilora.steps.state import as_dict, compatible, init_state, loading, plain
 from psilora.steps.verify import external_scale
 
 if TYPE_CHECKING:
@@ -356,27 +356,31 @@ class PSILoRA(Reporting):
             self._controller.init_state(self.state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, whose groups also hold the "names" of their layers or parameters, in order."""
+        """Return torch's state dict in plain numbers; groups also hold the "names" of what they train, in order."""
         state = super().state_dict()
         for group, names in zip(state["param_groups"], self._names(), strict=True):
-            group["names"] = names
+            group.update(plain(group), names=names)
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state exactly: the fp32 state of 16-bit parameters is not rounded to the parameters' dtype.
 
-        An option that it lacks, being of another version, stays as it is here. Layers are told by name: a prefix of all
-        paths and what wrappers insert do not matter, another order does.
+        An option that it lacks, being of another version, stays as it is here. Empty groups at the end may be missing.
+        Layers are told by name: a prefix of all paths and what wrappers insert do not matter, another order does.
 
         Raises:
             ValueError: It is another optimizer's, of other layers or parameters, not whole, or needs other hooks;
                 nothing has been changed.
         """
-        found, settings = compatible(state_dict, self.param_groups, self._pairs, self._names())
-        self._planner.check(settings)
-        self._assembler.forget()
-        super().load_state_dict(found)
-        copy_loaded(found, self.param_groups, self.state)
+
+        def check(given: Mapping[str, Any]) -> dict[str, Any]:
+            found, settings = compatible(given, self.param_groups, self._pairs, self._names())
+            self._planner.check(settings)
+            self._assembler.forget()
+            return found
+
+        with loading(self, check):
+            super().load_state_dict(as_dict(state_dict))
         self._capture.clear()
 
     def warmup(self) -> list[str]:

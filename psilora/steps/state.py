@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+import contextlib
+import numbers
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -103,7 +105,7 @@ def compatible(
     Raises:
         ValueError: It is of another optimizer, other layers, parameters or shapes, or not whole; says which.
     """
-    saved = _saved_groups(state_dict)
+    saved = _as_many(_saved_groups(state_dict), groups)
     ours, theirs = ([group.get("kind") for group in found] for found in (groups, saved))
     if ours != theirs:
         raise ValueError(
@@ -130,14 +132,30 @@ def compatible(
     return {**state_dict, "param_groups": complete}, settings
 
 
-def _saved_groups(state_dict: object) -> Sequence[Mapping[str, Any]]:
-    """The param groups of a state dict; raises ValueError for what is none."""
+def as_dict(state_dict: object) -> dict[str, Any]:
+    """A shallow copy of a state dict; raises ValueError for what is none."""
     if not isinstance(state_dict, Mapping):
         raise ValueError(f"Invalid state of type {type(state_dict).__name__}. Must be a dict, of state_dict().")
-    saved = state_dict.get("param_groups", ())
+    return dict(state_dict)
+
+
+def _saved_groups(state_dict: object) -> Sequence[Mapping[str, Any]]:
+    """The param groups of a state dict; raises ValueError for what is none."""
+    saved = as_dict(state_dict).get("param_groups", ())
     if not (isinstance(saved, (list, tuple)) and all(isinstance(g, Mapping) and "params" in g for g in saved)):
         raise ValueError("Invalid 'param_groups' in the state. Must be a list of dicts, each with 'params'.")
     return saved
+
+
+def _as_many(saved: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The saved groups, as many as there are here where only empty ones at the end, as `rebind` leaves them, differ.
+
+    Empty ones before others count: without them a scheduler's saved rates, which go by position, would be of others.
+    """
+    common = min(len(saved), len(groups))
+    if any(group["params"] for group in (*saved[common:], *groups[common:])):
+        return list(saved)
+    return [*saved[:common], *({**group, "params": [], "names": []} for group in groups[common:])]
 
 
 def _of_this_version(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,6 +246,37 @@ def _by_parameter(state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, A
     if not (isinstance(state, Mapping) and all(isinstance(own, Mapping) for own in state.values())):
         raise ValueError("the state dict has no 'state', or none that is a dict of dicts, as of state_dict()")
     return {id(p): state.get(i, {}) for i, p in zip(saved, current, strict=True)}
+
+
+@contextlib.contextmanager
+def loading(optimizer: torch.optim.Optimizer, check: Callable[[Mapping[str, Any]], dict[str, Any]]) -> Iterator[None]:
+    """Within it, torch's `load_state_dict` loads what `check` returns, exactly, between the hooks of others.
+
+    Args:
+        optimizer: Whose groups have a "kind".
+        check: Gets the state as it is after all `register_load_state_dict_pre_hook`; what it raises changes nothing.
+    """
+    checked: list[dict[str, Any]] = []
+
+    def before(_: torch.optim.Optimizer, given: Mapping[str, Any]) -> dict[str, Any]:
+        checked.append(check(given))
+        return checked[0]
+
+    def after(_: torch.optim.Optimizer) -> None:
+        copy_loaded(checked[0], optimizer.param_groups, optimizer.state)
+
+    with optimizer.register_load_state_dict_pre_hook(before):
+        with optimizer.register_load_state_dict_post_hook(after, prepend=True):
+            yield
+
+
+def plain(value: Any) -> Any:
+    """The same with numpy's numbers, in dicts and tuples too, as Python's, which torch loads with weights_only=True."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return tuple(map(plain, value))
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
 
 
 def copy_loaded(

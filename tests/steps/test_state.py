@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from models import MLP, data, factors, peft_mlp, plain_mlp, train
 from peft import LoraConfig, get_peft_model
+from states import State, assert_equal, everything, headed, stepped
 from torch import nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -21,33 +22,6 @@ from psilora import LoRALinear, PSILoRA
 from psilora.checkpoint import save_checkpoint
 from psilora.options import OPTION_NAMES
 from psilora.options.base import as_group
-
-State = dict[str, Any]
-
-
-def headed(rank: int = 4) -> nn.Module:
-    """With a bias for AdamW."""
-    model = plain_mlp(rank=rank)
-    model.l3.base.bias.requires_grad_()
-    return model
-
-
-def stepped(model: nn.Module, **settings: Any) -> PSILoRA:
-    optimizer = PSILoRA(model, 0.05, **settings)
-    train(model, optimizer, [data()])
-    return optimizer
-
-
-def everything(optimizer: PSILoRA) -> State:
-    return copy.deepcopy(optimizer.state_dict())
-
-
-def assert_equal(a: State, b: State) -> None:
-    assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
-    for i, state in a["state"].items():
-        assert state.keys() == b["state"][i].keys()
-        assert all(torch.equal(value, b["state"][i][key]) for key, value in state.items())
-
 
 EXACT: State = {"step": "gradient"}
 TANGENT: State = {"step": "gradient", "gradient": "tangent"}
