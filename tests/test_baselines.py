@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -455,6 +456,27 @@ def test_other_parameters_are_trained_by_adamw_and_the_state_resumes_exactly() -
     for one, two in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(one, two)
     assert "exp_avg" in optimizer.state[model.l3.base.bias]
+
+
+@pytest.mark.parametrize(("cls", "settings"), EVERY, ids=NAMES)
+def test_a_copy_with_its_model_trains_as_the_original_or_is_refused(cls: type, settings: dict[str, Any]) -> None:
+    model = plain_mlp()
+    model.l3.base.bias.requires_grad_()
+    optimizer = cls(model, 0.05, **settings)
+    train(model, optimizer, [data()])
+    if optimizer._capture is not None:
+        with pytest.raises(TypeError, match=rf"a {cls.__name__} that captures .* use state_dict\(\)"):
+            copy.deepcopy((model, optimizer))
+        return
+    before = copy.deepcopy(model.state_dict())
+    batches = [data() for _ in range(2)]
+    copies = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    for twin, copied in copies:
+        train(twin, copied, batches)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    train(model, optimizer, batches)
+    for twin, _ in copies:
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,22 @@ class PairOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if "_others" not in self.__dict__:  # of a copy, and not of torch's load_state_dict
+            self._others, self._capture = AuxAdamW(self), None
         self._others.link(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of; copy model and optimizer in one call, `copy.deepcopy((model, optimizer))`.
+
+        Raises:
+            TypeError: It captures.
+        """
+        if self._capture is not None:
+            raise TypeError(
+                f"a {type(self).__name__} that captures holds hooks on its model and cannot be copied or pickled; use "
+                "state_dict()"
+            )
+        return {**super().__getstate__(), "_pairs": self._pairs}
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
