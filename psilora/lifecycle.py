@@ -60,6 +60,7 @@ class Lifecycle(torch.optim.Optimizer):
         self._counters = Counters(bound.pairs[0].lora_A.device)
         self._observer = Observer()
         self._notices = Notices(self.param_groups)
+        self._notices.outside(bound.pairs, bound.unsaid)
         self._attach(bound.pairs, bound.outside, self._plan(bound.pairs, self.param_groups))
 
     def _strip(self) -> None:
@@ -141,6 +142,8 @@ class Lifecycle(torch.optim.Optimizer):
         bound = self._recipe.bind(found, strict=False)
         groups = regroup(bound, self._slots, self.param_groups, self._recipe)
         planner = self._plan(bound.pairs, [group for _, group in groups])
+        added = {id(p) for slot, group in groups if slot[0] == "added" for p in group["params"]}
+        self._notices.outside(bound.pairs, {n: p for n, p in bound.unsaid.items() if id(p) not in added})
         numbers = None if self._controller is None else self._controller.kept(self.state)
         if given is not None:  # from here on nothing is refused
             self._joined, self._model = (found if found is not given else None), weakref.ref(found)

@@ -331,7 +331,7 @@ class PSILoRA(Reporting):
         found = self._assembler.collect(settings, self._capture, all_counts, self.state, gathered, shared)
         self._notices.without_activations(found.blind)
         self._notices.halved(found.halved)
-        self._notices.trained(bool(found.problems or found.halved))
+        self._notices.trained(bool(found.problems or found.halved), found.still, self._why_still)
         self._notices.partly(found.moving, found.still, self._why_still)
         if any(is_sparse(grad) for grad in self._others.gradients):
             raise RuntimeError("a parameter outside the LoRA pairs has a sparse gradient; AdamW needs dense ones")

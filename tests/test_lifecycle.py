@@ -160,6 +160,23 @@ def test_more_numbers_for_adamw_than_for_lora_are_said_unless_asked_for() -> Non
         PSILoRA(model, 0.05, groups=[{"parameters": "base", "lr": 1e-4}])
 
 
+def test_rebind_says_it_again_only_of_other_parameters() -> None:
+    model = plain_mlp()
+    model.l1.base.requires_grad_(True)
+    with pytest.warns(UserWarning, match="AdamW trains 500 numbers"):
+        optimizer = PSILoRA(model, 0.05)
+    model.l3 = LoRALinear(model.l3.base, 3, 8).double()
+    added = model.l2.base.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [added]})  # whoever adds it knows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert optimizer.rebind() == ["l1", "l2", "l3"]
+        assert optimizer.rebind() == ["l1", "l2", "l3"]
+    model.l3.base.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"AdamW trains 596 numbers .* have 386; .* l3.base.weight \(96\)"):
+        optimizer.rebind()
+
+
 def test_an_adapter_added_later_trains_like_one_that_was_there() -> None:
     model = peft_mlp()
     optimizer = PSILoRA(model, 0.05, depth_scale=1)

@@ -7,6 +7,9 @@ from torch import nn
 from psilora.adapters.pair import LoRAPair
 from psilora.capture.record import Record
 
+#: How the reason of a pair begins that somebody has frozen.
+FROZEN = "frozen: "
+
 
 def why_still(pair: LoRAPair, model: nn.Module | None, record: Record | None, trained: bool) -> str:
     """Return the first reason that holds.
@@ -32,7 +35,7 @@ def why_still(pair: LoRAPair, model: nn.Module | None, record: Record | None, tr
         return f"its adapter {pair.adapter!r} is not active"
     if not pair.trainable:
         frozen = [name for name in ("lora_A", "lora_B") if not getattr(pair, name).requires_grad]
-        return f"frozen: {' and '.join(frozen)}"
+        return FROZEN + " and ".join(frozen)
     if record is not None and not record.called:
         return "no call of its layer with gradients enabled was seen"
     if trained:

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psilora import runtime
 from psilora.adapters.pair import LoRAPair, listed
+from psilora.monitor.standstill import FROZEN
 from psilora.monitor.trainer_rate import say_ignored_rate
+from psilora.param_groups.others import too_many
 
 IDLE_STEPS = 2
 #: The same before the first gradient, where one step is often taken for a schedule or to create state.
@@ -42,6 +44,7 @@ class Notices:
         self._waiting: dict[int, int] = {}  # steps in a row without a gradient, by id of a pair
         self._moved: set[int] = set()  # the ids of those that have had one
         self._still: set[str] = set()
+        self._outside: set[str] = set()
 
     def rebound(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Begin anew with the pairs of these groups: those there were, and perhaps more of them."""
@@ -57,18 +60,34 @@ class Notices:
             self._begun = True
             say_ignored_rate(lr)
 
-    def trained(self, some: bool) -> None:
-        """Note whether a step found gradients; warn after a few in a row without any."""
+    def outside(self, pairs: Sequence[LoRAPair], unsaid: Mapping[str, nn.Parameter]) -> None:
+        """Warn where AdamW trains more numbers than the pairs have, once for each of these, which nobody asked for."""
+        message = too_many(sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs), unsaid)
+        if message is not None and _first_time(list(unsaid), self._outside):
+            runtime.warn(message)
+
+    def trained(self, some: bool, still: Sequence[LoRAPair], why: Callable[[LoRAPair, bool], str]) -> None:
+        """Note whether a step found gradients; warn after a few in a row without any.
+
+        Args:
+            some: Whether it did.
+            still: Pairs that it leaves alone.
+            why: As in `partly`.
+        """
         if some:
             self._idle, self._started = 0, True
             return
         self._idle += 1
         limit = IDLE_STEPS if self._started else IDLE_START
         if self._idle == limit:
-            runtime.warn(
-                f"no gradient in any LoRA pair for {limit} steps: the adapter was replaced, merged or disabled; after "
-                "a change of adapters call optimizer.rebind()"
-            )
+            reasons = self._reasons(still, why)
+            frozen = all(reason.startswith(FROZEN) for reason in reasons.values())
+            advice = "" if frozen else "; after a change of adapters call optimizer.rebind()"
+            runtime.warn(f"no gradient in any LoRA pair for {limit} steps, in {_with(reasons)}{advice}")
+
+    def _reasons(self, still: Sequence[LoRAPair], why: Callable[[LoRAPair, bool], str]) -> dict[str, str]:
+        """Why pairs stand still, by name."""
+        return {pair.name: why(pair, id(pair) in self._moved) for pair in still}
 
     def partly(
         self, moving: Sequence[LoRAPair], still: Sequence[LoRAPair], why: Callable[[LoRAPair, bool], str]
@@ -87,8 +106,10 @@ class Notices:
         due = [pair for pair in still if self._waiting[id(pair)] == STILL_STEPS and pair.name not in self._halved]
         new = set(_first_time([pair.name for pair in due], self._still))
         if new:
-            named = [f"{pair.name} ({why(pair, id(pair) in self._moved)})" for pair in due if pair.name in new]
-            runtime.warn(f"no gradient for {STILL_STEPS} steps, while other LoRA pairs are trained, in {listed(named)}")
+            reasons = self._reasons([pair for pair in due if pair.name in new], why)
+            runtime.warn(
+                f"no gradient for {STILL_STEPS} steps, while other LoRA pairs are trained, in {_with(reasons)}"
+            )
 
     def rates(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Warn, once, where a schedule has set an AdamW group to a LoRA group's rate.
@@ -139,6 +160,10 @@ def _rate(group: Mapping[str, Any]) -> float | None:
     """The rate of a param group, None where it is a tensor."""
     rate = group["lr"]
     return None if isinstance(rate, Tensor) else float(rate)
+
+
+def _with(reasons: Mapping[str, str]) -> str:
+    return listed([f"{name} ({reason})" for name, reason in reasons.items()])
 
 
 def _first_time(names: Sequence[str], said: set[str]) -> list[str]:

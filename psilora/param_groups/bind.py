@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
-from psilora import runtime
 from psilora.adapters.find import find_pairs
 from psilora.adapters.model import check_model
 from psilora.adapters.pair import LoRAPair
 from psilora.options import OPTION_NAMES
 from psilora.param_groups.lora import checked_pairs, lora_groups, share_depth
-from psilora.param_groups.others import adamw_groups, too_many
+from psilora.param_groups.others import adamw_groups
 
 #: Where a group comes from: its kind, and the number of its entry in `groups=`, 0 for the rest.
 Slot = tuple[str, int]
@@ -24,11 +24,15 @@ _FACTOR_RATES = ("lr_ratio", "loraplus_lr_ratio", "lr_A", "lr_B")
 
 @dataclass(frozen=True)
 class Bound:
-    """A model's trainable parameters in groups: the pairs, the groups by slot, and the others by name."""
+    """A model's trainable parameters in groups: the pairs, the groups by slot, and the others by name.
+
+    `unsaid` are those of the others that nobody asked for by a setting: AdamW trains them because they are trainable.
+    """
 
     pairs: list[LoRAPair]
     groups: dict[Slot, dict[str, Any]]
     outside: dict[str, nn.Parameter]
+    unsaid: dict[str, nn.Parameter]
 
 
 @dataclass(frozen=True)
@@ -103,11 +107,9 @@ class Recipe:
         said = {id(p) for (_, i), group in groups.items() if i for p in group["params"]}
         if self.unsupported == "adamw":
             said |= {id(p) for adapter in find_pairs(model)[1] for p in adapter.parameters}
-        unsaid = {n: p for n, p in outside.items() if id(p) not in said and not n.startswith("also.")}
-        message = too_many(sum(p.lora_A.numel() + p.lora_B.numel() for p in pairs), unsaid)
-        if message is not None:
-            runtime.warn(message)
-        return Bound(pairs, groups, outside)
+        asked = re.compile(r"^also\.|\.modules_to_save\.")  # by the argument, and by that of PEFT's configuration
+        unsaid = {n: p for n, p in outside.items() if id(p) not in said and not asked.search(n)}
+        return Bound(pairs, groups, outside, unsaid)
 
 
 def regroup(

@@ -115,11 +115,8 @@ def added_group(
 
 
 def too_many(pairs: int, outside: Mapping[str, nn.Parameter]) -> str | None:
-    """Return what to say where AdamW trains more numbers than the `pairs` have, and nobody said so; else None.
-
-    Who names modules in PEFT's `modules_to_save` has said so.
-    """
-    sizes = {name: p.numel() for name, p in outside.items() if ".modules_to_save." not in name}
+    """Return what to say where AdamW trains more numbers than the `pairs` have, and nobody said so; else None."""
+    sizes = {name: p.numel() for name, p in outside.items()}
     total = sum(sizes.values())
     if total <= pairs:
         return None

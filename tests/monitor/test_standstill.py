@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from psilora import LoRALinear, PSILoRA
-from psilora.monitor.warn_once import STILL_STEPS
+from psilora.monitor.warn_once import IDLE_STEPS, STILL_STEPS
 
 KINDS: dict[str, dict[str, Any]] = {
     "spectral": {},
@@ -171,3 +171,21 @@ def test_nobody_is_named_while_nobody_moves() -> None:
         for _ in range(STILL_STEPS + 1):
             optimizer.step()
     assert said(model, optimizer, 1) == []
+
+
+@pytest.mark.parametrize("cause", CAUSES, ids=lambda cause: cause.__name__)
+def test_where_no_pair_moves_the_reasons_are_told_and_rebind_only_where_it_helps(
+    cause: Callable[[nn.Module], None],
+) -> None:
+    """The trap: who has frozen the adapters is sent to look for one that was merged or replaced."""
+    model = adapted("default")
+    for parameter in model.base_model.model.l1.parameters():
+        parameter.requires_grad_(False)
+    model.base_model.model.l3.weight.requires_grad_()
+    optimizer = PSILoRA(model, 0.01, groups=[{"parameters": "l3", "lr": 1e-3}])
+    train(model, optimizer, [data()])
+    cause(model)
+    (message,) = said(model, optimizer, IDLE_STEPS + 2)
+    advice = "" if cause is freeze else "; after a change of adapters call optimizer.rebind()"
+    start = f"psilora: no gradient in any LoRA pair for {IDLE_STEPS} steps, in base_model.model.l2"
+    assert message == f"{start} ({CAUSES[cause]}){advice}"
