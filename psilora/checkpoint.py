@@ -130,7 +130,7 @@ def load_checkpoint(path: str | Path | None, model: nn.Module, **parts: Stateful
         undo.callback(_fill, trainable, _copied(trainable))
         undo.callback(set_generators, generators())
         for name, part in parts.items():
-            undo.callback(part.load_state_dict, _copied(part.state_dict()))
+            undo.callback(_restore, part, _copied(part.state_dict()))
             part.load_state_dict(content["parts"][name])
         _fill(trainable, content["model"])
         set_generators(content["generators"])
@@ -142,6 +142,24 @@ def _fill(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> Non
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(values[name])
+
+
+def _restore(part: Stateful, state: Mapping[str, Any]) -> None:
+    """Load a state, unless it is there: loading may put other tensors in the place of those that others hold."""
+    if not _equal(_copied(part.state_dict()), state):
+        part.load_state_dict(state)
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_equal(value, b[key]) for key, value in a.items())
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or bool(a == b)
 
 
 def _copied(state: Any) -> Any:

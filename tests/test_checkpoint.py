@@ -281,7 +281,7 @@ def test_a_refused_part_leaves_everything_as_it_was(where: str, begun: bool, tmp
     def run(steps: int, **options: object) -> tuple[torch.nn.Module, dict[str, object]]:
         torch.manual_seed(steps)
         model = plain_mlp()
-        optimizer = PSILoRA(model, 0.1, **options)
+        optimizer = PSILoRA(model, torch.tensor(0.1), **options)
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
         scaler = Refusing()
         for _ in range(steps):
@@ -298,10 +298,11 @@ def test_a_refused_part_leaves_everything_as_it_was(where: str, begun: bool, tmp
     groups = [{"layers": "l1"}] if where == "optimizer" else []
     model, parts = run(2 if begun else 0, groups=groups)
     parts["scaler"].fails = where == "scaler"
-    before = told(model, parts)
+    before, rate = told(model, parts), parts["optimizer"].param_groups[0]["lr"]
     with pytest.raises((ValueError, KeyError), match="scale" if where == "scaler" else "it is not the state"):
         load_checkpoint(path, model, **parts)
     assert told(model, parts) == before
+    assert where == "scaler" or parts["optimizer"].param_groups[0]["lr"] is rate  # which others may hold, and set
     train(model, parts["optimizer"], [data()])
     parts["schedule"].step()
     parts["scaler"].fails = False
