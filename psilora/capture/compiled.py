@@ -1,7 +1,7 @@
 """Capture inside a graph of `torch.compile`: a node that Dynamo can trace, whose backward calls an opaque operator.
 
-The eager capture links two nodes by a Python object, which breaks a graph at every layer. Here one node sits on
-lora_B's output: its forward is a view, and its backward hands X and S_B to `torch.ops.psilora.capture`. What a graph
+The eager capture links node and hook by a Python object, which breaks a graph at every layer. Here one node sits on
+lora_B's output: its forward is an alias, and its backward hands X and S_B to `torch.ops.psilora.capture`. What a graph
 remembers is the number of its site: it goes on capturing for an optimizer that is built later, and captures nothing for
 one that is gone. The number is a tensor, because Dynamo would compile equal blocks again for every other integer.
 """
@@ -80,7 +80,7 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, number: Tensor, missed: bool) -> Tensor:
         ctx.save_for_backward(x, number)
         ctx.shape, ctx.missed = weight.shape, missed
-        return y.view_as(y)
+        return torch.ops.aten._unsafe_view(y, y.shape)  # no view to autograd, which forbids changing one in place here
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

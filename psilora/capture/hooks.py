@@ -1,11 +1,12 @@
-"""Capture X (rows entering lora_A) and S_B (the gradient at lora_B's output) with two linked autograd nodes.
+"""Capture X (rows entering lora_A) and S_B (the gradient at lora_B's output): an autograd node and a hook of another.
 
 An identity node on lora_A's input saves X, and takes lora_A's weight as a second input so that its backward always
-runs; an identity node on lora_B's output sees S_B first and leaves it in a token that both share. X is then the very
-tensor autograd saves anyway: it is dropped and recomputed by gradient checkpointing of either kind, pairs with the S_B
-of the same call, and nothing is captured in a forward without gradients. dB = S_Bᵀ(XAᵀ) and dA = (S_B·B)ᵀX, so
-S = S_B / s is the gradient at the layer's output and G = SᵀX. Of a convolution the node saves the input, whose patches
-are the rows of X; they are formed after S_B has come, and only where rows are kept: `psilora.adapters.convolution`.
+runs; a hook of the node that made lora_B's output sees S_B first and leaves it in a token that both share. X is then
+the very tensor autograd saves anyway: it is dropped and recomputed by gradient checkpointing of either kind, pairs with
+the S_B of the same call, and nothing is captured in a forward without gradients. The output itself stays as it is, so a
+layer may change it in place. dB = S_Bᵀ(XAᵀ) and dA = (S_B·B)ᵀX, so S = S_B / s is the gradient at the layer's output
+and G = SᵀX. Of a convolution the node saves the input, whose patches are the rows of X; they are formed after S_B has
+come, and only where rows are kept: `psilora.adapters.convolution`.
 """
 
 from __future__ import annotations
@@ -110,45 +111,67 @@ def _release(handles: list[RemovableHandle], records: list[Record]) -> None:
 
 
 class _Token:
-    """Links the two nodes of one call."""
+    """Links the node and the hook of one call.
 
-    __slots__ = ("origin", "paired", "record", "s")
+    Attributes:
+        s: S_B, from lora_B's backward to lora_A's.
+        undefined: Whether backward came without a gradient, which a function of one's own may leave out.
+    """
+
+    __slots__ = ("origin", "paired", "record", "s", "undefined")
 
     def __init__(self, record: Record, paired: bool, origin: Origin | None = None) -> None:
         self.record = record
         self.paired = paired
         self.origin = origin
         self.s: Tensor | None = None
+        self.undefined = False
+
+    def watch(self, output: Tensor) -> None:
+        """Take the gradient at lora_B's output when backward reaches the node that made it."""
+        source = _row_major_base(output)
+        node, number = source.grad_fn, source.output_nr
+        if node is None:  # a leaf that a hook of one's own put there: no gradient goes on to lora_B
+            return
+
+        def reached(grads: tuple[Tensor | None, ...]) -> None:
+            self.record.open(missed=not self.paired)
+            self.s = grads[number]
+            self.undefined = self.s is None
+
+        node.register_prehook(reached)  # after every hook on the tensor, so what they make of the gradient is seen
+
+
+def _row_major_base(output: Tensor) -> Tensor:
+    """Return the tensor that `output` is another shape of, or itself.
+
+    An operation in place on a view goes into the history of its base, and past the node that made the view.
+    """
+    base = output._base
+    if base is None or base.numel() != output.numel() or base.grad_fn is None:
+        return output
+    squeezed = [[(n, step) for n, step in zip(t.shape, t.stride(), strict=True) if n != 1] for t in (base, output)]
+    contiguous = base.is_contiguous() and output.is_contiguous()
+    return base if contiguous or squeezed[0] == squeezed[1] else output
 
 
 class _InputNode(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, token: _Token) -> Tensor:
         ctx.save_for_backward(x)
+        ctx.set_materialize_grads(False)  # a gradient that is not there stays so in what comes before
         ctx.token = token
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         token: _Token = ctx.token
         s, token.s = token.s, None
-        token.record.add(x, s, token.origin, token)
+        if not token.undefined:
+            token.record.add(x, s, token.origin, token)
+        token.undefined = False
         return (grad if ctx.needs_input_grad[0] else None), None, None
-
-
-class _OutputNode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, token: _Token) -> Tensor:
-        ctx.token = token
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        token: _Token = ctx.token
-        token.record.open(missed=not token.paired)
-        token.s = grad
-        return grad, None
 
 
 class _Hook:
@@ -204,10 +227,9 @@ class _AfterB(_Hook):
             return self.site.capture(args[0], output, module.weight) if traced else None
         token = getattr(self.slot, "token", None)
         self.slot.token = None
-        if not torch.is_grad_enabled() or not output.requires_grad:
-            return None
-        node = _OutputNode.apply(output, token or _Token(self.record, paired=False))  # type: ignore[no-untyped-call]
-        return node  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and output.requires_grad:
+            (token or _Token(self.record, paired=False)).watch(output)
+        return None
 
 
 class _AfterAccumulateA(_Hook):

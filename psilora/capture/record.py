@@ -194,12 +194,12 @@ class Record:
             self.missed += 1
             return
         conv, s = self.pair.convolution, s.detach()
-        s = s.flatten(0, -2) if conv is None else position_rows(s, conv)
+        s = s.reshape(-1, s.shape[-1]) if conv is None else position_rows(s, conv)
         again = call is not None and call in self._taken
         if again and isinstance(self.held, Rows):
             self.held.overlay(self._taken[call], s)
             return
-        x = x.detach() if conv is not None else x.detach().flatten(0, -2)
+        x = x.detach() if conv is not None else x.detach().reshape(-1, x.shape[-1])
         if self.holds == "rows":
             x = self._originals.share(x, origin)
         if call is not None:

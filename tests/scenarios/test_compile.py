@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 
 import pytest
@@ -142,6 +143,36 @@ def test_an_optimizer_built_after_the_first_compiled_call_captures() -> None:
     a, b = factors(model), factors(other)
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-9, atol=1e-12)
+
+
+class InPlace(nn.Module):
+    """A layer that goes on in place with what lora_B gives, a view where there is a bias and a sequence dimension."""
+
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.base, self.scaling = nn.Linear(6, 6).requires_grad_(False), 2.0
+        self.lora_A, self.lora_B = nn.Linear(6, 2, bias=False), nn.Linear(2, 6, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.lora_B(self.lora_A(x))
+        h *= self.scaling
+        return h.add_(self.base(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(("shape", "bias"), [((5, 6), False), ((2, 3, 6), True), ((6,), False)], ids=str)
+def test_a_full_graph_may_change_the_output_in_place_and_take_a_vector(
+    shape: tuple[int, ...], bias: bool, backend: str
+) -> None:
+    plain = nn.Sequential(InPlace(bias)).double()
+    model = copy.deepcopy(plain)
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    x = torch.randn(shape).double()
+    for m in (plain, torch.compile(model, backend=backend, fullgraph=True)):
+        m(x).square().mean().backward()
+    assert max(residuals(optimizer)) < 1e-12
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
 
 
 def test_a_graph_without_hooks_does_not_serve_a_model_of_the_same_code_that_has_them() -> None:
