@@ -80,7 +80,8 @@ class _Node(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, weight: Tensor, number: Tensor, missed: bool) -> Tensor:
         ctx.save_for_backward(x, number)
         ctx.shape, ctx.missed = weight.shape, missed
-        return torch.ops.aten._unsafe_view(y, y.shape)  # no view to autograd, which forbids changing one in place here
+        alias: Tensor = torch.ops.aten._unsafe_view(y, y.shape)  # to autograd no view, so free to be changed in place
+        return alias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -7,7 +7,6 @@ gradient belongs to a step that never came.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from psilora import runtime
 from psilora.adapters.pair import LoRAPair, is_sparse
+from psilora.capture.passes import Observed
 
 
 class Versions:
@@ -48,7 +48,7 @@ class Versions:
         return self._noted.values()
 
 
-class Watched(Protocol):
+class Watched(Observed, Protocol):
     """What was captured for one pair, which a reset of its gradient makes void."""
 
     pair: LoRAPair
@@ -58,35 +58,6 @@ class Watched(Protocol):
     def idle(self) -> bool:
         """Whether nothing was captured."""
         ...
-
-    def refresh(self, backward: int) -> None:
-        """Drop what was captured if the gradient was reset; a backward pass begins, or (-1) a step."""
-        ...
-
-
-class Passes:
-    """The backward passes since the last step: when one begins, what others left for nothing is dropped everywhere.
-
-    At that moment a gradient that was reset is still zero in the layers which the pass will not reach, and in those
-    that it will; later, accumulation and averaging over processes fill it.
-    """
-
-    def __init__(self) -> None:
-        self.records: list[Watched] = []
-        self._seen: set[int] = set()
-        self._lock = threading.Lock()
-
-    def begin(self, backward: int) -> None:
-        """Note that this pass has reached a record; must not be called with the lock of one."""
-        with self._lock:
-            if backward not in self._seen:
-                self._seen.add(backward)
-                for record in self.records:
-                    record.refresh(backward)
-
-    def clear(self) -> None:
-        """Forget them."""
-        self._seen.clear()
 
 
 def suspects(records: Sequence[Watched]) -> list[Watched]:

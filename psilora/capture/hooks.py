@@ -23,7 +23,8 @@ from torch.utils.hooks import RemovableHandle
 from psilora.adapters.pair import LoRAPair
 from psilora.capture import compiled
 from psilora.capture.casts import Origin, Originals, origin_of
-from psilora.capture.discards import Passes, suspects
+from psilora.capture.discards import suspects
+from psilora.capture.passes import Passes
 from psilora.capture.record import Captured, Record
 
 _owners: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Capture]] = weakref.WeakKeyDictionary()

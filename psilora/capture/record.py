@@ -4,29 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from psilora import runtime
 from psilora.adapters.convolution import Patches, position_rows
 from psilora.adapters.pair import LoRAPair
 from psilora.capture.casts import Origin, Originals
-from psilora.capture.discards import Passes, Versions, is_zero, present
+from psilora.capture.discards import Versions, is_zero, present
+from psilora.capture.passes import Passes
 from psilora.capture.storage import KINDS, Holding, Input, Matrix, Rows, column_squares
 from psilora.linalg.precision import compute_dtype, full_precision
 
 PROBES = 8  # layers whose dB is copied after backward; one would do, more survive a layer with no gradient
-
-
-@dataclass
-class Pending:
-    """The calls of one backward pass, run by one thread, not yet confirmed: X, S_B, X's origin and the call."""
-
-    thread: int
-    calls: list[tuple[Tensor, Tensor | None, Origin | None, object]] = field(default_factory=list)
 
 
 class Captured(NamedTuple):
@@ -56,7 +47,7 @@ class Record:
             XᵀX (d_in, d_in) and S_BᵀS_B (d_out, d_out); in the compute dtype, None before the first call.
         itemsize: Bytes per number of the narrowest X or S_B that came, as it came; 8 before the first.
         versions: `.grad` as backward has left it.
-        missed: Number of backward calls that went through only one of the two nodes, and of backward passes that
+        missed: Number of backward calls that went through only one of node and hook, and of backward passes that
             reached lora_A through neither.
         overlaid: Whether two backward passes reached one call and only sums of squares are kept: those of S₁ + S₂ need
             both at once.
@@ -102,7 +93,6 @@ class Record:
         self.changed = False
         self.versions.clear()
         self._probes.discard(self)
-        self._pending: dict[int, Pending] = {}  # by backward pass
         self._backward = -1
 
     def hold(self, kind: str, sums: str | None) -> None:
@@ -118,14 +108,14 @@ class Record:
         Args:
             missed: Whether the call did not pass lora_A's input node, so that it will bring no X.
         """
-        backward = torch._C._current_graph_task_id()
-        self._passes.begin(backward)
+        running = self._passes.begin()
         with self._lock:
-            if backward != self._backward:
-                if self.pair.lora_A.grad is None:
-                    self._restart(backward)
-                self._backward = backward
-            self.missed += missed
+            if running.number != self._backward:
+                if self._gone():
+                    self.clear()
+                self._backward = running.number
+            if missed:
+                running.unpaired[self] = running.unpaired.get(self, 0) + 1
 
     def refresh(self, backward: int) -> None:
         """Start afresh if `.grad` is gone or was set to zero: a new backward pass begins, or a step.
@@ -141,14 +131,12 @@ class Record:
                 return
             changed = self.versions.changes(self.pair) > 0
             self.changed |= changed and backward >= 0
-            if self.pair.lora_A.grad is None or self._zeroed(changed, unless_held=changed and backward >= 0):
-                self._restart(backward)
+            if self._gone() or self._zeroed(changed, unless_held=changed and backward >= 0):
+                self.clear()
 
-    def _restart(self, backward: int) -> None:
-        """Forget all but what this pass, and other threads, have under way."""
-        here, pending = threading.get_ident(), self._pending
-        self.clear()
-        self._pending = {task: calls for task, calls in pending.items() if task == backward or calls.thread != here}
+    def _gone(self) -> bool:
+        """Whether `.grad` was reset to None; where a pass runs inside another, dA may only be yet to come, after dB."""
+        return self.pair.lora_A.grad is None and (self.calls > 0 or self.pair.lora_B.grad is None)
 
     def _zeroed(self, changed: bool, unless_held: bool) -> bool:
         """Whether `.grad` is zero and what is held is not, so that it was set to zero in place.
@@ -171,16 +159,17 @@ class Record:
         `call` stands for it in every pass through its graph; None for one that cannot be told from another.
         `torch.autograd.grad` passes through the nodes as well, but leaves `.grad` alone: nothing confirms its calls.
         """
+        running = self._passes.begin()
         with self._lock:
-            pending = self._pending.setdefault(torch._C._current_graph_task_id(), Pending(threading.get_ident()))
-            pending.calls.append((x, s, origin, call))
+            running.calls.setdefault(self, []).append((x, s, origin, call))
 
     def confirm(self) -> None:
         """Take the calls of this backward pass: lora_A's gradient, which waits for all of them, has accumulated."""
+        running = self._passes.current
         with self._lock:
-            pending = self._pending.pop(torch._C._current_graph_task_id(), None)
-            self.missed += pending is None  # something that bypasses the modules made this gradient
-            for x, s, origin, call in () if pending is None else pending.calls:
+            calls = [] if running is None else running.calls.pop(self, [])
+            self.missed += not calls  # something that bypasses the modules made this gradient
+            for x, s, origin, call in calls:
                 self._take(x, s, origin, call)
             self.versions.note(self.pair.lora_A)
 
@@ -231,8 +220,10 @@ class Record:
         return self.held.tensors() + [t for t in (self.sum_x2, self.sum_s2) if t is not None and t.dim() > 1]
 
     def accumulated(self) -> None:
-        """Keep a copy of dB as backward leaves it, if this is one of the probes."""
+        """Count the calls that passed lora_B alone, and keep a copy of dB as backward leaves it, for a few probes."""
+        running = self._passes.current
         with self._lock:  # of two threads, the one whose copy is older must not have the last word
+            self.missed += 0 if running is None else running.unpaired.pop(self, 0)
             grad = self.pair.lora_B.grad
             self.versions.note(self.pair.lora_B)
             if grad is not None and (self in self._probes or len(self._probes) < PROBES):
