@@ -194,7 +194,7 @@ class Lifecycle(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients and drop what was captured for them."""
         super().zero_grad(set_to_none)
-        self._capture.clear()
+        self._capture.clear(reset=True)
 
     def detach(self) -> None:
         """Remove every hook from the model and drop what was captured."""

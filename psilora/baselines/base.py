@@ -185,7 +185,7 @@ class PairOptimizer(torch.optim.Optimizer):
         """Reset the gradients and drop what was captured for them."""
         super().zero_grad(set_to_none)
         if self._capture is not None:
-            self._capture.clear()
+            self._capture.clear(reset=True)
 
     def detach(self) -> None:
         """Remove every hook from the model."""

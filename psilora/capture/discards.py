@@ -7,6 +7,7 @@ gradient belongs to a step that never came.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
@@ -46,6 +47,35 @@ class Versions:
     def noted(self) -> Collection[tuple[Tensor, Tensor, int]]:
         """The parameters with their gradients and versions, as noted."""
         return self._noted.values()
+
+
+class Leftovers:
+    """The gradients of one pair that a step has left where they were."""
+
+    def __init__(self) -> None:
+        self._left: list[tuple[weakref.ref[Tensor], int]] = []  # with its version; a reset may free it
+
+    def clear(self) -> None:
+        """Forget them."""
+        self._left = []
+
+    def note(self, pair: LoRAPair) -> None:
+        """Remember the gradients that are there; on the CPU their numbers tell them, and nothing is remembered."""
+        if not runtime.at_hand(pair.lora_A.device):
+            self._left = [(weakref.ref(grad), grad._version) for grad in present(pair)]
+
+    def there(self, pair: LoRAPair) -> bool:
+        """Return whether there are gradients that nothing has reset.
+
+        Elsewhere than on the CPU, where a look waits for the device, whatever was written to since counts as reset.
+        """
+        device = pair.lora_A.device
+        if runtime.at_hand(device):
+            return not all(map(is_zero, present(pair)))
+        if not self._left or runtime.capturing(device):
+            return False
+        left = [(grad, version) for ref, version in self._left if (grad := ref()) is not None]
+        return any(grad is now and version == now._version for now in present(pair) for grad, version in left)
 
 
 class Watched(Observed, Protocol):

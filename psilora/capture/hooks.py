@@ -76,11 +76,14 @@ class Capture:
         record = self.record(pair)
         return Captured(pair.name, 0, 0, ()) if record is None else record.view()
 
-    def clear(self) -> None:
-        """Drop everything captured."""
+    def clear(self, *, reset: bool = False) -> None:
+        """Drop everything captured; `reset` says that the gradients have been reset, else they wait for that."""
         self._passes.clear()
         for record in self.records.values():
-            record.clear()
+            if reset:
+                record.clear()
+            else:
+                record.begin_anew()
 
     def refresh(self) -> None:
         """Before a step, drop what was captured for gradients that have been reset since."""

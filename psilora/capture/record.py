@@ -12,7 +12,7 @@ from psilora import runtime
 from psilora.adapters.convolution import Patches, position_rows
 from psilora.adapters.pair import LoRAPair
 from psilora.capture.casts import Origin, Originals
-from psilora.capture.discards import Versions, is_zero, present
+from psilora.capture.discards import Leftovers, Versions, is_zero, present
 from psilora.capture.passes import Passes
 from psilora.capture.storage import KINDS, Holding, Input, Matrix, Rows, column_squares
 from psilora.linalg.precision import compute_dtype, full_precision
@@ -53,6 +53,7 @@ class Record:
             both at once.
         left: dB as backward left it, for a few probes, so that a later change of `.grad` can be recognised.
         changed: Whether something other than backward has changed `.grad` between two backward passes.
+        stale: Whether `.grad` was not reset before the first backward pass, so that it holds more than X and S tell.
         verified: Whether the first capture has been checked against `.grad`; survives `clear`.
         called: Whether lora_A has been called with gradients enabled, outside a compiled graph; survives `clear`.
     """
@@ -74,7 +75,7 @@ class Record:
         self._probes = probes
         self._originals = originals
         self._passes = passes
-        self.versions = Versions()
+        self.versions, self._leftovers = Versions(), Leftovers()
         self._lock = threading.Lock()
         self.clear()
 
@@ -90,10 +91,16 @@ class Record:
         self.overlaid = False
         self._taken: dict[object, int] = {}  # the place of each call among the chunks
         self.left: Tensor | None = None
-        self.changed = False
+        self.changed = self.stale = False
         self.versions.clear()
+        self._leftovers.clear()
         self._probes.discard(self)
         self._backward = -1
+
+    def begin_anew(self) -> None:
+        """Forget everything captured, of gradients that are not reset yet."""
+        self.clear()
+        self._leftovers.note(self.pair)
 
     def hold(self, kind: str, sums: str | None) -> None:
         """Forget everything captured, and keep this from the next call on."""
@@ -128,6 +135,8 @@ class Record:
         """
         with self._lock:
             if self.idle:
+                if backward >= 0 and not self.versions.noted:  # nothing of this step has come, also in another pass
+                    self.stale = self._leftovers.there(self.pair)
                 return
             changed = self.versions.changes(self.pair) > 0
             self.changed |= changed and backward >= 0

@@ -29,6 +29,7 @@ class GlobalCounts:
         calls, missed, rows: Captured backward calls, those of which only a part was seen, and rows N.
         overlaid: Processes in which two backward passes reached one call (see `psilora.capture.Record`).
         probed: Processes whose dB was kept as backward left it, or that ran no backward for the pair.
+        stale: Processes in which `.grad` was not reset before backward (see `psilora.capture.Record`).
         overlap: (Σ⟨dB now, dB left⟩, Σ‖dB left‖²), (2,) float64, where dB left is dB as backward left it in a process;
             None with one process, which compares the two itself.
     """
@@ -39,6 +40,7 @@ class GlobalCounts:
     rows: int
     overlaid: int
     probed: int
+    stale: int
     overlap: Tensor | None = None
 
     @property
@@ -52,13 +54,13 @@ class GlobalCounts:
         return self.calls > 0 and self.missed == 0
 
 
-_NOTHING = GlobalCounts(0, 0, 0, 0, 0, 0)
+_NOTHING = GlobalCounts(0, 0, 0, 0, 0, 0, 0)
 
 
 def global_counts(pairs: Sequence[LoRAPair], capture: Capture, communicator: Communicator | None) -> list[GlobalCounts]:
     """Return the sums for each pair, the same in all processes; they must call this together, with the same pairs.
 
-    This is one all-reduce of eight numbers per pair, and the only time a step waits for the device, because what to
+    This is one all-reduce of nine numbers per pair, and the only time a step waits for the device, because what to
     compute depends on it. Without a communicator the process decides alone.
 
     Raises:
@@ -76,8 +78,8 @@ def global_counts(pairs: Sequence[LoRAPair], capture: Capture, communicator: Com
     counts, overlaps = communicator.sums([counts, overlaps])
     summed = []
     for numbers, overlap in zip(counts.long().tolist(), overlaps.unbind(), strict=True):
-        gradients, calls, missed, rows, overlaid, probed = numbers
-        summed.append(GlobalCounts(gradients, calls, missed, rows, overlaid, probed, overlap))
+        gradients, calls, missed, rows, overlaid, probed, stale = numbers
+        summed.append(GlobalCounts(gradients, calls, missed, rows, overlaid, probed, stale, overlap))
     partial = [pair.name for pair, counted in zip(pairs, summed, strict=True) if 0 < counted.gradients < world]
     if partial:
         raise RuntimeError(
@@ -87,13 +89,13 @@ def global_counts(pairs: Sequence[LoRAPair], capture: Capture, communicator: Com
     return summed
 
 
-def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int, int]:
+def _local(pair: LoRAPair, record: Record | None) -> tuple[int, int, int, int, int, int, int]:
     """Return this process's counts, in the order of `GlobalCounts`."""
     gradients = int(pair.trainable and len(present(pair)) == 2)
     if record is None:
-        return gradients, 0, 0, 0, 0, 0
+        return gradients, 0, 0, 0, 0, 0, 0
     probed = record.idle or record.left is not None
-    return gradients, record.calls, record.missed, record.rows, int(record.overlaid), int(probed)
+    return gradients, record.calls, record.missed, record.rows, int(record.overlaid), int(probed), int(record.stale)
 
 
 def _overlap(pair: LoRAPair, record: Record | None) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from psilora import runtime
+from psilora.capture.record import Record
 from psilora.distributed.communicator import Communicator
 from psilora.steps.problem import Problem
 
@@ -28,9 +29,10 @@ def external_scale(
 ) -> Tensor | None:
     """Return c (0-d float64 on `device`), the factor on `.grad` since backward, which X and S lack.
 
-    None without captures. Each layer's first capture is checked against `.grad`, waiting for the device once; with one
-    process also one whose `.grad` was changed between two backward passes, which the probes do not see. On the CPU
-    every step is also checked for changes of `.grad` that are not a common factor.
+    None without captures. Each layer's first capture is checked against `.grad`, waiting for the device once, and so is
+    one whose `.grad` was not reset before backward; with one process also one whose `.grad` was changed between two
+    backward passes, which the probes do not see. On the CPU every step is also checked for changes of `.grad` that are
+    not a common factor.
 
     With several processes the probes are averaged before they are compared, because whoever averages `.grad` (DDP does,
     at the end of backward) does so after they are taken: averaging itself is no part of c. Only ⟨dB now, probe⟩
@@ -44,7 +46,12 @@ def external_scale(
     if not seen:
         return None
     exact = [(problem, record) for problem, record in seen if problem.exact]
-    new = [(p, record) for p, record in exact if not record.verified or (record.changed and communicator is None)]
+    stale = [_stale(p, record, communicator) for p, record in exact]
+    new = [
+        (p, record)
+        for (p, record), more in zip(exact, stale, strict=True)
+        if more or not record.verified or (record.changed and communicator is None)
+    ]
     world = 1 if communicator is None else communicator.world_size
     judged = bool(new) or (bool(exact) and runtime.at_hand(device))
     if communicator is None:
@@ -61,10 +68,16 @@ def external_scale(
         if communicator is not None:
             expected = communicator.sums(expected)
         found = [(p, _residual(p.dB, dB, typical)) for (p, _), dB in zip(new, expected, strict=True)]
-        _refuse(found, "the captured activations do not reproduce .grad")
+        more = ", which was not reset before backward (zero_grad)," if any(stale) else ""
+        _refuse(found, f"the captured activations do not reproduce .grad{more}")
         for _, record in new:
             record.verified = True
     return scale
+
+
+def _stale(problem: Problem, record: Record, communicator: Communicator | None) -> bool:
+    """Whether `.grad` was not reset before backward, in any process."""
+    return record.stale if communicator is None or problem.counts is None else problem.counts.stale > 0
 
 
 Residual = tuple[Problem, tuple[Tensor, Tensor]]

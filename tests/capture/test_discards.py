@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from psilora import LoRALinear, PSILoRA, baselines
 from psilora.capture import PROBES
+from psilora.capture.storage import Rows
 
 CAPTURING: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -174,6 +175,8 @@ def test_a_gradient_that_no_backward_pass_has_left_is_not_taken_for_zero(kind: s
     loss(model, inputs()).backward()
     optimizer.step()
     before = copy.deepcopy(model)
+    for i in (0, 2):
+        model[i].zero_grad()
     loss(model, inputs(), {1}).backward()  # the gradients of layer 1 are those of the first step
     if kind == "exact":
         with pytest.warns(UserWarning, match="using the tangent gradient for 1$"):
@@ -260,3 +263,96 @@ def test_cuda_is_waited_for_only_where_one_gradient_was_written_to_more_often_th
     capture.refresh()
     assert len(looks) == 3 * len(missed)  # at dB, dA and what is held
     assert [record.idle for record in capture.records.values()] == [i in missed for i in range(4)]
+
+
+HELD = [kind for kind in KINDS if not kind.startswith(("tangent", "triton"))]  # what is compared with `.grad`
+
+
+def no_reset(model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad(set_to_none=False)
+    loss(model, inputs()).backward()
+    optimizer.step()
+
+
+def loaded_between(model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    loss(model, inputs()).backward()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+def set_by_hand(model: nn.Module, optimizer: Any) -> None:
+    for p in model.parameters():
+        p.grad = torch.ones_like(p) if p.requires_grad else None
+
+
+LEFT = [(before, kind) for before in (no_reset, loaded_between, set_by_hand) for kind in HELD]
+LEFT.remove((loaded_between, "SVDLoRA"))  # which drops nothing when it loads
+
+
+@pytest.mark.parametrize(("before", "kind"), LEFT)
+def test_what_was_left_in_a_gradient_before_backward_is_refused(
+    before: Callable[[nn.Module, Any], None], kind: str
+) -> None:
+    """The trap: the probes are taken after backward, so `.grad` looks untouched while it holds two batches."""
+    model = layers(3)
+    optimizer = KINDS[kind](model)
+    for missed in (set(), {1}):
+        optimizer.zero_grad()
+        loss(model, inputs(), missed).backward()
+        optimizer.step()
+    before(model, optimizer)
+    loss(model, inputs()).backward()
+    kept = copy.deepcopy(model)
+    refusal = "miss .grad by" if kind == "SVDLoRA" else r"do not reproduce .grad, which was not reset before backward"
+    with pytest.raises(RuntimeError, match=refusal):
+        optimizer.step()
+    assert moved(model, kept) == [False] * 3
+    optimizer.zero_grad()
+    loss(model, inputs()).backward()
+    optimizer.step()
+    assert moved(model, kept) == [True] * 3
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+@pytest.mark.parametrize(
+    ("by", "reset"), [("optimizer", "to zero"), ("optimizer", "to None"), *(("model", reset) for reset in RESETS)]
+)
+@pytest.mark.parametrize("cuda", [False, True])
+def test_what_was_reset_is_not_compared_again(
+    cuda: bool, by: str, reset: str, accumulated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first capture of a layer is; on CUDA to compare waits for the device."""
+    model = layers(3, torch.float64)
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    if cuda:
+        monkeypatch.setattr("psilora.runtime.at_hand", lambda _device: False)
+    compared: list[Tensor] = []
+    dB = Rows.dB
+    monkeypatch.setattr(Rows, "dB", lambda held, pair: compared.append(dB(held, pair)) or compared[-1])
+    for step in range(3):
+        if by == "model" and step > 0:
+            RESETS[reset](model)
+        elif by == "optimizer":
+            optimizer.zero_grad(set_to_none=reset != "to zero")
+        for _ in range(accumulated):
+            loss(model, inputs(torch.float64), {1} if step == 1 else set()).backward()
+        assert not any(record.stale for record in optimizer._capture.records.values()) or (cuda and reset == "data")
+        compared.clear()
+        optimizer.step()
+        assert len(compared) == (3 if step == 0 else 0) or (cuda and reset == "data")
+
+
+@pytest.mark.parametrize("before", [no_reset, loaded_between])
+def test_cuda_knows_a_gradient_that_was_left_by_its_version(
+    before: Callable[[nn.Module, Any], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = layers(3)
+    optimizer = PSILoRA(model, 0.1, step="gradient")
+    monkeypatch.setattr("psilora.runtime.at_hand", lambda _device: False)
+    no_reset(model, optimizer)
+    before(model, optimizer)
+    with monkeypatch.context() as patch:  # a look at numbers would wait for the device
+        patch.setattr(Tensor, "any", lambda _t: pytest.fail("looked"))
+        loss(model, inputs()).backward()
+    with pytest.raises(RuntimeError, match=r"do not reproduce .grad, which was not reset before backward"):
+        optimizer.step()

@@ -70,6 +70,8 @@ def test_errors_are_raised_by_all(worlds: Worlds, size: int) -> None:
         assert "no thin sum gives, for l1, l2, l3; use metric='kfac' or 'kfac-dense'" in results["refused"]["shampoo"]
         assert f"some of the {len(world)} processes have no gradient for l1, l2, l3" in results["refused"]["one-sided"]
         assert results["refused"]["unchanged"]
+        first, second = results["refused"]["left over"]
+        assert not first and "do not reproduce .grad, which was not reset before backward (zero_grad), for" in second
 
 
 @both
@@ -87,7 +89,7 @@ def test_traffic_is_thin_products_beside_the_gradients_of_adamw(worlds: Worlds, 
     steps, layers, flags = CASES["exact"].steps, len(DIMS) - 1, 2 * 4
     gradients = 4 * RANK * (sum(DIMS[:-1]) + sum(DIMS[1:]))  # what DDP all-reduces for AdamW in a step
     products = 4 * RANK * sum(DIMS[1:])
-    counts = 8 * 8 * layers
+    counts = 9 * 8 * layers
     for results in world:
         assert results["exact"]["bytes"] == steps * (products + counts + flags) + products
         assert results["exact"]["rounds"] == 3 * steps + 1

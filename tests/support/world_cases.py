@@ -146,7 +146,22 @@ def refused(rank: int) -> dict[str, Any]:
     before = factors_of(model)
     found["one-sided"] = message(optimizer.step)
     found["unchanged"] = all(torch.equal(before[name], p) for name, p in factors_of(model).items())
+    found["left over"] = left_over(rank)
     return found
+
+
+def left_over(rank: int) -> list[str]:
+    """What two steps say of which the second finds the gradients of the first, in one process, among its own."""
+    model = Net()
+    optimizer = make_optimizer(model, {})
+    ddp = torch.nn.parallel.DistributedDataParallel(model)
+    said = []
+    for step in range(2):
+        if rank > 0:
+            optimizer.zero_grad(set_to_none=False)
+        total(ddp, Case({}).batch(rank, step, 0)).backward()
+        said.append(message(optimizer.step))
+    return said
 
 
 SHARDED: dict[str, Case] = {
