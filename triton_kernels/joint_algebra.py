@@ -6,7 +6,8 @@ FFᵀ + λI, T = L⁻ᵀ, and Q = L⁻¹·F has orthonormal rows. All is twofold
 but for the polar factor. In order:
 
 - roots (`joint_collect`), one program per side and layer: L⁻¹ of the factors as they are, for the metric's moments;
-- collect (`joint_collect`), one per side and layer: Γ from the partial sums, L⁻¹ of the whitened factor, W = Γ_F·T;
+- collect (`joint_collect`), one per side and layer: Γ from the partial sums, L⁻¹ of the whitened factor, W = Γ_F·T, and
+  how large a step with these weights would be;
 - tangent (`joint_tangent`), one per side and layer: m and h in the tangent space, the part of h outside the factor's
   span and its basis;
 - finish (`joint_finish`), one per layer: the polar factor, both turns of LoRSum, and the coefficients of the raw rows.
@@ -20,7 +21,6 @@ from typing import Any
 import torch
 
 from psilora.triton_kernels._compat import DOUBLE_PRODUCTS, tl, triton
-from psilora.triton_kernels.joint_layout import COUNT_SUM, INVERSE_SUM, SUMS, parts_of
 from psilora.triton_kernels.layout import UNALIGNED
 from psilora.triton_kernels.tables import capability_of
 from psilora.triton_kernels.twofold import add, invert_factor_at, load, multiply, power, store
@@ -60,9 +60,12 @@ OUT_MOVED = tl.constexpr(2)
 OUT_SHIFT = tl.constexpr(3)
 OUTCOME = tl.constexpr(4)
 
-# Columns of the sizes of a raw factor (fp32): Σ of its squares in units of 4^E, and E.
+# Columns of the sizes of a side (fp32): Σ of the raw factor's squares in units of 4^E, E, and N, see
+# `psilora.lowrank.spectral.size`.
 TRACE = tl.constexpr(0)
 TRACE_EXPONENT = tl.constexpr(1)
+SIZE = tl.constexpr(2)
+TRACES = tl.constexpr(4)
 
 #: Rounding of a twofold Gram matrix in units of rows·Σ x²Γ, and the ridge of what is left of h outside the span.
 UNIT = tl.constexpr(2.0**-47)
@@ -143,18 +146,6 @@ def factorise(
         store(at, plane, hi, lo, row >= 0)
     tl.debug_barrier()
     return tl.where(alive & (good == 0), 1, 0)
-
-
-@triton.jit
-def weight_of(sums_ptr, parts_ptr, layers, problem, SIDE: tl.constexpr):
-    """Return the harmonic mean of v over the columns of a side where D⁺ > 0."""
-    first, count = parts_of(parts_ptr, layers, problem, SIDE)
-    inverse = tl.full((), 0.0, tl.float32)
-    counted = tl.full((), 0.0, tl.float32)
-    for t in range(count):
-        inverse += tl.load(sums_ptr + (first + t) * SUMS + INVERSE_SUM)
-        counted += tl.load(sums_ptr + (first + t) * SUMS + COUNT_SUM)
-    return counted / inverse
 
 
 @triton.jit

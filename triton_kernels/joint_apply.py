@@ -84,7 +84,7 @@ def _apply_side(
         b1, b2, b3 = _coefficients(c_ptr, 2 * RP, 0, RP, ROWS, SIDE, TURNED)
     for begin in range(start, end, BN):
         columns = begin + tl.arange(0, BN)
-        v, root, _counts = weights(
+        v, root, _share = weights(
             addresses_ptr, settings_ptr, problem, taken, sigma, frozen, columns, columns < end, SIDE
         )
         n = columns[:, None] if AXIS == 1 else columns[None, :]

@@ -15,9 +15,11 @@ from psilora.triton_kernels.joint_algebra import (
     LEAST_EXPONENT,
     LINV,
     ONE,
+    SIZE,
     SMALL,
     TRACE,
     TRACE_EXPONENT,
+    TRACES,
     TWO,
     UNIT,
     WAYS,
@@ -25,6 +27,7 @@ from psilora.triton_kernels.joint_algebra import (
     factorise,
     mean_diagonal,
     options,
+    scaled,
     variant,
 )
 from psilora.triton_kernels.joint_layout import (
@@ -38,10 +41,14 @@ from psilora.triton_kernels.joint_layout import (
     pieces_of,
     rows_of_piece,
     seen,
+    spread,
 )
 from psilora.triton_kernels.layout import UNALIGNED, sizes
 from psilora.triton_kernels.twofold import add, load, power, product, store
 from psilora.triton_kernels.variants import Variant
+
+#: Columns that `collect` weighs at once.
+SPAN = tl.constexpr(2048)
 
 
 @triton.jit
@@ -86,6 +93,18 @@ def _gather(
     tl.debug_barrier()
 
 
+@triton.jit
+def _inner(x_ptr, y_ptr, RP: tl.constexpr):
+    """Return Σ x·y over the entries of two contiguous (RP, RP), of their leading planes."""
+    HEIGHT: tl.constexpr = RP if RP < 16 else 16
+    total = tl.full((), 0.0, tl.float32)
+    col = tl.arange(0, RP)[None, :]
+    for top in range(0, RP, HEIGHT):
+        at = (top + tl.arange(0, HEIGHT)[:, None]) * RP + col
+        total += tl.sum(tl.sum(tl.load(x_ptr + at) * tl.load(y_ptr + at), axis=1), axis=0)
+    return total
+
+
 @triton.jit(do_not_specialize=["layers"])
 def _roots_kernel(
     settings_ptr, dims_ptr, parts_ptr, pieces_ptr, partials_ptr, exponents_ptr, work_ptr, roots_ptr, traces_ptr,
@@ -93,7 +112,7 @@ def _roots_kernel(
     RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
     DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """L⁻¹ of FFᵀ + λI as it is, in fp32, ‖F‖² and, for B, whether it is 0."""
+    """FFᵀ, left in ONE, L⁻¹ of FFᵀ + λI as it is, in fp32, ‖F‖² and, for B, whether it is 0."""
     job = tl.program_id(0).to(tl.int64)
     side = job // layers
     problem = job % layers
@@ -130,8 +149,8 @@ def _roots_kernel(
         row = start + tl.arange(0, HEIGHT)[:, None]
         value = tl.load(own + LINV * RP * RP + row * RP + col)
         tl.store(roots_ptr + job * RP * RP + row * RP + col, value * unit)
-    tl.store(traces_ptr + job * 2 + TRACE, mean * r)
-    tl.store(traces_ptr + job * 2 + TRACE_EXPONENT, top.to(tl.float32))
+    tl.store(traces_ptr + job * TRACES + TRACE, mean * r)
+    tl.store(traces_ptr + job * TRACES + TRACE_EXPONENT, top.to(tl.float32))
     if side == 1:
         tl.store(frozen_ptr + problem, tl.where(mean > 0.0, 0, 1))
 
@@ -139,11 +158,11 @@ def _roots_kernel(
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
 def _collect_kernel(
     addresses_ptr, settings_ptr, dims_ptr, parts_ptr, pieces_ptr, sums_ptr, frozen_ptr, partials_ptr, exponents_ptr,
-    flags_ptr, gram_ptr, small_ptr, known_ptr, seen_ptr, layers,
+    flags_ptr, gram_ptr, small_ptr, known_ptr, seen_ptr, traces_ptr, layers,
     RP: tl.constexpr, ROWS: tl.constexpr, PIECES: tl.constexpr, STRIDE: tl.constexpr,
     FOLLOWS: tl.constexpr, FADES: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
-    """Γ, L⁻¹ and W of a side of a layer; with A's side, what the size of its gradient means."""
+    """Γ, L⁻¹, W and N of a side of a layer; with A's side, what the size of its gradient means."""
     job = tl.program_id(0).to(tl.int64)
     side = job // layers
     problem = job % layers
@@ -170,7 +189,7 @@ def _collect_kernel(
     mean = mean_diagonal(gram, N, r, RP)
     alive = mean > power(LEAST_EXPONENT - 2 * e0)
     ridge = (tl.load(settings_ptr + problem * SETTINGS + RIDGE) + N * UNIT) * mean
-    failed = factorise(own + LINV * Q, PLANE, gram, N * N, N, own + ONE * Q, ridge, alive, r, RP, DOUBLE)
+    failed = factorise(own + LINV * Q, PLANE, gram, N * N, N, own + TWO * Q, ridge, alive, r, RP, DOUBLE)
     product(own + W * Q, PLANE, RP, gram, N * N, N, 1, own + LINV * Q, PLANE, 1, RP, N, RP, 1.0, RP, False, DOUBLE)
     known = known_ptr + job * KNOWN
     tl.store(known + EXPONENT, tl.where(e0 == -126, 0, e0))
@@ -180,10 +199,23 @@ def _collect_kernel(
     tl.store(known + ALIVE, tl.where(alive, 1, 0))
     tl.store(known + FAILED, failed)
     tl.store(known + BAD, bad)
+    taken, share, sigma_a, sigma_b, steps, recent, average = seen(
+        addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, frozen_ptr, layers, problem, FOLLOWS, FADES
+    )
+    # N = ½(N_F + N_U), see `psilora.lowrank.spectral.size`; FFᵀ is what `roots` has left.
+    product(own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, RP, 1, own + ONE * Q, PLANE, RP, 1, RP, RP, 1.0,
+            RP, False, DOUBLE)  # fmt: skip
+    of_factor = _inner(own + LINV * Q, own + TWO * Q, RP) / r
+    traces = traces_ptr + job * TRACES
+    apart = tl.load(traces + TRACE_EXPONENT).to(tl.int32) - e0
+    of_factor, _ = scaled(of_factor, 0.0, 2 * apart)
     if side == 0:
-        taken, share, sigma_a, sigma_b, steps, recent, average = seen(
-            addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, frozen_ptr, layers, problem, FOLLOWS, FADES
-        )
+        waits = tl.load(frozen_ptr + problem) != 0
+        others = spread(addresses_ptr, settings_ptr, dims_ptr, problem, taken, sigma_a, waits, 0, SPAN)
+    else:
+        others = spread(addresses_ptr, settings_ptr, dims_ptr, problem, taken, sigma_b, taken < 0.0, 1, SPAN)
+    tl.store(traces + SIZE, tl.where(of_factor > 0.0, 0.5 * (of_factor + others), others))
+    if side == 0:
         found = seen_ptr + problem * SEEN
         tl.store(found + TAKEN, taken)
         tl.store(found + SHARE, share)
@@ -202,9 +234,9 @@ def roots(
 
     Takes, beside what `joint_gram.gram` describes:
         pieces, partials, exponents: Of the Grams of F alone, as `joint_gram.gram` has left them.
-        small: (2, L, 2, SMALL, RP, RP) fp32, scratch.
+        small: (2, L, 2, SMALL, RP, RP) fp32; FFᵀ is left in ONE, in units of 4^E.
         out: (2, L, RP, RP) fp32, L⁻¹ of FFᵀ, written.
-        traces: (2, L, 2) fp32, Σ F² in units of 4^E, and E, written.
+        traces: (2, L, 4) fp32, Σ F² in units of 4^E, and E, written.
         frozen: (L,) int32, 1 where B = 0, written.
         double: Whether products and factorisations are formed in float64, see `doubles`.
     """
@@ -219,22 +251,23 @@ def roots(
 def collect(
     addresses: Tensor, settings: Tensor, dims: Tensor, parts: Tensor, pieces: Tensor, sums: Tensor, frozen: Tensor,
     partials: Tensor, exponents: Tensor, flags: Tensor, gram: Tensor, small: Tensor, known: Tensor, found: Tensor,
-    *, follows: bool, fades: bool, double: bool,
+    traces: Tensor, *, follows: bool, fades: bool, double: bool,
 ) -> None:  # fmt: skip
     """Launch `_collect_kernel`.
 
     Takes, beside what `joint_gram.gram` describes:
         pieces, partials, exponents, flags: Of the Grams of all rows, as `joint_gram.gram` has left them.
         gram: (2, L, 2, 4·RP, 4·RP) fp32, Γ, written.
-        small: (2, L, 2, SMALL, RP, RP) fp32, written in part.
+        small: (2, L, 2, SMALL, RP, RP) fp32, as `roots` has left it; written in part.
         known: (2, L, 8) int32, exponents and flags of each side, written.
         found: (L, 8) fp32, what `seen` returns, written.
+        traces: (2, L, 4) fp32, as `roots` has left them; N is written.
         follows, fades: Whether the gradient's norm caps it, and lets the rate fade.
     """
     layers = dims.shape[0]
     _collect_kernel[(2 * layers,)](
         addresses, settings, dims, parts, pieces, sums, frozen, partials, exponents, flags, gram, small, known, found,
-        layers, RP=small.shape[-1], ROWS=partials.shape[-1], PIECES=pieces.shape[0],
+        traces, layers, RP=small.shape[-1], ROWS=partials.shape[-1], PIECES=pieces.shape[0],
         STRIDE=exponents.shape[1] * exponents.shape[2], FOLLOWS=follows, FADES=fades,
         **options(small.shape[-1], double),
     )  # fmt: skip

@@ -26,10 +26,12 @@ from psilora.triton_kernels.joint_algebra import (
     OUT_MOVED,
     OUT_SHIFT,
     OUTCOME,
+    SIZE,
     SMALL,
     STEP,
     TRACE,
     TRACE_EXPONENT,
+    TRACES,
     TURN,
     TURN_DECAY,
     TWO,
@@ -44,7 +46,6 @@ from psilora.triton_kernels.joint_algebra import (
     scaled,
     terms_of,
     variant,
-    weight_of,
 )
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
@@ -199,10 +200,10 @@ def _spread(
 @triton.jit
 def _shift(traces_ptr, layers, problem):
     """Return k for (B·2⁻ᵏ, 2ᵏ·A) where the norms are more than 2⁴ apart, see `psilora.steps.gauge`."""
-    a = tl.load(traces_ptr + problem * 2 + TRACE)
-    b = tl.load(traces_ptr + (layers + problem) * 2 + TRACE)
-    apart = tl.load(traces_ptr + (layers + problem) * 2 + TRACE_EXPONENT)
-    apart -= tl.load(traces_ptr + problem * 2 + TRACE_EXPONENT)
+    a = tl.load(traces_ptr + problem * TRACES + TRACE)
+    b = tl.load(traces_ptr + (layers + problem) * TRACES + TRACE)
+    apart = tl.load(traces_ptr + (layers + problem) * TRACES + TRACE_EXPONENT)
+    apart -= tl.load(traces_ptr + problem * TRACES + TRACE_EXPONENT)
     both = (a > 0.0) & (b > 0.0)
     ratio = tl.where(both, b, 1.0) / tl.where(both, a, 1.0)
     e = exponent_of(ratio) + 2 * apart.to(tl.int32)
@@ -214,7 +215,7 @@ def _shift(traces_ptr, layers, problem):
 
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
 def _finish_kernel(
-    addresses_ptr, settings_ptr, dims_ptr, parts_ptr, sums_ptr, seen_ptr, traces_ptr, gram_ptr, small_ptr, known_ptr,
+    addresses_ptr, settings_ptr, dims_ptr, seen_ptr, traces_ptr, gram_ptr, small_ptr, known_ptr,
     polar_ptr, schulz_ptr, out_ptr, outcome_ptr, layers,
     RP: tl.constexpr, STEPS: tl.constexpr, FIRST: tl.constexpr, HAS_DECAY: tl.constexpr, BALANCE: tl.constexpr,
     MOST_A: tl.constexpr, MOST_B: tl.constexpr, DOUBLE: tl.constexpr,
@@ -247,10 +248,10 @@ def _finish_kernel(
     P = K + (STEPS % 2) * AREA
     P_PLANE: tl.constexpr = (3 - STEPS % 2) * AREA  # the last of the four matrices stays 0
     lr = tl.load(address(addresses_ptr, problem, LR, tl.float32, ADDRESSES))
-    v_a = weight_of(sums_ptr, parts_ptr, layers, problem, 0)
-    v_b = weight_of(sums_ptr, parts_ptr, layers, problem, 1)
+    size_a = tl.load(traces_ptr + problem * TRACES + SIZE)
+    size_b = tl.load(traces_ptr + (layers + problem) * TRACES + SIZE)
     rate = lr * tl.load(own + RATE_FACTOR) * tl.load(seen_ptr + problem * SEEN + SHARE)
-    rate = rate * tl.sqrt_rn(v_a * v_b) / tl.load(own + SCALING)
+    rate = rate / (tl.sqrt_rn(size_a) * tl.sqrt_rn(size_b) * tl.load(own + SCALING))
     rate, _ = scaled(rate, rate, -tl.load(known_a + EXPONENT) - tl.load(known_b + EXPONENT))
     decay = -lr * tl.load(own + DECAY)
     # `moving` goes first while `fixed` stays: op(P) = Pᵀ where A moves, P where B does.
@@ -328,8 +329,8 @@ def _finish_kernel(
     loose = tl.load(own + LOOSE)
     step_moving, _ = scaled(bound_moving * loose, 0.0, tl.load(known_moving + EXPONENT))
     step_fixed, _ = scaled(bound_fixed * loose, 0.0, tl.load(known_fixed + EXPONENT))
-    old_a = power(tl.load(traces_ptr + problem * 2 + TRACE_EXPONENT).to(tl.int32))
-    old_b = power(tl.load(traces_ptr + (layers + problem) * 2 + TRACE_EXPONENT).to(tl.int32))
+    old_a = power(tl.load(traces_ptr + problem * TRACES + TRACE_EXPONENT).to(tl.int32))
+    old_b = power(tl.load(traces_ptr + (layers + problem) * TRACES + TRACE_EXPONENT).to(tl.int32))
     fits_a = old_a + (step_moving if FIRST == 0 else step_fixed) <= MOST_A
     fits_b = old_b + (step_fixed if FIRST == 0 else step_moving) <= MOST_B
     bad = tl.where(fits_a & fits_b, bad, 1)
@@ -346,7 +347,7 @@ def _finish_kernel(
 
 
 def finish(
-    addresses: Tensor, settings: Tensor, dims: Tensor, parts: Tensor, sums: Tensor, found: Tensor, traces: Tensor,
+    addresses: Tensor, settings: Tensor, dims: Tensor, found: Tensor, traces: Tensor,
     gram: Tensor, small: Tensor, known: Tensor, polar: Tensor, schulz: Tensor, out: Tensor, outcome: Tensor,
     *, first: str, decay: bool, balance: bool, most: tuple[float, float], double: bool,
 ) -> None:  # fmt: skip
@@ -365,7 +366,7 @@ def finish(
     """
     layers = dims.shape[0]
     _finish_kernel[(layers,)](
-        addresses, settings, dims, parts, sums, found, traces, gram, small, known, polar, schulz, out, outcome, layers,
+        addresses, settings, dims, found, traces, gram, small, known, polar, schulz, out, outcome, layers,
         RP=small.shape[-1], STEPS=schulz.shape[0], FIRST=0 if first == "A" else 1, HAS_DECAY=decay, BALANCE=balance,
         MOST_A=most[0], MOST_B=most[1], **options(small.shape[-1], double),
     )  # fmt: skip

@@ -17,8 +17,6 @@ from psilora.triton_kernels._compat import INTERPRET, tl, triton
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     FACTOR,
-    INVERSE_SUM,
-    SUMS,
     TYPES,
     pieces_of,
     rows_of,
@@ -53,6 +51,13 @@ def _shape(rows: int, target: int) -> dict[str, Any]:
     """Return the columns of a chunk, fewer where operands of products are in registers, and how it is compiled."""
     chunk = 64 if target in WIDE_TARGETS or rows < 64 else 32
     return {"KC": chunk, "num_warps": {16: 2, 32: 4, 64: 8}[rows], "num_stages": 1, "maxnreg": 255}
+
+
+@triton.jit
+def _top(most):
+    """Return E of rows: an exponent above their entries; at least −120, for 2^(7 − E) to be a number of fp32."""
+    e = exponent_of(tl.max(most, axis=0))
+    return tl.where(e > -126, tl.maximum(e, -120), e)
 
 
 @triton.jit
@@ -100,14 +105,13 @@ def _whitened(
 def _roots_of(
     addresses_ptr, settings_ptr, problem, taken, sigma, frozen, first, end, SIDE: tl.constexpr, ALONE: tl.constexpr
 ):  # fmt: skip
-    """Return √v of SPAN columns, one for each thread and not for each entry, and p/v, which is 0 beyond the end."""
-    n = first + tl.arange(0, SPAN)
+    """Return √v of SPAN columns, one for each thread and not for each entry."""
     if ALONE:
-        one = tl.full((SPAN,), 1.0, tl.float32)
-        return one, one
+        return tl.full((SPAN,), 1.0, tl.float32)
     else:
-        v, _, p = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
-        return tl.sqrt_rn(v), tl.where(n < end, p / v, 0.0)
+        n = first + tl.arange(0, SPAN)
+        v, _, _ = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, n < end, SIDE)
+        return tl.sqrt_rn(v)
 
 
 @triton.jit
@@ -162,7 +166,7 @@ def _flush(at, plane, first, second, third, more, fourth, fifth, inside, begun):
 
 @triton.jit
 def _gram_side(
-    addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr, inverse_sum_ptr,
+    addresses_ptr, settings_ptr, dims_ptr, out_ptr, plane, exponents_ptr, flags_ptr,
     taken, sigma, frozen, problem, start, end, left, right,
     SIDE: tl.constexpr, RP: tl.constexpr, ROWS: tl.constexpr, KC: tl.constexpr, ALONE: tl.constexpr,
     WHOLE: tl.constexpr, CROSS: tl.constexpr, F_TYPE: tl.constexpr, G_TYPE: tl.constexpr,
@@ -174,10 +178,8 @@ def _gram_side(
     # The largest entry of every row first: products of a row are then sums in one unit.
     most_i = tl.zeros(shape, tl.float32)
     most_j = tl.zeros(shape, tl.float32)
-    total = tl.zeros((SPAN,), tl.float32)
     for block in range(start, end, SPAN):
-        roots, inverse = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
-        total += inverse
+        roots = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, block, end, SIDE, ALONE)
         for begin in range(block, tl.minimum(block + SPAN, end), KC):
             n = begin + tl.arange(0, KC)
             root = _part(roots, begin - block, KC, ALONE)
@@ -186,8 +188,8 @@ def _gram_side(
             if CROSS:
                 x = _whitened(addresses_ptr, dims_ptr, problem, j, n, end, root, SIDE, RP, ALONE, WHOLE, F_TYPE, G_TYPE)
                 most_j = tl.maximum(most_j, tl.abs(x))
-    top_i = exponent_of(tl.max(most_i, axis=0))
-    top_j = exponent_of(tl.max(most_j, axis=0))
+    top_i = _top(most_i)
+    top_j = _top(most_j)
     row = tl.arange(0, ROWS)[:, None]
     col = tl.arange(0, ROWS)[None, :]
     at = out_ptr + row * ROWS + col
@@ -202,7 +204,7 @@ def _gram_side(
         fourth = tl.zeros((ROWS, ROWS), tl.float32)
         fifth = tl.zeros((ROWS, ROWS), tl.float32)
         last = tl.minimum(whole + LENGTH, end)
-        roots, _ = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, whole, end, SIDE, ALONE)
+        roots = _roots_of(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, whole, end, SIDE, ALONE)
         x1, x2, x3 = _cut(
             addresses_ptr, dims_ptr, problem, i, whole, end, roots, 0, top_i, SIDE, RP, KC, ALONE, WHOLE, F_TYPE, G_TYPE
         )
@@ -221,7 +223,7 @@ def _gram_side(
             u1, u2, u3 = y1, y2, y3
             if following < last:
                 if inner == 0:
-                    roots, _ = _roots_of(
+                    roots = _roots_of(
                         addresses_ptr, settings_ptr, problem, taken, sigma, frozen, following, end, SIDE, ALONE
                     )
                 z1, z2, z3 = _cut(
@@ -258,9 +260,6 @@ def _gram_side(
         tl.store(exponents_ptr + i, top_i)
         # An entry that is not finite has made all that it was multiplied with NaN.
         tl.store(flags_ptr + left, tl.max(tl.max(tl.where(tl.abs(hi) < float("inf"), 0, 1), axis=1), axis=0))
-        if not ALONE:
-            if left == 0:
-                tl.store(inverse_sum_ptr, tl.sum(total, axis=0))
 
 
 @triton.jit(do_not_specialize=["layers"], do_not_specialize_on_alignment=UNALIGNED)
@@ -281,7 +280,6 @@ def _gram_kernel(
     out = out_ptr + job * (2 * ROWS * ROWS)
     exponents = exponents_ptr + tile * (GROUPS * ROWS)
     flags = flags_ptr + tile * GROUPS
-    inverse_sum = sums_ptr + tile * SUMS + INVERSE_SUM
     taken = tl.full((), 1.0, tl.float32)
     sigma_a = taken
     sigma_b = taken
@@ -299,19 +297,19 @@ def _gram_kernel(
             G_TYPE: tl.constexpr = G_A if SIDE == 0 else G_B
             if GROUPS == 1:
                 _gram_side(
-                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, inverse_sum, taken,
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, taken,
                     sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, False,
                     F_TYPE, G_TYPE,
                 )  # fmt: skip
             elif left == right:
                 _gram_side(
-                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, inverse_sum, taken,
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, taken,
                     sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, False,
                     F_TYPE, G_TYPE,
                 )  # fmt: skip
             else:
                 _gram_side(
-                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, inverse_sum, taken,
+                    addresses_ptr, settings_ptr, dims_ptr, out, ROWS * ROWS, exponents, flags, taken,
                     sigma, frozen, problem, start, end, left, right, SIDE, RP, ROWS, KC, ALONE, WHOLE, True,
                     F_TYPE, G_TYPE,
                 )  # fmt: skip
@@ -331,7 +329,7 @@ def gram(
         tiles: (tiles, 4) int32, side, layer, first and end column.
         parts: (2, L, 2) int32, per side and layer the first of its tiles and their number.
         pieces: What `pieces_table` returns.
-        sums: (tiles, 8) fp32, what `moments` has left; Σ p/v is added.
+        sums: (tiles, 4) fp32, what `moments` has left.
         frozen: (L,) int32, whether A's metric waits because B = 0.
         out: (tiles, pieces, 2, ROWS, ROWS) fp32, hi and lo in units of the rows' 2^(E − 7), written; of a piece on the
             diagonal the lower triangle.

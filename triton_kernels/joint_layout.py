@@ -45,7 +45,7 @@ SCALING = tl.constexpr(slots.S_SCALING)
 SIGN = tl.constexpr(slots.S_SIGN)
 CAP = tl.constexpr(slots.S_CAP)
 LOOSE = tl.constexpr(slots.S_LOOSE)
-FAINT = tl.constexpr(slots.FAINT)
+COUNTING = tl.constexpr(slots.COUNTING)
 SETTINGS = tl.constexpr(slots.S_SETTINGS)
 
 # Columns of a tile's sums (fp32).
@@ -53,9 +53,7 @@ NEW_UNIT = tl.constexpr(0)  # a power of two above every root in the tile, and �
 NEW_SUM = tl.constexpr(1)
 OLD_UNIT = tl.constexpr(2)
 OLD_SUM = tl.constexpr(3)
-INVERSE_SUM = tl.constexpr(4)  # Σ p/v and Σ p over the columns, see `counts`
-COUNT_SUM = tl.constexpr(5)
-SUMS = tl.constexpr(8)
+SUMS = tl.constexpr(4)
 
 # Columns of what is found out about a layer's gradient (fp32, one row per layer).
 TAKEN = tl.constexpr(0)  # κ
@@ -168,25 +166,45 @@ def seen(
 
 
 @triton.jit
-def counts(settings_ptr, old, new):
-    """Return p of columns, 1 where D⁺ > 0, from the roots of D and of the new gradient's moments."""
-    return tl.where((tl.load(settings_ptr + BETA) * old > 0.0) | (new > 0.0), 1.0, FAINT)
+def raised(settings_ptr, base):
+    """Return base^γ."""
+    gamma = tl.load(settings_ptr + POWER)
+    return tl.where(gamma == 1.0, base, tl.exp2(gamma * tl.log2(base)))
 
 
 @triton.jit
 def weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, inside, SIDE: tl.constexpr):
-    """Return v = (D⁺/mean(D⁺) + δ)^γ of columns n, 1 on a frozen side, √(D⁺), and p, see `counts`."""
+    """Return v = (D̂ + δ)^γ of columns n, 1 on a frozen side, √(D⁺), and D̂ = D⁺/mean(D⁺)."""
     own = settings_ptr + problem * SETTINGS
     old = tl.load(address(addresses_ptr, problem, METRIC + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
     new = tl.load(address(addresses_ptr, problem, FRESH_ROOT + SIDE, tl.float32, ADDRESSES) + n, mask=inside, other=0.0)
     a = old / sigma
     b = new / sigma * taken
     ratio = tl.load(own + BETA) * (a * a) + tl.load(own + BETA_REST) * (b * b)
-    base = ratio + tl.load(own + DAMPING)
-    gamma = tl.load(own + POWER)
-    raised = tl.where(gamma == 1.0, base, tl.exp2(gamma * tl.log2(base)))
-    v = tl.where(frozen, 1.0, raised)
-    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio)), counts(own, old, new)
+    v = tl.where(frozen, 1.0, raised(own, ratio + tl.load(own + DAMPING)))
+    return v, tl.where(frozen, old, sigma * tl.sqrt_rn(ratio)), ratio
+
+
+@triton.jit
+def spread(
+    addresses_ptr, settings_ptr, dims_ptr, problem, taken, sigma, frozen, SIDE: tl.constexpr, SPAN: tl.constexpr
+):  # fmt: skip
+    """Return N_U of a side, see `psilora.lowrank.spectral.spread`; 1 on a frozen side."""
+    r, _, d = sizes(dims_ptr, problem, SIDE)
+    own = settings_ptr + problem * SETTINGS
+    counted = tl.zeros((SPAN,), tl.float32)
+    inverse = tl.zeros((SPAN,), tl.float32)
+    for first in range(0, d, SPAN):
+        n = first + tl.arange(0, SPAN)
+        inside = n < d
+        v, _root, ratio = weights(addresses_ptr, settings_ptr, problem, taken, sigma, frozen, n, inside, SIDE)
+        p = tl.where(inside, (1.0 + COUNTING) * ratio / (ratio + COUNTING), 0.0)
+        counted += p
+        inverse += p / v
+    total = tl.sum(counted, axis=0)
+    most = tl.minimum(r, d).to(tl.float32)
+    elsewhere = tl.maximum(most - total, 0.0) / raised(own, tl.load(own + DAMPING))
+    return tl.where(frozen, 1.0, (tl.sum(inverse, axis=0) + elsewhere) / tl.maximum(total, most))
 
 
 @triton.jit

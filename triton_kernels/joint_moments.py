@@ -11,7 +11,6 @@ from psilora.triton_kernels._compat import tl, triton
 from psilora.triton_kernels.joint_gram import EVEN, WARPS
 from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
-    COUNT_SUM,
     FRESH_ROOT,
     GRAD,
     METRIC,
@@ -21,7 +20,6 @@ from psilora.triton_kernels.joint_layout import (
     SETTINGS,
     SUMS,
     TYPES,
-    counts,
     variant,
 )
 from psilora.triton_kernels.layout import UNALIGNED, address, element, sizes, tile_at
@@ -66,7 +64,6 @@ def _moments_side(
     new_sum = tl.full((), 0.0, tl.float32)
     old_unit = tl.full((), 0.0, tl.float32)
     old_sum = tl.full((), 0.0, tl.float32)
-    counted = tl.zeros((BN,), tl.float32)
     k = tl.arange(0, C)
     x1, x2, x3 = _root(roots_ptr, k, k, r, RP)
     for begin in range(start, end, BN):
@@ -98,12 +95,10 @@ def _moments_side(
         root_old = tl.load(old_ptr + n, mask=inside, other=0.0)
         new_unit, new_sum = _grown(new_unit, new_sum, root_new)
         old_unit, old_sum = _grown(old_unit, old_sum, root_old)
-        counted += tl.where(inside, counts(settings_ptr + problem * SETTINGS, root_old, root_new), 0.0)
     tl.store(sums_ptr + NEW_UNIT, new_unit)
     tl.store(sums_ptr + NEW_UNIT + 1, new_sum)
     tl.store(sums_ptr + OLD_UNIT, old_unit)
     tl.store(sums_ptr + OLD_UNIT + 1, old_sum)
-    tl.store(sums_ptr + COUNT_SUM, tl.sum(counted, axis=0))
 
 
 @triton.jit
@@ -148,7 +143,7 @@ def moments(
     Takes, beside what `joint_gram.gram` describes:
         roots: (2, L, RP, RP) fp32, L⁻¹ of AAᵀ and of BᵀB.
         clip: 0-d fp32, what multiplies `.grad`.
-        sums: (tiles, 8) fp32, written.
+        sums: (tiles, 4) fp32, written.
     """
     _moments_kernel[(tiles.shape[0],)](
         addresses, settings, dims, tiles, roots, clip, sums, dims.shape[0],

@@ -37,7 +37,6 @@ from psilora.triton_kernels.joint_algebra import (
     scaled,
     terms_of,
     variant,
-    weight_of,
 )
 from psilora.triton_kernels.joint_layout import FRESH, MU, SCALING, SEEN, SETTINGS, SIGN, TAKEN
 from psilora.triton_kernels.layout import sizes
@@ -103,7 +102,7 @@ def _write_block(
 
 @triton.jit(do_not_specialize=["layers"])
 def _tangent_kernel(
-    settings_ptr, dims_ptr, parts_ptr, sums_ptr, clip_ptr, seen_ptr, gram_ptr, small_ptr, known_ptr, out_ptr, layers,
+    settings_ptr, dims_ptr, clip_ptr, seen_ptr, gram_ptr, small_ptr, known_ptr, out_ptr, layers,
     RP: tl.constexpr, NESTEROV: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     """Find h outside the factor's span and its basis, what a turn with this side fixed needs, and the new momentum."""
@@ -258,18 +257,13 @@ def _tangent_kernel(
         own + TWO * Q, PLANE, RP, own + LINV * Q, PLANE, 1, RP, own + FOUR * Q, PLANE, RP, 1, RP, RP, -1.0,
         RP, False, DOUBLE,
     )  # fmt: skip
-    # The weights are v/v̄: Q counts √v̄ less, m what the other side's count more.
-    v_a = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, 0))
-    v_b = tl.sqrt_rn(weight_of(sums_ptr, parts_ptr, layers, problem, 1))
-    of_basis = 1.0 / tl.where(side == 0, v_a, v_b)
-    of_moved = tl.where(side == 0, v_b, v_a)
     out = out_ptr + job * (3 * RP * N)
     basis = tl.where(side == 0, 2, 1)
     moved = 3 - basis
-    _write_block(out, side, own + LINV * Q, PLANE, 1, RP, of_basis, -e_f, basis, 0, RP)
-    _write_block(out, side, own + TWO * Q, PLANE, RP, 1, tl.where(side == 0, 0.0, of_moved), unit - e_f, moved, 0, RP)
+    _write_block(out, side, own + LINV * Q, PLANE, 1, RP, 1.0, -e_f, basis, 0, RP)
+    _write_block(out, side, own + TWO * Q, PLANE, RP, 1, tl.where(side == 0, 0.0, 1.0), unit - e_f, moved, 0, RP)
     for block in range(1, 4):
-        factor = tl.where(block == 3, 1.0, mu) * of_moved
+        factor = tl.where(block == 3, 1.0, mu)
         e = unit - tl.load(known + EXPONENT + block)
         _write_block(out, side, own + (CAR + block - 1) * Q, PLANE, RP, 1, factor, e, moved, block, RP)
         _write_block(out, side, own + CAR * Q, PLANE, RP, 1, 0.0, 0, basis, block, RP)
@@ -277,7 +271,7 @@ def _tangent_kernel(
 
 
 def tangent(
-    settings: Tensor, dims: Tensor, parts: Tensor, sums: Tensor, clip: Tensor, found: Tensor, gram: Tensor,
+    settings: Tensor, dims: Tensor, clip: Tensor, found: Tensor, gram: Tensor,
     small: Tensor, known: Tensor, out: Tensor, *, nesterov: bool, double: bool,
 ) -> None:  # fmt: skip
     """Launch `_tangent_kernel`.
@@ -290,7 +284,7 @@ def tangent(
     """
     layers = dims.shape[0]
     _tangent_kernel[(2 * layers,)](
-        settings, dims, parts, sums, clip, found, gram, small, known, out, layers,
+        settings, dims, clip, found, gram, small, known, out, layers,
         RP=small.shape[-1], NESTEROV=nesterov, **options(small.shape[-1], double),
     )  # fmt: skip
 

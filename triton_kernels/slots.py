@@ -72,6 +72,6 @@ S_RATE = 13
 S_LOOSE = 14  # 1/√v at most
 S_SETTINGS = 16
 
-#: What a channel without a gradient counts in the size of a spectral step: enough for weights to be defined where no
-#: channel has one.
-FAINT = 1e-20
+#: ε of what a channel counts in the size of a spectral step, see `psilora.lowrank.spectral.spread`: half where its
+#: gradient is a tenth of the mean in size.
+COUNTING = 1e-2

@@ -41,7 +41,7 @@ from psilora.triton_kernels.variants import EVERYWHERE, SLOW_TARGET, TARGETS, Va
 # Columns of the numbers (float64, one row per layer) that these kernels read; the rest is their caller's.
 BETA = tl.constexpr(slots.BETA)
 DAMPING = tl.constexpr(slots.DAMPING)
-FAINT = tl.constexpr(slots.FAINT)
+COUNTING = tl.constexpr(slots.COUNTING)
 POWER = tl.constexpr(slots.POWER)
 NUMBERS = tl.constexpr(slots.NUMBERS)
 
@@ -85,7 +85,7 @@ def _partial(
 def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: tl.constexpr, BN: tl.constexpr):
     """Write v = (D·inverse + δ)^γ (1 where inverse < 0) and 1/v for a tile, D the new average.
 
-    Return Σ p/v and Σ p, p = 1 where D > 0.
+    Return Σ p/v and Σ p, see `psilora.lowrank.spectral.spread`; p = 1 where inverse < 0.
     """
     average = address(addresses_ptr, problem, AVERAGE + SIDE, tl.float32, ADDRESSES)
     weight = address(addresses_ptr, problem, WEIGHT + SIDE, tl.float64, ADDRESSES)
@@ -97,14 +97,16 @@ def _weights(addresses_ptr, numbers_ptr, inverse, problem, d, start, end, SIDE: 
         n = first + tl.arange(0, BN)
         inside = n < end
         root = tl.load(average + n, mask=inside, other=0.0).to(tl.float64)
-        base = (root * root * inverse + damping).to(tl.float32)
+        share = root * root * inverse
+        base = (share + damping).to(tl.float32)
         raised = tl.where(power == 1.0, base, tl.exp2(power * tl.log2(base)))
         v = tl.where(inverse < 0.0, 1.0, raised).to(tl.float64)
         tl.store(weight + n, v, mask=inside)
         tl.store(weight + d + n, 1.0 / v, mask=inside)
-        counts = tl.where(inside, tl.where(root > 0.0, 1.0, FAINT).to(tl.float64), 0.0)
-        counted += counts
-        inverses += counts / v
+        p = tl.where(inverse < 0.0, 1.0, (1.0 + COUNTING) * share / (tl.maximum(share, 0.0) + COUNTING))
+        p = tl.where(inside, p, 0.0)
+        counted += p
+        inverses += p / v
     return tl.sum(inverses, axis=0), tl.sum(counted, axis=0)
 
 
@@ -185,7 +187,7 @@ def span(
         tiles: (tiles, 4) int32, side, layer, first and end column.
         numbers: (L, 12) float64, beginning with β₂, δ and γ.
         inverse: (L, 2) float64, per side 1/mean(D), or −1 where the side's weights are 1.
-        sums: (tiles, 2) float64, Σ p/v and Σ p of each tile's columns, p = 1 where D > 0, written with `metric`.
+        sums: (tiles, 2) float64, Σ p/v and Σ p of each tile's columns, written with `metric`.
         out: The partial Grams.
         metric: Whether to form v and 1/v, into the workspace WEIGHT (2, d) float64, and to weight by them.
     """

@@ -49,6 +49,8 @@ class Numbers:
         cap: The largest gradient norm that is taken as it is, in units of the mean; infinite where all are.
         norms: (L, 3), from the steps before: their number t, n̂ and n̄; None where the norms are not followed.
         seen: What `followed` has found, where the metric had to know it already.
+        raw_B, raw_A: Grams (L, r, r) of the factors before they were whitened, BᵀB and AAᵀ; None without a metric.
+        spread_B, spread_A: N_U of both sides, see `size`; None without a metric.
     """
 
     rank: int
@@ -65,11 +67,15 @@ class Numbers:
     cap: Tensor
     norms: Tensor | None = None
     seen: Seen | None = None
+    raw_B: Tensor | None = None
+    raw_A: Tensor | None = None
+    spread_B: Tensor | None = None
+    spread_A: Tensor | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Layers with equal keys can be joined."""
-        known = (self.fades, self.norms is None, self.seen is None)
+        known = (self.fades, self.norms is None, self.seen is None, self.raw_B is None)
         return (self.rank, self.nesterov, self.decay is None, self.num_iters, self.first, self.dtype, *known)
 
 
@@ -217,6 +223,7 @@ def spectral_step(gram_B: Tensor, gram_A: Tensor, numbers: Numbers) -> Coefficie
     spans = Spans(torch.cat([gram_B, gram_A]), n.rank, torch.cat([n.ridge] * 2))
     mu, fresh = torch.cat([n.mu] * 2), torch.cat([n.fresh] * 2)
     rate, taken, norms = _measured(spans, n)
+    rate = rate / size(spans, n)
     g = fresh * taken * spans.gradient()
     m = g + mu * spans.carried() if spans.size > 2 * n.rank else g
     h = mu * m + g if n.nesterov else m
@@ -297,6 +304,44 @@ def followed(squares: Tensor, numbers: Numbers) -> Seen | None:
         size = recent / (1 - mu**steps)
         share = torch.where(mean >= LEAST_NORM, (size / mean).clamp(max=1.0), 0.0)
     return Seen(taken[:, None, None], share[:, None, None], torch.stack([steps, recent, mean], -1))
+
+
+def size(spans: Spans, numbers: Numbers) -> Tensor | float:
+    """Return what a step would be too large by for its rate, √(N_B·N_A) (L, 1, 1).
+
+    A step is 1/w times what is orthonormal on each side: half of its directions are the factor's, Q_F = F·T, the others
+    those of the momentum outside. N = ½(N_F + N_U) is the mean square of 1/w times such a direction,
+
+        N_F = ‖Q_F/w‖²_F/r = tr(Tᵀ·FᵀF·T)/r  with F as it was before it was whitened,
+
+    and N_U what is known of the others by the metric alone, see `spread`. Where F = 0, N = N_U.
+    """
+    n = numbers
+    if n.raw_B is None or n.raw_A is None or n.spread_B is None or n.spread_A is None:
+        return 1.0
+    T, raw, spread_out = spans.roots.T, torch.cat([n.raw_B, n.raw_A]), torch.cat([n.spread_B, n.spread_A])
+    of_factor = (T * (raw @ T)).sum((1, 2))[:, None, None] / n.rank
+    of_B, of_A = spans.halves(torch.where(of_factor > 0, (of_factor + spread_out) / 2, spread_out))
+    return (of_B * of_A).sqrt()
+
+
+def spread(counted: Tensor, inverse: Tensor, least: Tensor, directions: Tensor | int) -> Tensor:
+    """Return N_U, the mean square of 1/w times a direction of the momentum: msign gives each the same.
+
+    A direction lies in the channels that have a gradient: N_U = Σ p/w² over Σ p, where a channel counts
+    p = (1 + ε)·D̂/(D̂ + ε), D̂ = D/mean(D), ε = `slots.COUNTING`. Directions that these channels have no room for lie in
+    the others, at most 1/w² = δ^(−γ):
+
+        N_U = (Σ p/w² + (m − Σ p)₊·δ^(−γ))/max(Σ p, m),   m = min(r, d)
+
+    Args:
+        counted: Σ p over the channels, float64.
+        inverse: Σ p/w², of the same shape.
+        least: δ^γ, the least w².
+        directions: m.
+    """
+    room = counted.clamp_min(directions)
+    return (inverse + (room - counted) / least) / room
 
 
 def _measured(spans: Spans, numbers: Numbers) -> tuple[Tensor, Tensor | float, Tensor | None]:

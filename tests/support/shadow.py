@@ -179,6 +179,7 @@ class Shadow:
                 state["D_A"] = 0.99 * state["D_A"] + 0.01 * (taken * g_A).square().mean(0)
                 w_A = weights(state["D_A"])
         whiten = w_B[:, None] * w_A
+        size = math.sqrt(enlarged(B, w_B) * enlarged(A.T, w_A)) if n["metric"] == "lora" else 1.0
         B, A = w_B[:, None] * B, A * w_A
         gradient = (1 - mu) * taken * tangent(G / whiten, B, A)
         if whitened:
@@ -193,7 +194,7 @@ class Shadow:
         msign = U @ (soft[:, None] * Vt)
         c = math.sqrt(8 / r * max(d_out, d_in) / min(d_out, d_in))
         decay = 1 - self.lr * n["weight_decay"]
-        B, A = lorsum(B, A, decay, -self.lr * share * c * msign, n["num_iters"], n["first"], None)
+        B, A = lorsum(B, A, decay, -self.lr * share * c / size * msign, n["num_iters"], n["first"], None)
         state["M"] = m * whiten
         layer.B, layer.A = B / w_B[:, None] / root, A / w_A / root
 
@@ -276,9 +277,20 @@ def tangent(matrix: Tensor, B: Tensor, A: Tensor) -> Tensor:
 
 
 def weights(D: Tensor) -> Tensor:
-    """w = (D/mean(D) + 0.1)^½, scaled to a mean of 1/w² of 1 where D > 0."""
+    """w = (D/mean(D) + 0.1)^½."""
     mean = D.mean()
-    if mean == 0:
-        return torch.ones_like(D)
-    squares = D / mean + 0.1
-    return (squares * squares[D > 0].reciprocal().mean()).sqrt()
+    return ((D / mean if mean > 0 else D) + 0.1).sqrt()
+
+
+def enlarged(F: Tensor, w: Tensor) -> float:
+    """The mean square of 1/w times an orthonormal direction, half of them of the columns of w·F, half by the metric."""
+    if bool((w == 1).all()):
+        return 1.0
+    share, r = w.square() - 0.1, F.shape[1]
+    p = 1.01 * share / (share + 0.01)
+    total, most = float(p.sum()), min(F.shape)
+    others = (float((p / w.square()).sum()) + 10 * max(0.0, most - total)) / max(total, most)
+    if not F.any():
+        return others
+    weighted = w[:, None] * F
+    return (float((F @ inverse_root(weighted.T @ weighted)).square().sum()) / r + others) / 2

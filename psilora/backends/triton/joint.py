@@ -125,7 +125,7 @@ class JointRun:
         self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
         self.sums = floats(len(tiles), int(joint_layout.SUMS.value))
         self.frozen, self.seen = ints(count), floats(count, int(joint_layout.SEEN.value))
-        self.gram, self.traces = floats(2, count, 2, 4 * padded, 4 * padded), floats(2, count, 2)
+        self.gram, self.traces = floats(2, count, 2, 4 * padded, 4 * padded), floats(2, count, 4)
         self.roots = _carved(self.gram, (2, count, padded, padded))  # read before Γ is written
         self.small = floats(2, count, 2, int(joint_algebra.SMALL.value), padded, padded)
         self.known, self.outcome = (
@@ -209,17 +209,16 @@ class JointRun:
             )  # fmt: skip
             joint_collect.collect(
                 addresses, settings, self.dims, self.parts, self.pieces, self.sums, self.frozen, self.partials,
-                self.exponents, self.flags_found, self.gram, self.small, self.known, self.seen,
+                self.exponents, self.flags_found, self.gram, self.small, self.known, self.seen, self.traces,
                 follows=self.follows, fades=self.options.fade, double=self.double,
             )  # fmt: skip
             joint_tangent.tangent(
-                settings, self.dims, self.parts, self.sums, clip, self.seen, self.gram, self.small, self.known,
-                self.coefficients,
+                settings, self.dims, clip, self.seen, self.gram, self.small, self.known, self.coefficients,
                 nesterov=self.options.nesterov, double=self.double,
             )  # fmt: skip
             joint_finish.finish(
-                addresses, settings, self.dims, self.parts, self.sums, self.seen, self.traces, self.gram, self.small,
-                self.known, self.polar, self.schulz, self.coefficients, self.outcome,
+                addresses, settings, self.dims, self.seen, self.traces, self.gram, self.small, self.known, self.polar,
+                self.schulz, self.coefficients, self.outcome,
                 first=self.options.first, decay=self.options.weight_decay > 0, balance=self.options.balance,
                 most=self.most, double=self.double,
             )  # fmt: skip

@@ -24,6 +24,7 @@ from psilora.lowrank.spectral import (
     followed,
     mean_diagonal,
     spectral_step,
+    spread,
 )
 from psilora.options import SpectralOptions
 from psilora.steps import gauge
@@ -106,13 +107,16 @@ class SpectralRun:
                 clip = clip * scales.clip.to(self.device, torch.float64)
             self.old_norms = torch.stack([p.state_B["norms"] for p in problems]) if self.follows else None
             inverse = self._moments(numbers, clip)
-            grams, scale, spread_by = self._grams(numbers, clip, inverse)
+            grams, scale = self._grams(numbers, clip, inverse)
             step = spectral_step if self.joint else factor_step
             settings = self._settings(numbers)
             settings.seen = self.seen
+            if self.raw is not None:
+                settings.raw_A, settings.raw_B = self.raw
+                settings.spread_A, settings.spread_B = self._spreads(numbers)
             found = step(grams[1], grams[0], settings)
             self.new_norms = found.norms
-            self.coefficients = self._folded(found, scale, spread_by)
+            self.coefficients = self._folded(found, scale)
             self.info = found.repaired
             self.finite = torch.isfinite(grams).flatten(2).all(2).all(0)
             self.finite = self.finite & torch.isfinite(self.coefficients).flatten(2).all(2).all(0)
@@ -211,13 +215,15 @@ class SpectralRun:
         """Update the metric; return 1/mean(D) per layer and side, (L, 2), negative where the weights are 1."""
         self.seen: Seen | None = None
         self.traces: Tensor | None = None
+        self.raw: Tensor | None = None
         if not self.metric:
             return torch.ones(self.count, 2, dtype=torch.float64, device=self.device)
         alone = self.partials.new_empty(len(self.tiles), spectral_gram.ALONE, self.padded, self.padded)
         self._launch_span(alone, metric=False)
         grams = spectral_gram.summed(alone, self.parts, self.places[spectral_gram.ALONE], self.rank)
         root, ridge = numbers[:, slots.ROOT, None, None], numbers[:, slots.RIDGE, None, None]
-        A, B = (Roots(gram * root.square(), ridge) for gram in grams)
+        self.raw = grams * root.square()
+        A, B = (Roots(gram, ridge) for gram in self.raw)
         roots = torch.stack([B.T.mT, A.T.mT]) * (clip[:, None, None] / root)
         zero = mean_diagonal(grams[1]).flatten() == 0
         frozen = torch.stack([zero, torch.zeros_like(zero)], 1)
@@ -250,27 +256,28 @@ class SpectralRun:
             self.sums if inverse is None else inverse, self.weight_sums, out, metric=metric,
         )  # fmt: skip
 
-    def _grams(self, numbers: Tensor, clip: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Γ (2, L, n, n) of the whitened blocks of sides A and B, their scales (2, L, n), and w/√v (2, L)."""
+    def _spreads(self, numbers: Tensor) -> Tensor:
+        """N_U (2, L, 1, 1) of sides A and B, see `psilora.lowrank.spectral.spread`."""
+        inverse, counted = self.weight_sums[self.own_tiles].sum(-2).unbind(-1)
+        least = numbers[:, slots.DAMPING] ** numbers[:, slots.POWER]
+        return spread(counted, inverse, least, self.widths.clamp(max=self.rank))[..., None, None]
+
+    def _grams(self, numbers: Tensor, clip: Tensor, inverse: Tensor) -> tuple[Tensor, Tensor]:
+        """Γ (2, L, n, n) of the whitened blocks of sides A and B, and their scales (2, L, n)."""
         self._launch_span(self.partials, metric=self.metric, inverse=inverse)
         grams = spectral_gram.summed(self.partials, self.parts, self.places[self.kinds], self.rank)
         if not self.metric:
             self.traces = grams.diagonal(dim1=-2, dim2=-1)[..., : self.rank].sum(-1)
         root = numbers[:, slots.ROOT]
-        c = torch.ones_like(self.widths)
-        if self.metric:
-            inverses, counted = self.weight_sums[self.own_tiles].sum(-2).unbind(-1)
-            c = (inverses / counted).sqrt()
-        blocks = [(root * c, self.rank), (1 / c, self.own * self.rank), (clip / (root * c), self.rank)]
-        scale = torch.cat([value[..., None].expand(*value.shape, size) for value, size in blocks], -1)
-        return scale[..., :, None] * grams * scale[..., None, :], scale, c
+        blocks = [(root, self.rank), (torch.ones_like(root), self.own * self.rank), (clip / root, self.rank)]
+        scale = torch.cat([value[:, None].expand(-1, size) for value, size in blocks], -1).expand(2, -1, -1)
+        return scale[..., :, None] * grams * scale[..., None, :], scale
 
-    def _folded(self, found: Coefficients, scale: Tensor, c: Tensor) -> Tensor:
-        """The coefficients of the raw blocks, rows [ΔF; M⁺], of sides A and B in fp32, as `spread` takes them."""
-        steps = torch.stack([found.step_A.mT, found.step_B.mT]) / c[..., None, None]
+    def _folded(self, found: Coefficients, scale: Tensor) -> Tensor:
+        """The coefficients of the raw blocks, rows [ΔF; M⁺], of sides A and B, as `spectral_apply` takes them."""
+        steps = torch.stack([found.step_A.mT, found.step_B.mT])
         if self.own:
-            own = torch.stack([found.momentum_A.mT, found.momentum_B.mT]) * c[..., None, None]
-            steps = torch.cat([steps, own], -2)
+            steps = torch.cat([steps, torch.stack([found.momentum_A.mT, found.momentum_B.mT])], -2)
         return (steps * scale[..., None, :]).float().contiguous()
 
     # ---- what an Execution asks for -----------------------------------------------------------------------------

@@ -22,12 +22,13 @@ from psilora.lowrank.spectral import (
     followed,
     mean_diagonal,
     spectral_step,
+    spread,
 )
 from psilora.options import SpectralOptions
 from psilora.steps.batch import Batch
 from psilora.steps.problem import Problem, Scales
 from psilora.steps.update import Update
-from psilora.triton_kernels.slots import FAINT
+from psilora.triton_kernels.slots import COUNTING
 
 #: The least relative ridge of a factor's Gram; below it float64 factorisations could fail.
 LEAST_RIDGE = 1e-12
@@ -96,7 +97,8 @@ class Span:
         batch, ridge = self.batch, self.numbers.ridge
         wide_B, wide_A = batch.B.double(), batch.A.double()
         gram_B = wide_B.mT @ wide_B
-        T_B, T_A = Roots(torch.cat([gram_B, wide_A @ wide_A.mT]), torch.cat([ridge] * 2)).T.to(batch.dtype).chunk(2)
+        gram_A = wide_A @ wide_A.mT
+        T_B, T_A = Roots(torch.cat([gram_B, gram_A]), torch.cat([ridge] * 2)).T.to(batch.dtype).chunk(2)
         beta = batch.column([p.options.metric_beta for p in batch.problems]).double()
         old_B, old_A = (old[:, :, None].double() for old in batch.states("metric"))
         new_B = (batch.right @ T_A).double().square().mean(-1, keepdim=True)
@@ -109,24 +111,26 @@ class Span:
         at_zero = mean_diagonal(gram_B) == 0
         D_A = torch.where(at_zero, old_A.square(), D_A)
         self.metric_B, self.metric_A = (D.sqrt().squeeze(-1).to(batch.dtype) for D in (D_B, D_A))
-        self.w_B = self._weights(D_B).to(batch.dtype)
-        self.w_A = torch.where(at_zero, 1.0, self._weights(D_A)).mT.to(batch.dtype)
+        (v_B, spread_B), (v_A, spread_A) = self._weights(D_B), self._weights(D_A)
+        self.w_B = v_B.sqrt().to(batch.dtype)
+        self.w_A = torch.where(at_zero, 1.0, v_A.sqrt()).mT.to(batch.dtype)
+        self.numbers.raw_B, self.numbers.raw_A = gram_B, gram_A
+        self.numbers.spread_B, self.numbers.spread_A = spread_B, torch.where(at_zero, 1.0, spread_A)
 
-    def _weights(self, D: Tensor) -> Tensor:
-        """Return w (L, d, 1) = (D/mean(D) + δ)^(γ/2), with a mean of 1/w² of 1 over the channels where D > 0.
-
-        A step is 1/w times what is orthonormal on each side, and little of it lies in channels without a gradient: so
-        it has about the same Frobenius norm with any D.
-        """
+    def _weights(self, D: Tensor) -> tuple[Tensor, Tensor]:
+        """Return v = w² = (D/mean(D) + δ)^γ (L, d, 1), and N_U (L, 1, 1), see `psilora.lowrank.spectral.spread`."""
         problems = self.batch.problems
         mean = D.mean(1, keepdim=True)
-        squares = D / torch.where(mean == 0, 1.0, mean)
-        squares = squares + self.batch.column([p.options.delta for p in problems]).double()
+        share = D / torch.where(mean == 0, 1.0, mean)
+        delta = self.batch.column([p.options.delta for p in problems]).double()
+        v, least = share + delta, delta
         gamma = [p.options.gamma for p in problems]
         if gamma != [1.0] * len(gamma):  # the default needs no power, the slowest operation of all
-            squares = squares ** self.batch.column(gamma).double()
-        counts = torch.where(D > 0, 1.0, FAINT)
-        return (squares * ((counts / squares).sum(1, keepdim=True) / counts.sum(1, keepdim=True))).sqrt()
+            power = self.batch.column(gamma).double()
+            v, least = v**power, delta**power
+        p = (1 + COUNTING) * share / (share + COUNTING)
+        counted, inverse = p.sum(1, keepdim=True), (p / v).sum(1, keepdim=True)
+        return v, spread(counted, inverse, least, min(self.numbers.rank, D.shape[1]))
 
     def update(self, found: Coefficients) -> Update:
         """Return the update with these coefficients."""
@@ -192,7 +196,7 @@ def _numbers(batch: Batch) -> Numbers:
 
 
 #: The tensors of `Numbers`.
-_JOINED = ("mu", "fresh", "rate", "decay", "ridge", "cap", "norms")
+_JOINED = ("mu", "fresh", "rate", "decay", "ridge", "cap", "norms", "raw_B", "raw_A", "spread_B", "spread_A")
 
 
 def _joined(numbers: Sequence[Numbers]) -> Numbers:

@@ -55,8 +55,6 @@ def spectral_literal(
         if not at_zero:
             memory["D_A"] = beta * memory.get("D_A", 0) + (1 - beta) * new_A
             w_A = (memory["D_A"] / memory["D_A"].mean() + delta)[None] ** (gamma / 2)
-        w_B = scaled(w_B, memory["D_B"][:, None])
-        w_A = w_A if at_zero else scaled(w_A, memory["D_A"][None])
     B, A, d_B, d_A = w_B * B, A * w_A, d_B / w_B, d_A / w_A
     R_B, R_A = root(B.T @ B), root(A @ A.T)
     Q_B, Q_A, g_B, g_A = B @ R_B, R_A @ A, d_B @ R_A, R_B @ d_A
@@ -67,6 +65,10 @@ def spectral_literal(
     h_B, h_A = (mu * m_B + (1 - mu) * g_B, mu * m_A + (1 - mu) * g_A) if nesterov else (m_B, m_A)
     sign = msign(Q_B @ h_A + (h_B - P_B @ h_B) @ Q_A)
     rate = phi * lr * math.sqrt(8 / A.shape[0] * max(d_out, d_in) / min(d_out, d_in))
+    if metric:
+        rate = rate / math.sqrt(mean_square(Q_B / w_B, memory["D_B"], delta, gamma))
+        if not at_zero:
+            rate = rate / math.sqrt(mean_square((Q_A / w_A).mT, memory["D_A"], delta, gamma))
     if at_zero:  # LoRSum's B-turn alone: its A-turn divides by BᵀB
         B = -rate * sign @ A.T @ torch.linalg.inv(A @ A.T)
     else:
@@ -76,9 +78,13 @@ def spectral_literal(
     return B / w_B, A / w_A
 
 
-def scaled(w: Tensor, D: Tensor) -> Tensor:
-    """w with a mean of 1/w² of 1 over the channels that have a gradient."""
-    return w * w[D > 0].pow(-2).mean().sqrt()
+def mean_square(basis: Tensor, D: Tensor, delta: float, gamma: float) -> float:
+    """N of a side: of the factor's basis over w (d, r), and of the channels that have a gradient, in equal parts."""
+    share, most = D / D.mean(), min(basis.shape)
+    p = 1.01 * share / (share + 0.01)
+    others = (p * (share + delta) ** -gamma).sum() + max(0.0, most - float(p.sum())) * delta**-gamma
+    others = float(others) / max(float(p.sum()), most)
+    return others if not basis.any() else (float(basis.square().sum()) / basis.shape[1] + others) / 2
 
 
 def measured(
