@@ -91,7 +91,7 @@ class PSILoRA(Reporting):
             of each Gram in a spectral one (None: 1e-6).
         weight_decay: wd ≥ 0, decoupled, on the weight ΔW.
         metric: None (Frobenius) or a metric. Spectral: "lora", diagonal, from the LoRA gradients' second moments alone,
-            M ∝ (D/mean(D) + δ)^γ, scaled so that a step's Frobenius norm stays about η·φ·c·√(2r) with any D > 0; "auto"
+            M ∝ (D/mean(D) + δ)^γ, the rate divided by what M enlarges: ‖step‖_F stays about η·φ·c·√(2r); "auto"
             takes it. Gradient: F-LoRSum in M = (D + δ)^γ, diagonal with "kfac" or "shampoo", whole matrices with
             "kfac-dense" or "shampoo-dense", for layers up to 4096 wide: an fp64 eigendecomposition of both sides per
             step, for which CUDA is waited for. "kfac-low-rank", experimental, keeps D = F·Fᵀ + μI with F
