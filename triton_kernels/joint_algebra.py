@@ -16,10 +16,12 @@ but for the polar factor. In order:
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from psilora.triton_kernels import slots
 from psilora.triton_kernels._compat import DOUBLE_PRODUCTS, tl, triton
 from psilora.triton_kernels.layout import UNALIGNED
 from psilora.triton_kernels.tables import capability_of
@@ -67,15 +69,13 @@ TRACE_EXPONENT = tl.constexpr(1)
 SIZE = tl.constexpr(2)
 TRACES = tl.constexpr(4)
 
-#: Rounding of a twofold Gram matrix in units of rows·Σ x²Γ, and the ridge of what is left of h outside the span.
+#: Rounding of a twofold Gram matrix in units of rows·Σ x²Γ.
 UNIT = tl.constexpr(2.0**-47)
-RESIDUAL_RIDGE = tl.constexpr(1e-12)
 
-#: A mean squared entry of 2^(−120) counts as none.
-LEAST_EXPONENT = tl.constexpr(-120)
-
-#: Norms further apart than 2⁴ are balanced, by at most 2¹⁴.
-LARGEST_SHIFT = tl.constexpr(14)
+# What the reference has, too.
+RESIDUAL_RIDGE = tl.constexpr(slots.RESIDUAL_RIDGE)
+LEAST_EXPONENT = tl.constexpr(int(math.log2(slots.LEAST_SQUARE)))
+LARGEST_SHIFT = tl.constexpr(slots.LARGEST_SHIFT)
 
 #: Warps by padded rank, and registers per thread: without a bound ptxas spills for the sake of occupancy.
 WARPS = {8: 8, 16: 8, 32: 8, 64: 8, 128: 8}

@@ -63,9 +63,9 @@ NEW_STEPS = tl.constexpr(4)  # t, n̂ and n̄
 SEEN = tl.constexpr(8)
 
 #: A mean gradient norm below which a layer counts as one without a gradient.
-LEAST_NORM = tl.constexpr(2.0**-120)
+LEAST_NORM = tl.constexpr(slots.LEAST_NORM)
 #: The largest gradient norm that is counted, in units of the mean.
-LARGEST = tl.constexpr(4.0)
+LARGEST = tl.constexpr(slots.LARGEST)
 
 
 @triton.jit

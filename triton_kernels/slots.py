@@ -72,6 +72,19 @@ S_RATE = 13
 S_LOOSE = 14  # 1/√v at most
 S_SETTINGS = 16
 
+#: Ridge of the Grams of the momentum's part outside the factors' spans, relative to the mean diagonal of the whole: the
+#: square of what fp32 data resolve.
+RESIDUAL_RIDGE = 1e-12
+#: The largest gradient norm that is counted, in units of the mean: an outlier must not slow all that follows.
+LARGEST = 4.0
+#: A mean gradient norm below which a layer counts as one without a gradient: 1/norm has to be a number of fp32.
+LEAST_NORM = 2.0**-120
+#: A mean squared entry below which a factor counts as 0, for the same reason.
+LEAST_SQUARE = 2.0**-120
+#: ‖√s·B‖²/‖√s·A‖², or its inverse, above which a pair is balanced, see `psilora.steps.gauge`: norms 2⁴ apart.
+APART = 2.0**8
+#: The largest |k| of a balance by 2ᵏ: a power of two that fp16 holds.
+LARGEST_SHIFT = 14
 #: ε of what a channel counts in the size of a spectral step, see `psilora.lowrank.spectral.spread`: half where its
 #: gradient is a tenth of the mean in size.
 COUNTING = 1e-2

@@ -18,16 +18,8 @@ from torch import Tensor
 
 from psilora.linalg.polar import polar
 from psilora.lowrank.lorsum import turns
+from psilora.triton_kernels.slots import LARGEST, LEAST_NORM, LEAST_SQUARE, RESIDUAL_RIDGE
 
-#: Ridge of the Grams of the momentum's part outside the factors' spans, relative to the mean diagonal of the whole: the
-#: square of what fp32 data resolve.
-RESIDUAL_RIDGE = 1e-12
-#: The largest gradient norm that is counted, in units of the mean: an outlier must not slow all that follows.
-LARGEST = 4.0
-#: A mean gradient norm below which a layer counts as one without a gradient: 1/norm has to be a number of fp32.
-LEAST_NORM = 2.0**-120
-#: A mean squared entry below which a factor counts as 0, for the same reason.
-LEAST_SQUARE = 2.0**-120
 #: Rounding of xᵀΓx in units of n·eps·Σᵢ xᵢ²Γᵢᵢ; the worst case is n, the usual one well below 1.
 ROUNDING = 8
 

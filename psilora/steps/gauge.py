@@ -12,11 +12,7 @@ import torch
 from torch import Tensor
 
 from psilora.steps.problem import Problem
-
-#: ‖√s·B‖²/‖√s·A‖², or its inverse, above which a pair is balanced: norms 16 times apart.
-IMBALANCE = 2.0**8
-#: The largest |k|: a power of two that fp16 holds.
-LARGEST_SHIFT = 14
+from psilora.triton_kernels.slots import APART, LARGEST_SHIFT
 
 
 def shifts(problems: Sequence[Problem], moved: Tensor, squares: Tensor | None = None) -> Tensor | None:
@@ -39,7 +35,7 @@ def shifts(problems: Sequence[Problem], moved: Tensor, squares: Tensor | None = 
         norms = [torch.stack(torch._foreach_norm(side, 2, dtype=problems[0].dtype)) for side in factors]
         squares = torch.stack(norms).double().square()
     ratio = squares[1] / squares[0]
-    due = moved & (ratio > 0) & torch.isfinite(ratio) & ((ratio > IMBALANCE) | (ratio < 1 / IMBALANCE))
+    due = moved & (ratio > 0) & torch.isfinite(ratio) & ((ratio > APART) | (ratio < 1 / APART))
     if options.burn_in:
         due = due & (torch.stack([p.state_A["step"] for p in problems]) >= options.burn_in)
     exponent = (torch.frexp(ratio).exponent + 2).div(4, rounding_mode="floor")
