@@ -111,13 +111,10 @@ def _apply_side(
         k = tl.arange(0, RP)[None, :] if AXIS == 1 else tl.arange(0, RP)[:, None]
         step = of_f / w
         if COMMIT:
-            at = f + element(k, n, r if T else d, T)
-            first_at = m + element(k, n, 2 * r if T else d, T)
-            second_at = m + element(r + k, n, 2 * r if T else d, T)
+            at = aligned(f, element(k, n, r if T else d, T), AXIS, T, WHOLE)
+            first_at = aligned(m, element(k, n, 2 * r if T else d, T), AXIS, T, WHOLE)
+            second_at = aligned(m, element(r + k, n, 2 * r if T else d, T), AXIS, T, WHOLE)
             if WHOLE:
-                at = aligned(at, AXIS, T, True)
-                first_at = aligned(first_at, AXIS, T, True)
-                second_at = aligned(second_at, AXIS, T, True)
                 old = tl.load(at)
             else:
                 old = tl.load(at, mask=(k < r) & (n < end), other=0.0)

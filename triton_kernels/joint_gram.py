@@ -18,6 +18,7 @@ from psilora.triton_kernels.joint_layout import (
     ADDRESSES,
     FACTOR,
     TYPES,
+    aligned,
     pieces_of,
     rows_of,
     rows_of_piece,
@@ -88,12 +89,11 @@ def _whitened(
         columns = n[:, None]
         f = address(addresses_ptr, problem, FACTOR + SIDE, F_TYPE, ADDRESSES)
         if WHOLE:
-            f = tl.multiple_of(f, 16)
-            at = element(k, columns, tl.multiple_of(d, 64) if SIDE == 0 else RP, SIDE == 1)
+            at = aligned(f, element(k, columns, d if SIDE == 0 else RP, SIDE == 1), 1, SIDE == 1, True)
             if row.shape[0] > RP:
-                return tl.load(f + at, mask=k < RP, other=0.0).to(tl.float32)
+                return tl.load(at, mask=k < RP, other=0.0).to(tl.float32)
             else:
-                return tl.load(f + at).to(tl.float32)
+                return tl.load(at).to(tl.float32)
         at = element(k, columns, d if SIDE == 0 else r, SIDE == 1)
         return tl.load(f + at, mask=(k < r) & (columns < end), other=0.0).to(tl.float32)
     else:

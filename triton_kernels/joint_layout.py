@@ -213,8 +213,12 @@ def _across(x, AXIS: tl.constexpr):
 
 
 @triton.jit
-def aligned(at, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr):
-    """Say of pointers to rows along AXIS, stored as (k, n) or TRANSPOSED as (n, k), what WHOLE promises."""
+def aligned(base, offset, AXIS: tl.constexpr, TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr):
+    """Return base + offset, pointers to rows along AXIS, stored as (k, n) or TRANSPOSED as (n, k), as WHOLE promises.
+
+    The sum is formed here: what is said of an argument is lost, as is what is said of what a call returns.
+    """
+    at = base + offset
     if not WHOLE:
         return at
     elif (AXIS == 1) == TRANSPOSED:  # memory runs along axis 1
@@ -243,7 +247,6 @@ def rows_of(
     of_f = _across(block, AXIS) == 0
     inside = of_f | True
     if WHOLE:
-        d = tl.multiple_of(d, 64)
         r = RP
     else:
         inside = _across(k, AXIS) < r
@@ -256,9 +259,10 @@ def rows_of(
         start = tl.max_constancy(start, 8)
         index = tl.max_contiguous(tl.where(own, (block - 1) * r + k, k), 8)
         leading = tl.max_constancy(tl.where(own, 2 * r, r), 8) if T else tl.zeros_like(row) + d
-        at = _across(start, AXIS) + element(_across(index, AXIS), column, _across(leading, AXIS), T)
+        offset = element(_across(index, AXIS), column, _across(leading, AXIS), T)
+        at = aligned(_across(start, AXIS), offset, AXIS, T, WHOLE)
         if WHOLE:
-            return tl.load(aligned(at, AXIS, T, True)), of_f
+            return tl.load(at), of_f
         else:
             return tl.load(at, mask=inside, other=0.0), of_f
     else:
@@ -274,9 +278,9 @@ def rows_of(
         first_of = of_f
         if not WHOLE:
             first_of, middle_of, last_of = first_of & inside, middle_of & inside, last_of & inside
-        first = tl.load(aligned(f + at, AXIS, T, WHOLE), mask=first_of, other=0.0).to(tl.float32)
-        last = tl.load(aligned(g + at, AXIS, T, WHOLE), mask=last_of, other=0.0).to(tl.float32)
-        middle = tl.load(aligned(m + at_m, AXIS, T, WHOLE), mask=middle_of, other=0.0)
+        first = tl.load(aligned(f, at, AXIS, T, WHOLE), mask=first_of, other=0.0).to(tl.float32)
+        last = tl.load(aligned(g, at, AXIS, T, WHOLE), mask=last_of, other=0.0).to(tl.float32)
+        middle = tl.load(aligned(m, at_m, AXIS, T, WHOLE), mask=middle_of, other=0.0)
         return first + last + middle, of_f
 
 
