@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gate_addresses
 import gate_allowances
 
 #: Shared memory of one block, in bytes.
@@ -117,6 +118,8 @@ def compile_variant(variant: Any, target: int) -> dict[str, Any]:
     report["narrow_copies"] = len(re.findall(r"cp\.async\.ca\.", text["ptx"]))
     report["problems"] = over_limits(report, variant, triton.__version__)
     report["problems"] += banned(text["ttir"], text["ttgir"], text["ptx"], target)
+    if variant.constexprs.get("WHOLE") and (loads := gate_addresses.unsaid(text["ttir"])):
+        report["problems"].append(f"alignment of whole tiles is lost: {', '.join(loads)}")
     return report
 
 

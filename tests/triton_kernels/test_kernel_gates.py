@@ -13,6 +13,7 @@ from psilora.triton_kernels import _compat
 if not _compat.available():
     pytest.skip(_compat.unavailable_reason() or "", allow_module_level=True)
 
+import gate_addresses
 import gate_allowances
 import gate_offenders
 import kernel_gates
@@ -141,6 +142,22 @@ def test_registers_of_an_asynchronous_product_are_left_alone_until_its_wait() ->
     assert kernel_gates.banned("", "", product * 2 + commit + copy + wait, 90)
     assert not kernel_gates.banned("", "", product * 2 + commit + wait + copy, 90)
     assert not kernel_gates.banned("", "", copy + product, 90)
+
+
+def test_whole_tiles_say_how_their_addresses_are_aligned() -> None:
+    """From an address of the table, unless there is a mask; what is a pointer to begin with knows by itself."""
+    table = """
+  %f = tt.int_to_ptr %address : i64 -> !tt.ptr<f32>
+  %start = tt.splat %f : !tt.ptr<f32> -> tensor<16x64x!tt.ptr<f32>>
+  %at = tt.addptr %start, %offset HINT: tensor<16x64x!tt.ptr<f32>>, tensor<16x64xi32>
+"""
+    load = "  %x = tt.load %at : tensor<16x64x!tt.ptr<f32>>"
+    hint = "{tt.contiguity = dense<[1, 8]> : tensor<2xi32>, tt.divisibility = dense<[1, 16]> : tensor<2xi32>} "
+    masked = "  %x = tt.load %at, %inside, %zero : tensor<16x64x!tt.ptr<f32>>"
+    assert gate_addresses.unsaid(table.replace("HINT", "") + load) == ["%x (16, 64)"]
+    assert gate_addresses.unsaid(table.replace("HINT", hint) + load) == []
+    assert gate_addresses.unsaid(table.replace("HINT", "") + masked) == []
+    assert gate_addresses.unsaid(table.replace("int_to_ptr", "call @given").replace("HINT", "") + load) == []
 
 
 SIBLINGS = """
