@@ -142,6 +142,21 @@ def test_updates_agree_with_the_float64_reference(shapes: list[tuple[int, int, i
             assert error(problem.pair.lora_B.detach() - B, want.step_B[0]) < 1e-3
 
 
+@pytest.mark.parametrize("exponent", [-116, -121, -124])
+def test_what_is_left_of_a_gradient_near_the_least_numbers_still_sets_the_step(exponent: int) -> None:
+    """Momentum runs out through this range where a layer's gradient stays 0 and nothing fades."""
+    problem = spectral_problem((96, 150, 8), metric="lora", fade=False, cap=None)
+    factor = 2.0**exponent / float(max(problem.dA.abs().max(), problem.dB.abs().max()))
+    shrunk = [problem.dA, problem.dB, problem.state_A["momentum"][:8], problem.state_B["momentum"][:, 8:]]
+    for tensor in (*shrunk, problem.state_A["metric"], problem.state_B["metric"]):
+        tensor.mul_(factor)
+    want = spectral_updates([[in_float64(problem)]], Scales())[0]
+    (execution,) = triton_backend.compute([problem], Scales())
+    (step_B, step_A) = execution.increments()[0]
+    assert error(step_B, want.step_B[0]) < 0.05
+    assert error(step_A, want.step_A[0]) < 0.05
+
+
 def model_and_batches() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
     batches = [data(9, 24, 6, FP32) for _ in range(2)]
     return peft_mlp(dtype=FP32, r=4).to(DEVICE), [(x.to(DEVICE), y.to(DEVICE)) for x, y in batches]
