@@ -11,8 +11,8 @@ from psilora.triton_kernels import _compat
 if not _compat.available():
     pytest.skip(_compat.unavailable_reason() or "", allow_module_level=True)
 
-from psilora.steps import gauge
 from psilora.triton_kernels import layout
+from psilora.triton_kernels.slots import LARGEST_SHIFT
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.verdict import norms, verdict, verdict_ref
 
@@ -38,7 +38,7 @@ def found(
     shifts = torch.full((layers,), 99, dtype=torch.int32, device=DEVICE)
     verdict(
         addresses.to(DEVICE), flags, info, busy, sums, parts, refused, repaired, shifts, longest=4,
-        balance=balance, burn_in=burn_in, largest=gauge.LARGEST_SHIFT,
+        balance=balance, burn_in=burn_in, largest=LARGEST_SHIFT,
     )  # fmt: skip
     return bool(refused), int(repaired), shifts
 
@@ -57,7 +57,7 @@ def test_it_agrees_with_the_reference(layers: int, turns: int) -> None:
     for flag in (0, 1):
         flags[layers // 2] = flag
         refused, repaired, shifts = found(flags, info, busy, squares, steps, balance=True, burn_in=2)
-        want = verdict_ref(flags, info, busy, squares, steps, burn_in=2, largest=gauge.LARGEST_SHIFT)
+        want = verdict_ref(flags, info, busy, squares, steps, burn_in=2, largest=LARGEST_SHIFT)
         assert (refused, repaired) == want[:2] and refused == bool(flag)
         assert torch.equal(shifts, want[2])
     if layers > 100:

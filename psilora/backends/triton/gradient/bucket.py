@@ -17,7 +17,6 @@ from psilora.backends.triton.launch import device_rates, note_written
 from psilora.lowrank.gradient_operator import TangentGradient
 from psilora.lowrank.momentum import BALANCED_ITERS
 from psilora.options import GradientOptions, Options
-from psilora.steps import gauge
 from psilora.steps.gradient.metrics import statistics
 from psilora.steps.problem import Problem, Problems, Scales
 from psilora.triton_kernels import commit as commit_kernels
@@ -26,7 +25,7 @@ from psilora.triton_kernels import gram as gram_kernels
 from psilora.triton_kernels import layout
 from psilora.triton_kernels import solve as solve_kernels
 from psilora.triton_kernels import verdict as verdict_kernels
-from psilora.triton_kernels.slots import IMBALANCE, SPREAD
+from psilora.triton_kernels.slots import IMBALANCE, LARGEST_SHIFT, SPREAD
 from psilora.triton_kernels.split import TRITON_DTYPES
 from psilora.triton_kernels.tables import PointerTable, int32_table, partial_buffers
 
@@ -280,7 +279,7 @@ class BucketRun:
         verdict_kernels.verdict(
             self.addresses.device, self.flags, self.info, self.busy, self.squares, self.parts, self.refused,
             self.repaired, self.found_shifts, longest=self.longest, balance=balance,
-            burn_in=self.problems[0].options.burn_in, largest=gauge.LARGEST_SHIFT,
+            burn_in=self.problems[0].options.burn_in, largest=LARGEST_SHIFT,
         )  # fmt: skip
 
     def launch_turn(self, t: int, scale: Tensor) -> None:
