@@ -17,7 +17,7 @@ from psilora.adapters.pair import LoRAPair, describe, is_sparse
 from psilora.capture.discards import all_zero, present
 from psilora.capture.hooks import Capture
 from psilora.linalg.precision import compute_dtype, full_precision
-from psilora.options.checks import is_real, two_betas
+from psilora.options.checks import in_range, two_betas
 from psilora.param_groups.adamw import AuxAdamW, adamw_group, check_adamw
 from psilora.param_groups.lora import checked_pairs
 
@@ -81,7 +81,7 @@ class PairOptimizer(torch.optim.Optimizer):
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
     ) -> None:
-        check_range("lr", settings["lr"], 0, math.inf)
+        in_range("lr", settings["lr"], 0, math.inf)
         adamw: dict[str, Any] = {
             "lr": adamw_lr,
             "betas": adamw_betas,
@@ -212,18 +212,12 @@ class PairOptimizer(torch.optim.Optimizer):
         return {**super().__getstate__(), "_pairs": self._pairs}
 
 
-def check_range(name: str, value: float, low: float, high: float) -> None:
-    """Raise unless low <= value < high."""
-    if not (is_real(value) and low <= value < high):
-        raise ValueError(f"Invalid {name}={value!r}. Must be in [{low}, {high}).")
-
-
 def adam_settings(
     lr: float, betas: tuple[float, float], eps: float, weight_decay: float, **more: Any
 ) -> dict[str, Any]:
     """Return the settings of a rule with Adam's moments; raise where β or wd is out of range."""
     two_betas("betas", betas)
-    check_range("weight_decay", weight_decay, 0, math.inf)
+    in_range("weight_decay", weight_decay, 0, math.inf)
     return {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, **more}
 
 

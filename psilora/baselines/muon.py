@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, check_range
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State
 from psilora.baselines.pseudo import inverse_root, polar
+from psilora.options.checks import in_range
 
 
 class LoRAMuon(PairOptimizer):
@@ -31,7 +32,7 @@ class LoRAMuon(PairOptimizer):
     """
 
     def __init__(self, model: nn.Module, lr: float, *, momentum: float = 0.9, **adamw: Any) -> None:
-        check_range("momentum", momentum, 0, 1)
+        in_range("momentum", momentum, 0, 1)
         super().__init__(model, {"lr": lr, "momentum": momentum}, full_gradient=False, **adamw)
 
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:

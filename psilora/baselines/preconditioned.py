@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, adam_settings, check_range
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, adam_settings
 from psilora.linalg.spd import spd_solve
+from psilora.options.checks import in_range
 
 
 def preconditioned(layer: Layer, damping: float) -> tuple[Tensor, Tensor]:
@@ -38,8 +39,8 @@ class PreconditionedSGD(PairOptimizer):
     def __init__(
         self, model: nn.Module, lr: float, *, momentum: float = 0.0, damping: float = 1e-3, **adamw: Any
     ) -> None:
-        check_range("momentum", momentum, 0, 1)
-        check_range("damping", damping, 0, float("inf"))
+        in_range("momentum", momentum, 0, 1)
+        in_range("damping", damping, 0, float("inf"))
         super().__init__(model, {"lr": lr, "momentum": momentum, "damping": damping}, full_gradient=False, **adamw)
 
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:
@@ -80,7 +81,7 @@ class PreconditionedAdamW(PairOptimizer):
         **adamw: Any,
     ) -> None:
         settings = adam_settings(lr, betas, eps, weight_decay, damping=damping)
-        check_range("damping", damping, 0, float("inf"))
+        in_range("damping", damping, 0, float("inf"))
         super().__init__(model, settings, full_gradient=False, **adamw)
 
     def propose(self, layer: Layer, state: State, group: Mapping[str, Any]) -> Proposal:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, check_range
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State
 from psilora.linalg.spd import spd_solve
 from psilora.lowrank.lorsum import Projection, turns
-from psilora.options.checks import is_real
+from psilora.options.checks import in_range, is_real
 
 
 class ProjectedMomentum(PairOptimizer):
@@ -54,10 +54,10 @@ class ProjectedMomentum(PairOptimizer):
     ) -> None:
         if isinstance(num_iters, bool) or not isinstance(num_iters, int) or num_iters < 0:
             raise ValueError(f"Invalid num_iters={num_iters!r}. Must be an integer >= 0.")
-        check_range("momentum", momentum, 0, 1)
+        in_range("momentum", momentum, 0, 1)
         if not (is_real(dampening) and 0 <= dampening <= 1):
             raise ValueError(f"Invalid dampening={dampening!r}. Must be in [0, 1].")
-        check_range("prox", prox, 0, float("inf"))
+        in_range("prox", prox, 0, float("inf"))
         settings = {"lr": lr, "num_iters": num_iters, "momentum": momentum, "dampening": dampening, "prox": prox}
         super().__init__(model, settings, full_gradient=True, **adamw)
 

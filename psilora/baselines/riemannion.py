@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, check_range
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State
 from psilora.baselines.pseudo import rounding
+from psilora.options.checks import in_range
 
 Factored = tuple[Tensor, Tensor]  # (L, R) of L·Rᵀ: (d_out, k) and (d_in, k)
 
@@ -37,8 +38,8 @@ class Riemannion(PairOptimizer):
     def __init__(
         self, model: nn.Module, lr: float, *, momentum: float = 0.9, weight_decay: float = 0.0, **adamw: Any
     ) -> None:
-        check_range("momentum", momentum, 0, 1)
-        check_range("weight_decay", weight_decay, 0, float("inf"))
+        in_range("momentum", momentum, 0, 1)
+        in_range("weight_decay", weight_decay, 0, float("inf"))
         settings = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay}
         super().__init__(model, settings, full_gradient=False, **adamw)
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction, check_range
-from psilora.options.checks import two_betas
+from psilora.baselines.base import Layer, PairOptimizer, Proposal, State, adam_direction
+from psilora.options.checks import in_range, two_betas
 
 
 class SVDLoRA(PairOptimizer):
@@ -51,9 +51,9 @@ class SVDLoRA(PairOptimizer):
     ) -> None:
         if rule not in ("sgd", "adamw"):
             raise ValueError(f"Invalid rule={rule!r}. Must be one of 'sgd', 'adamw'.")
-        check_range("momentum", momentum, 0, 1)
+        in_range("momentum", momentum, 0, 1)
         two_betas("betas", betas)
-        check_range("weight_decay", weight_decay, 0, float("inf"))
+        in_range("weight_decay", weight_decay, 0, float("inf"))
         settings = {
             "lr": lr,
             "rule": rule,

@@ -125,7 +125,10 @@ class JointRun:
         self.partials_alone, self.exponents_alone, self.flags_alone = self._partials(len(tiles), 1, self.alone)
         self.sums = floats(len(tiles), int(joint_layout.SUMS.value))
         self.frozen, self.seen = ints(count), floats(count, int(joint_layout.SEEN.value))
-        self.gram, self.traces = floats(2, count, 2, 4 * padded, 4 * padded), floats(2, count, 4)
+        self.gram, self.traces = (
+            floats(2, count, 2, 4 * padded, 4 * padded),
+            floats(2, count, int(joint_algebra.TRACES.value)),
+        )
         self.roots = _carved(self.gram, (2, count, padded, padded))  # read before Γ is written
         self.small = floats(2, count, 2, int(joint_algebra.SMALL.value), padded, padded)
         self.known, self.outcome = (
